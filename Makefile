@@ -1,0 +1,75 @@
+# One command each, from a clean clone: `make demo`, `make test`, `make lint`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-complete
+ARGS ?=
+
+# The first interpreter that is new enough; `make setup PYTHON=...` chooses another.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	if $$p -c '$(NEW_ENOUGH)' 2>/dev/null; then echo $$p; exit; fi; done; echo python3)
+
+# The stamp holds the path of the checkout: an editable install points at the sources by absolute path, so in a copied or
+# moved checkout it would run the sources of the old one. The same goes for a .venv of another Python than the one asked for.
+STALE :=
+ifneq ($(wildcard $(STAMP)),)
+  ifneq ($(shell cat $(STAMP)),$(CURDIR))
+    STALE := yes
+  endif
+  ifneq ($(origin PYTHON),file)
+    VERSION := import sys; print(*sys.version_info[:2])
+    ifneq ($(shell $(PYTHON) -c '$(VERSION)' 2>/dev/null),$(shell $(BIN)/python -c '$(VERSION)' 2>/dev/null))
+      STALE := yes
+    endif
+  endif
+endif
+
+# A first set-up shows pip's progress; an update in place has nothing to show but a page of "already satisfied".
+QUIET := $(if $(STALE),,$(if $(wildcard $(STAMP)),--quiet))
+
+.PHONY: help setup demo test lint wheel clean FORCE
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(STAMP)  ## make .venv with everything pinned (done by the targets below when needed)
+	@echo "$(VENV) is ready"
+
+# The stamp is removed first and written last, so an interrupted set-up leaves none and the next one starts from nothing.
+# A complete one that is only older than its inputs is brought up to date in place, which takes seconds.
+# torch goes in first and alone, at the exact version of constraints.txt: a later resolution finds it there and cannot
+# download a second one, and an index with a CPU build (2.13.0+cpu) has it preferred over the larger default.
+$(STAMP): pyproject.toml constraints.txt $(if $(STALE),FORCE)
+	@$(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+		echo "normquant needs Python 3.11 or newer; PYTHON=$(PYTHON) is $$($(PYTHON) -V 2>&1 | head -n 1)." \
+			"Choose another: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@if [[ -e $(STAMP) && -z "$(STALE)" ]]; then rm $(STAMP); else \
+		rm -f $(STAMP); echo "setting up $(VENV) with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear $(VENV); fi
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install $(QUIET) --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt hatchling
+	$(BIN)/python -m pip install $(QUIET) --constraint constraints.txt --no-build-isolation --editable '.[nogpu,hf,dev]'
+	@printf '%s\n' '$(CURDIR)' > $(STAMP)
+
+demo: $(STAMP)  ## set up, then show the fusion on a DeepSeek-V3 layer; ARGS="--html demo.html"
+	$(BIN)/normquant demo $(ARGS)
+
+test: $(STAMP)  ## set up, then run the tests; ARGS="tests/test_env.py -x" for a part
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## set up, then ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: $(STAMP)  ## build dist/normquant-*.whl
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:  ## remove .venv, builds and caches
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""RMSNorm and FP8 block quantization as one kernel, wherever a compiled model has them next to each other."""
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockFP8Linear",
+    "QuantSpec",
+    "QuantizedActivation",
+    "add_rms_norm_quant",
+    "audit",
+    "block_fp8_linear",
+    "group_quant",
+    "quantize_weight",
+    "rms_norm_quant",
+    "specs",
+]
+
+try:
+    import torch as _torch  # noqa: F401
+except Exception as _error:  # `normquant env` must say what is wrong with torch, not fail on it
+    _reason = _error
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ImportError(f"normquant.{name} needs torch, which cannot be imported: {_reason}") from _reason
+        raise AttributeError(f"module 'normquant' has no attribute {name!r}")
+
+else:
+    from normquant import specs
+    from normquant.audit import audit
+    from normquant.linear import BlockFP8Linear, block_fp8_linear, quantize_weight
+    from normquant.ops import add_rms_norm_quant, group_quant, rms_norm_quant
+    from normquant.spec import QuantizedActivation, QuantSpec

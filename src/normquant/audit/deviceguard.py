@@ -1,0 +1,58 @@
+"""A CUDA device guard that does nothing, so that fake CUDA tensors exist in a process without CUDA.
+
+PyTorch's dispatcher asks for a guard of each device type that it meets. CUDA builds can install a no-op one; a CPU-only
+build ships none, and registering one takes a line of C++. It is compiled once per torch version.
+"""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SOURCE = """#include <c10/core/impl/DeviceGuardImplInterface.h>
+namespace {
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
+}
+"""
+
+
+def cache_dir() -> Path:
+    """Where this user's compiled guards are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "normquant" / "device-guard"
+
+
+@functools.cache
+def ensure() -> None:
+    """Make CUDA device guards available in this process; RuntimeError where that needs a C++ compiler and none is found."""
+    if torch.version.cuda is not None:
+        torch._C._ensureCUDADeviceGuardSet()
+        return
+    library = cache_dir() / f"noop-cuda-guard-{torch.__version__}.so"
+    if not library.exists():
+        _compile(library)
+    ctypes.CDLL(str(library))
+
+
+def _compile(library: Path) -> None:
+    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if compiler is None:
+        raise RuntimeError(
+            "a CPU-only torch needs a C++ compiler once to generate GPU code; found none of c++, g++, clang++ (or set CXX)"
+        )
+    library.parent.mkdir(parents=True, exist_ok=True)
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # same file system: the rename below is atomic
+        source, built = Path(scratch) / "guard.cpp", Path(scratch) / "guard.so"
+        source.write_text(_SOURCE)
+        command = [compiler, "-std=c++20", "-shared", "-fPIC", str(source), f"-I{root / 'include'}"]
+        command += [f"-L{root / 'lib'}", "-lc10", "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{compiler} could not compile the one-line device guard: {done.stderr.strip()[-400:]}")
+        os.replace(built, library)

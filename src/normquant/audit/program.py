@@ -1,0 +1,173 @@
+"""One model of a generated program, whatever it was read from: launches in order, buffers, bytes and edges.
+
+Sizes are numbers here: a program with symbolic sizes is one `Program` per set of sizes, and `Buffer.shape` keeps the
+symbolic text. Bytes are DRAM bytes under the best case of every kernel: each element that a kernel touches is counted
+once, however often it is loaded; `Access.loads` says how often.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+DTYPE_BYTES: dict[str, int] = {
+    "float64": 8, "int64": 8, "uint64": 8, "complex64": 8, "complex128": 16,
+    "float32": 4, "int32": 4, "uint32": 4, "complex32": 4,
+    "bfloat16": 2, "float16": 2, "int16": 2, "uint16": 2,
+    "int8": 1, "uint8": 1, "bool": 1,
+    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1,
+}  # fmt: skip
+
+COPY_SAME = "same"  # every element is stored where it was loaded
+COPY_LAYOUT = "layout"  # the same elements, in other places
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor that the program reads or writes. Names that share memory have the same `storage`."""
+
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+    stride: tuple[str, ...]
+    bytes: int
+    role: str  # input, constant, intermediate or output
+    storage: str = ""
+
+
+@dataclass(frozen=True)
+class Access:
+    """One launch's use of one buffer: distinct bytes touched, and how many loads or stores the code has for it."""
+
+    buffer: str
+    bytes: int
+    loads: int = 1
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What a kernel does that only moves data: from, to, `COPY_SAME` or `COPY_LAYOUT`, and the dtypes on the way."""
+
+    source: str
+    destination: str
+    kind: str
+    dtypes: tuple[str, ...]  # as loaded, every cast, as stored
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A line of the user's program that a launch comes from."""
+
+    file: str
+    line: int
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of the generated program, in program order."""
+
+    position: int
+    name: str
+    reads: tuple[Access, ...]
+    writes: tuple[Access, ...]
+    file: str = ""
+    line: int = 0
+    origins: tuple[Origin, ...] = ()
+    aten: tuple[str, ...] = ()  # the graph operations that it was made of
+    mutates: tuple[str, ...] = ()  # buffers that held something and are overwritten
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(access.bytes for access in self.reads)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(access.bytes for access in self.writes)
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_read + self.bytes_written
+
+
+@dataclass(frozen=True)
+class Kernel(Launch):
+    """A generated kernel. `kind` is Inductor's: pointwise, reduction, persistent_reduction, template, foreach, user."""
+
+    kind: str = "pointwise"
+    rows: str = ""  # the size of the outermost loop, as text: kernels over the same rows have the same
+    copies: tuple[Copy, ...] = ()
+    is_copy: bool = False  # it does nothing but its copies
+    why_not_fused: tuple[tuple[str, str], ...] = ()  # (name of the other launch, Inductor's reason)
+
+
+@dataclass(frozen=True)
+class Extern(Launch):
+    """A call of something that was not generated: a library kernel or a custom operator."""
+
+    arguments: tuple[str, ...] = ()  # as written in the call
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Data from one launch to a later one, through one buffer in DRAM. `producer` None: an input of the program."""
+
+    buffer: str
+    producer: int | None
+    consumer: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A generated program at one set of sizes."""
+
+    launches: tuple[Launch, ...]
+    buffers: dict[str, Buffer]
+    outputs: tuple[str, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
+    name: str = ""
+    notes: tuple[str, ...] = ()  # what could not be read, and what was assumed
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        return tuple(launch for launch in self.launches if isinstance(launch, Kernel))
+
+    @property
+    def externs(self) -> tuple[Extern, ...]:
+        return tuple(launch for launch in self.launches if isinstance(launch, Extern))
+
+    @property
+    def bytes(self) -> int:
+        return sum(launch.bytes for launch in self.launches)
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        return tuple(self._edges())
+
+    def storage(self, name: str) -> str:
+        """The memory behind a buffer's name."""
+        buffer = self.buffers.get(name)
+        return (buffer.storage or name) if buffer else name
+
+    def _edges(self) -> Iterator[Edge]:
+        last_writer: dict[str, int] = {}
+        for launch in self.launches:
+            for access in launch.reads:
+                yield Edge(access.buffer, last_writer.get(self.storage(access.buffer)), launch.position, access.bytes)
+            for access in launch.writes:
+                last_writer[self.storage(access.buffer)] = launch.position
+
+    def producers(self) -> dict[str, list[Launch]]:
+        """Buffer name -> the launches that write it, in order."""
+        return self._by_buffer("writes")
+
+    def consumers(self) -> dict[str, list[Launch]]:
+        """Buffer name -> the launches that read it, in order."""
+        return self._by_buffer("reads")
+
+    def _by_buffer(self, side: str) -> dict[str, list[Launch]]:
+        found: dict[str, list[Launch]] = {}
+        for launch in self.launches:
+            for access in getattr(launch, side):
+                found.setdefault(self.storage(access.buffer), []).append(launch)
+        return found

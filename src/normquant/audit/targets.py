@@ -1,0 +1,94 @@
+"""The GPUs that code can be generated for, and what an estimate needs to know of each.
+
+`dram_gbps` is what a copy kernel reaches, not the data sheet's peak: 2.7 TB/s was measured on an H100 80GB HBM3 (peak
+3.35), and the other rows scale that share of the peak by their own data sheet. `launch_us` is an empty kernel's share
+of a replayed CUDA graph, measured on the same H100.
+"""
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+HERE = "here"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One GPU: its name, CUDA capability, the device properties that code generation reads, and its speeds."""
+
+    name: str
+    device_name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory_gib: int
+    l2_mib: int
+    dram_gbps: float
+    launch_us: float = 0.9
+
+    @property
+    def compute_capability(self) -> int:
+        """The capability as the two-digit number that Triton uses: 90 for Hopper, 100 for Blackwell."""
+        return self.capability[0] * 10 + self.capability[1]
+
+    def properties(self) -> Any:
+        """What `torch.cuda.get_device_properties` would return there, as far as code generation reads it."""
+        return types.SimpleNamespace(
+            name=self.device_name,
+            major=self.capability[0],
+            minor=self.capability[1],
+            multi_processor_count=self.multiprocessors,
+            warp_size=32,
+            total_memory=self.memory_gib << 30,
+            regs_per_multiprocessor=65536,
+            max_threads_per_multi_processor=2048,
+            max_threads_per_block=1024,
+            L2_cache_size=self.l2_mib << 20,
+            shared_memory_per_block=49152,
+            shared_memory_per_block_optin=232448,
+            shared_memory_per_multiprocessor=233472,
+            is_integrated=0,
+            is_multi_gpu_board=0,
+            gcnArchName="",  # AMD's field; Inductor reads it on every GPU
+            uuid=f"no-gpu-{self.name}",
+        )
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("h100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 80, 50, 2700.0),
+        Target("h200", "NVIDIA H200", (9, 0), 132, 141, 50, 3870.0),
+        Target("b200", "NVIDIA B200", (10, 0), 148, 180, 126, 6450.0),
+    )
+}
+
+
+def resolve(name: str) -> Target:
+    """The target called `name`; ValueError when there is none, RuntimeError when `here` has no GPU."""
+    if name in TARGETS:
+        return TARGETS[name]
+    if name == HERE:
+        return _this_gpu()
+    accepted = ", ".join([*TARGETS, HERE])
+    raise ValueError(f"unknown target {name!r}; accepted are {accepted}")
+
+
+def _this_gpu() -> Target:
+    import torch
+
+    if not torch.cuda.is_available():
+        named = ", ".join(TARGETS)
+        raise RuntimeError(f"target 'here' needs a CUDA GPU and this machine shows none; without one use {named}")
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = (properties.major, properties.minor)
+    nearest = next((t for t in TARGETS.values() if t.device_name == properties.name), None)
+    nearest = nearest or next((t for t in TARGETS.values() if t.capability == capability), TARGETS["h100"])
+    return Target(
+        HERE,
+        properties.name,
+        capability,
+        properties.multi_processor_count,
+        properties.total_memory >> 30,
+        getattr(properties, "L2_cache_size", nearest.l2_mib << 20) >> 20,
+        nearest.dram_gbps,
+    )

@@ -1,0 +1,158 @@
+"""Reading FX nodes of an Inductor graph: what an operation is, what its values look like, which arguments are constants."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
+UNIT_DIMS = {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default}
+PERMUTES = {aten.permute.default, aten.t.default, aten.transpose.int}
+SAME_VALUES = {aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default}
+CASTS = {prims.convert_element_type.default, aten._to_copy.default}
+FP8_DTYPES = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
+
+
+class Unsupported(Exception):
+    """A norm or a quantization that was recognised and that the kernels do not have; the message says which part."""
+
+
+class NotFound(Exception):
+    """There is no norm here."""
+
+
+def is_call(node: object, *targets: Any) -> bool:
+    """Whether node calls one of the operations."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def value(node: Node) -> torch.Tensor:
+    """The fake tensor that node makes; raises Unsupported where the graph carries none."""
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor):
+        raise Unsupported(f"the graph carries no shape for {node.name}")
+    return val
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def dtype(node: Node) -> torch.dtype:
+    return value(node).dtype
+
+
+def op_name(node: Node) -> str:
+    """`aten.mul`, `normquant.group_quant`, or what the node is when it calls nothing."""
+    if node.op != "call_function":
+        return node.op
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        return op_name(node.args[0])
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._opname}"
+    return getattr(target, "__name__", str(target))
+
+
+def overload_name(target: object) -> str:
+    """`namespace::op` of an operation that may not be registered in this process, "" for anything else."""
+    return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def first_arg(node: Node) -> Node:
+    arg = node.args[0] if node.args else None
+    if not isinstance(arg, Node):
+        raise Unsupported(f"{op_name(node)} has no tensor as its first argument")
+    return arg
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument that may have been given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def is_cast(node: object) -> bool:
+    return is_call(node, *CASTS)
+
+
+def is_widening(node: object) -> bool:
+    """bf16 or fp16 to fp32: every value stays what it is."""
+    return is_cast(node) and dtype(node) == torch.float32 and dtype(first_arg(node)).itemsize < 4  # type: ignore[arg-type]
+
+
+def is_narrowing(node: object) -> bool:
+    """fp32 to bf16 or fp16: a rounding."""
+    return is_cast(node) and dtype(node).itemsize == 2 and dtype(first_arg(node)) == torch.float32  # type: ignore[arg-type]
+
+
+def is_view(node: object) -> bool:
+    """The same values in the same or in another order, no value more than once; copies count."""
+    if is_call(node, *RESHAPES, *UNIT_DIMS, *PERMUTES, *SAME_VALUES):
+        return True
+    return is_cast(node) and dtype(node) == dtype(first_arg(node))  # type: ignore[arg-type]
+
+
+def keeps_order(node: object) -> bool:
+    """A view whose values, read row by row, come in the order of its input's."""
+    return is_view(node) and not is_call(node, *PERMUTES)
+
+
+def peel(node: Node, *tests: Any) -> Node:
+    """The first node up the chain of first arguments for which none of the tests holds."""
+    while any(test(node) for test in tests):
+        node = first_arg(node)
+    return node
+
+
+def number(arg: object) -> float | None:
+    """The value of an argument that is one number wherever it is used: a Python number or a constant tensor."""
+    if isinstance(arg, (int, float)) and not isinstance(arg, bool):
+        return float(arg)
+    if not isinstance(arg, Node):
+        return None
+    node = peel(arg, is_view, is_cast, lambda n: is_call(n, aten.expand.default))
+    if is_call(node, aten.full.default, aten.full_like.default):
+        return number(node.args[1])
+    if is_call(node, aten.scalar_tensor.default):
+        return number(node.args[0])
+    if node.op == "get_attr":
+        constant = getattr(node.graph.owning_module, str(node.target), None)
+        if isinstance(constant, torch.Tensor) and constant.numel() == 1 and type(constant) is torch.Tensor:
+            return float(constant)
+    return None
+
+
+def is_python_number(arg: object) -> bool:
+    return isinstance(arg, (int, float))
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes, which may be symbolic, are known to be equal; asks without adding a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))
+
+
+def same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    a, b = tuple(a), tuple(b)
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def mutation_regions(graph: Graph) -> dict[Node, int]:
+    """For each node, how many operations before it change a tensor in place: values may be moved inside one region."""
+    from torch._inductor.pattern_matcher import is_mutation_op
+
+    regions, region = {}, 0
+    for node in graph.nodes:
+        region += bool(is_mutation_op(node))
+        regions[node] = region
+    return regions

@@ -1,0 +1,78 @@
+"""Group quantization of activations that are already normed or come from elsewhere.
+
+    s_g = max(amax_g(x), floor) / 448,  q = x / s_g
+
+Bytes moved per row of K bf16 values, group 128, fp32 scales: read 2K, written K + K/32.
+
+Grid: (M, split). Groups are independent, so a program quantizes `BLOCK_G` groups of one row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from normquant.kernels._device import quantize, release_dependents, row_offset, store_scale, wait_for_predecessor
+from normquant.kernels.launch import Config, on_device, power_of_two, stride_unit, target
+from normquant.kernels.launch import config as choose_config
+from normquant.spec import QuantSpec, empty_scale
+
+
+@triton.jit(do_not_specialize=["m", "stride_xm", "scale_rows"])
+def group_quant_kernel(
+    x_ptr,  # [M, K] bf16 or fp16, any row stride
+    data_ptr,  # [M, K] fp8, contiguous
+    scale_ptr,  # [M, K/group] or [M, ceil(K/group/4)]
+    m,
+    stride_xm,
+    scale_rows,
+    K: tl.constexpr,
+    SPEC: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # groups that a program quantizes, a power of two
+    STRIDE_UNIT: tl.constexpr,
+    PDL: tl.constexpr,
+    ON_CUDA: tl.constexpr,
+):
+    row = tl.program_id(0)
+    first = tl.program_id(1) * BLOCK_G
+    own = (first + tl.arange(0, BLOCK_G)[:, None]) * SPEC.group + tl.arange(0, SPEC.group)[None, :]  # [BLOCK_G, group]
+    wait_for_predecessor(PDL)
+    x = tl.load(x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + own, mask=own < K, other=0.0).to(tl.float32)
+    release_dependents(PDL)
+    q, s = quantize(x, SPEC, ON_CUDA)
+    tl.store(data_ptr + row.to(tl.int64) * K + own, q, mask=own < K)
+    store_scale(scale_ptr, s, row, first, K // SPEC.group, m, scale_rows, K, SPEC, BLOCK_G)
+
+
+def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch on checked inputs: -> data, scale."""
+    m, k = x.shape
+    where = target(x.device)
+    data = torch.empty((m, k), dtype=spec.dtype, device=x.device)
+    scale = empty_scale(m, k, spec, x.device)
+    if m == 0:
+        return data, scale
+    config = config or choose_config("group_quant", k, m, where.capability)
+    groups = k // spec.group
+    block_g = power_of_two(-(-groups // config.split))
+    if spec.scale == "ue8m0_packed":
+        block_g = max(4, block_g)  # a program writes whole int32
+    unit = stride_unit(x)
+    with on_device(x.device):
+        group_quant_kernel[(m, -(-groups // block_g))](
+            x,
+            data,
+            scale,
+            m,
+            x.stride(0) // unit,
+            spec.scale_rows(m),
+            K=k,
+            SPEC=spec,
+            BLOCK_G=block_g,
+            STRIDE_UNIT=unit,
+            PDL=where.pdl,
+            ON_CUDA=where.on_cuda,
+            **where.options(config),
+        )
+    return data, scale

@@ -1,0 +1,105 @@
+"""Which launch config a kernel gets, and what a launch needs to know about its device.
+
+Configs change speed and never a bit of the result. They come from a committed table for each compute capability, measured
+by the tuner; what the table lacks follows the rule in `_rule`.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+
+import torch
+
+MIN_CAPABILITY = (8, 9)  # the first with e4m3 conversions
+PDL_CAPABILITY = (9, 0)  # the first with programmatic dependent launch
+
+
+@dataclass(frozen=True)
+class Config:
+    """num_warps of a program, and over how many programs a row is split."""
+
+    num_warps: int
+    split: int = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """The part of a device that a launch depends on; capability is None for Triton's interpreter on CPU."""
+
+    on_cuda: bool
+    capability: tuple[int, int] | None
+
+    @property
+    def pdl(self) -> bool:
+        """Whether kernels are launched with programmatic dependent launch."""
+        return self.capability is not None and self.capability >= PDL_CAPABILITY
+
+    def options(self, config: Config) -> dict[str, object]:
+        """Launch options of Triton. Fused multiply-adds of the compiler's choice are off: they would round otherwise."""
+        options: dict[str, object] = {"num_warps": config.num_warps, "enable_fp_fusion": False}
+        return options | {"launch_pdl": True} if self.pdl else options
+
+
+@lru_cache(maxsize=None)
+def target(device: torch.device) -> Target:
+    """The launch target of a device; raises ValueError where the kernels cannot run."""
+    if device.type == "cpu":
+        return Target(False, None)
+    if device.type != "cuda" or torch.version.hip:
+        raise ValueError(f"the kernels run on NVIDIA GPUs, not on {device}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        raise ValueError(f"{device} has compute capability {capability}; float8_e4m3fn needs {MIN_CAPABILITY} or later")
+    return Target(True, capability)
+
+
+def on_device(device: torch.device):
+    """A context in which Triton launches on `device`, free where it already would."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def config(op: str, k: int, m: int, capability: tuple[int, int] | None) -> Config:
+    """The config of `op` for [m, k] on a compute capability: the table's if it has (op, k), else the rule's."""
+    rows = _table(capability).get(op, {}).get(str(k)) if capability else None
+    if rows is None:
+        return _rule(op, k, m)
+    limits = [row[0] for row in rows[:-1]]  # the last row has no upper limit
+    _, num_warps, split = rows[bisect_left(limits, m)]
+    return Config(num_warps, split)
+
+
+@lru_cache(maxsize=None)
+def _table(capability: tuple[int, int]) -> dict[str, dict[str, list[list[int]]]]:
+    # {op: {K: [[largest M, num_warps, split], ...]}}, ascending in M
+    file = resources.files("normquant.kernels") / "configs" / f"sm{capability[0]}{capability[1]}.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _rule(op: str, k: int, m: int) -> Config:
+    # Few rows: many warps, a row over several programs, so that one row's latency is short. Many rows: fewer warps, so
+    # that several programs share a multiprocessor.
+    per_warp = 512 if m <= 256 else 1024
+    num_warps = min(32, max(4, 1 << (k // per_warp).bit_length() - 1)) if k >= per_warp else 4
+    return Config(num_warps, 4 if m <= 16 and k >= 4096 and op.endswith("rms_norm_quant") else 1)
+
+
+def stride_unit(*tensors: torch.Tensor | None) -> int:
+    """8 where every row stride is a multiple of 8 elements, so that rows may be read 16 bytes at a time, else 1."""
+    return 8 if all(t is None or t.stride(0) % 8 == 0 for t in tensors) else 1
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def log2(n: int) -> int:
+    """Base-2 logarithm of a power of two."""
+    return n.bit_length() - 1

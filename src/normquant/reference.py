@@ -1,0 +1,122 @@
+"""The definition of right: every op in eager torch, fp32, on any device.
+
+A kernel that disagrees with a function here is wrong. On CPU these functions are also what the ops run.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from normquant.spec import FP8_MAX, QuantSpec, empty_scale
+
+
+def sum_of_squares(h: torch.Tensor) -> torch.Tensor:
+    """Sum of h*h over the last dimension, [..., K] fp32 -> [..., 1] fp32, in one fixed order.
+
+    The order is a binary tree over neighbouring pairs of the row, padded with zeros to a power of two. It depends on
+    nothing but K, so a row has one result whatever kernel, group or split computes it.
+    """
+    tree = h * h
+    tree = F.pad(tree, (0, (1 << (tree.shape[-1] - 1).bit_length()) - tree.shape[-1]))
+    while tree.shape[-1] > 1:
+        tree = tree[..., 0::2] + tree[..., 1::2]
+    return tree
+
+
+def rms_norm(
+    h: torch.Tensor, weight: torch.Tensor, eps: float, spec: QuantSpec, dtype: torch.dtype, weight_offset: float = 0.0
+) -> torch.Tensor:
+    """h / sqrt(mean(h**2) + eps) * (weight + weight_offset), [M, K] fp32 -> [M, K] fp32.
+
+    Rounded to `dtype` where `spec.rounding` says (Zhang and Sennrich 2019, equation 4).
+    """
+    rstd = torch.rsqrt(sum_of_squares(h) / h.shape[-1] + eps)  # [M, 1]
+    return scale_by_weight(h * rstd, weight, spec, dtype, weight_offset)
+
+
+def scale_by_weight(
+    n: torch.Tensor, weight: torch.Tensor, spec: QuantSpec, dtype: torch.dtype, weight_offset: float = 0.0
+) -> torch.Tensor:
+    """n * (weight + weight_offset) in fp32 with the roundings of `spec`; n is [M, K] fp32, weight [K]."""
+    w = weight.float() + weight_offset if weight_offset else weight.float()
+    if spec.rounding in ("inner", "twice"):
+        n = n.to(dtype).float()
+    y = n * w
+    return y.to(dtype).float() if spec.rounding in ("once", "twice") else y
+
+
+def group_scale(amax: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """amax of each group -> its scale as fp32, any shape; powers of two for ue8m0."""
+    if spec.scale_by == "scalar":
+        scale = amax / FP8_MAX
+    elif spec.scale_by == "multiply":
+        scale = amax * (1.0 / FP8_MAX)
+    else:
+        scale = amax / torch.full_like(amax, FP8_MAX)  # a tensor: torch's CUDA kernels then divide truly
+    if spec.scale_floor:
+        scale = scale.clamp(min=spec.scale_floor)
+    return round_up_to_power_of_two(scale) if spec.is_ue8m0 else scale
+
+
+def round_up_to_power_of_two(s: torch.Tensor) -> torch.Tensor:
+    """2**ceil(log2(s)) for positive normal fp32 s, exactly; inf and NaN stay."""
+    bits = s.view(torch.int32)
+    up = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return torch.where(s.isfinite(), up, s)
+
+
+def quantize(y: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M, K] fp32 -> data [M, K] fp8, scales [M, K/group] fp32 (before packing and layout).
+
+    NaN in a group gives a NaN scale and NaN data; inf gives an inf scale, NaN where y is inf and zero elsewhere.
+    """
+    grouped = y.unflatten(-1, (-1, spec.group))  # [M, G, group]
+    amax = grouped.abs().amax(-1)
+    if spec.floor:
+        amax = amax.clamp(min=spec.floor)
+    scale = group_scale(amax, spec)
+    if spec.divide == "scale":
+        q = grouped / scale.unsqueeze(-1)
+    elif spec.divide == "reciprocal":
+        q = grouped * scale.reciprocal().unsqueeze(-1)
+    else:
+        q = grouped * (torch.full_like(amax, FP8_MAX) / amax).unsqueeze(-1)
+    return q.clamp(-FP8_MAX, FP8_MAX).to(spec.dtype).flatten(-2), scale
+
+
+def store_scale(scale: torch.Tensor, k: int, spec: QuantSpec) -> torch.Tensor:
+    """Scales [M, G] fp32 in the encoding, shape and stride of `spec`, TMA padding zeroed."""
+    m, groups = scale.shape
+    if spec.scale == "ue8m0_packed":
+        exponents = F.pad((scale.view(torch.int32) >> 23) & 0xFF, (0, -groups % 4)).unflatten(-1, (-1, 4))
+        shifts = torch.arange(0, 32, 8, device=scale.device, dtype=torch.int32)
+        scale = (exponents << shifts).sum(-1, dtype=torch.int32)  # [M, ceil(G/4)]
+    out = empty_scale(m, k, spec, scale.device)
+    if spec.layout == "col_tma":
+        out.as_strided((spec.scale_rows(m), out.shape[1]), out.stride()).zero_()
+    return out.copy_(scale)
+
+
+def rms_norm_quant(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, spec: QuantSpec, weight_offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [M, K], weight [K] -> data [M, K] fp8, scale, norm [M, K] in x's dtype."""
+    y = rms_norm(x.float(), weight, eps, spec, x.dtype, weight_offset)
+    return *group_quant(y, spec), y.to(x.dtype)
+
+
+def add_rms_norm_quant(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, spec: QuantSpec, weight_offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, residual [M, K], weight [K] -> data, scale, x + residual [M, K] in x's dtype, norm [M, K] in x's dtype."""
+    h = x.float() + residual.float()
+    stored = h.to(x.dtype)
+    y = rms_norm(stored.float() if spec.sum == "rounded" else h, weight, eps, spec, x.dtype, weight_offset)
+    return *group_quant(y, spec), stored, y.to(x.dtype)
+
+
+def group_quant(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] -> data [M, K] fp8, scale."""
+    data, scale = quantize(x.float(), spec)
+    return data, store_scale(scale, x.shape[-1], spec)

@@ -1,0 +1,180 @@
+"""What a block-quantized activation is: number format, scale encoding, memory layout and the arithmetic that makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+
+ScaleEncoding = Literal["fp32", "ue8m0", "ue8m0_packed"]
+Layout = Literal["row", "col", "col_tma"]
+Rounding = Literal["none", "inner", "once", "twice"]
+Divide = Literal["scale", "reciprocal", "amax"]
+ScaleBy = Literal["scalar", "divide", "multiply"]
+Sum = Literal["fp32", "rounded"]
+
+FP8_MAX = 448.0  # the largest finite float8_e4m3fn
+GROUPS = (32, 64, 128)
+TMA_ALIGN = 4  # rows: 16 bytes of fp32 or int32, what a TMA descriptor asks of a column stride
+MIN_SCALE = 2.0**-64  # below it 1/scale and the residual of the division could leave the normal fp32 numbers
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How an activation of shape [M, K] is quantized in groups of `group` neighbours of a row.
+
+    The defaults are a 1x128 block quantization of `F.rms_norm`'s output with fp32 scales. All arithmetic is fp32.
+
+    dtype: the fp8 dtype of the data; torch.float8_e4m3fn.
+    group: values per scale, 128, 64 or 32; K must be a multiple of it.
+    scale: how a scale is stored. "fp32"; "ue8m0", an fp32 power of two, 2**ceil(log2(s)); "ue8m0_packed", the biased
+        exponents of four neighbouring groups in one int32, little end first, zero where K/group is not a multiple of 4.
+    layout: "row" [M, G] contiguous; "col" column-major with column stride M; "col_tma" column-major with a column stride
+        of M rounded up to 4 rows, the pad zeroed. "ue8m0_packed" needs "col_tma".
+    rounding: where the norm is rounded to the activation dtype before it is quantized, with n = x * rstd:
+        "none" n * w; "inner" round(n) * w; "once" round(n * w); "twice" round(round(n) * w).
+    sum: what the norm reads after a residual add: "fp32" the unrounded sum, "rounded" the sum as it is stored.
+    floor: lower bound of a group's amax. scale_floor: lower bound of the scale. One of them must be positive.
+    scale_by: how amax becomes a scale: "scalar" as torch divides by a Python scalar (a product with the fp32 reciprocal
+        on CUDA, a division on CPU), "divide" amax / 448 correctly rounded, "multiply" amax * fp32(1/448).
+    divide: how a value y becomes data: "scale" y / s, "reciprocal" y * (1/s), "amax" y * (448 / amax).
+
+    Raises ValueError for a combination that is not one of these.
+    """
+
+    dtype: torch.dtype = torch.float8_e4m3fn
+    group: int = 128
+    scale: ScaleEncoding = "fp32"
+    layout: Layout = "row"
+    rounding: Rounding = "once"
+    sum: Sum = "fp32"
+    floor: float = 1e-10
+    scale_floor: float = 0.0
+    scale_by: ScaleBy = "scalar"
+    divide: Divide = "scale"
+
+    def __post_init__(self) -> None:
+        if self.dtype != torch.float8_e4m3fn:
+            raise ValueError(f"dtype is {self.dtype}; torch.float8_e4m3fn is accepted")
+        _one_of("group", self.group, GROUPS)
+        _one_of("scale", self.scale, get_args(ScaleEncoding))
+        _one_of("layout", self.layout, get_args(Layout))
+        _one_of("rounding", self.rounding, get_args(Rounding))
+        _one_of("sum", self.sum, get_args(Sum))
+        _one_of("scale_by", self.scale_by, get_args(ScaleBy))
+        _one_of("divide", self.divide, get_args(Divide))
+        if self.scale == "ue8m0_packed" and self.layout != "col_tma":
+            raise ValueError(f"scale='ue8m0_packed' has layout={self.layout!r}; only 'col_tma' is accepted")
+        if self.divide == "amax" and (self.is_ue8m0 or self.scale_floor):
+            raise ValueError("divide='amax' ignores the stored scale, so it is accepted only for fp32 scales without scale_floor")
+        if not max(self.floor / FP8_MAX, self.scale_floor) >= MIN_SCALE:
+            raise ValueError(
+                f"floor is {self.floor} and scale_floor {self.scale_floor}; the smallest scale, "
+                f"max(floor / 448, scale_floor), must be at least 2**-64"
+            )
+
+    @property
+    def is_ue8m0(self) -> bool:
+        """Whether every scale is a power of two."""
+        return self.scale != "fp32"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """dtype of the stored scale tensor."""
+        return torch.int32 if self.scale == "ue8m0_packed" else torch.float32
+
+    def scale_shape(self, m, k):
+        """Shape of the stored scale of an [m, k] activation; m and k may be symbolic."""
+        groups = k // self.group
+        return (m, (groups + 3) // 4) if self.scale == "ue8m0_packed" else (m, groups)
+
+    def scale_stride(self, m, k):
+        """Stride, in elements, of the stored scale of an [m, k] activation; m and k may be symbolic."""
+        if self.layout == "row":
+            return (self.scale_shape(m, k)[1], 1)
+        return (1, self.scale_rows(m))
+
+    def scale_rows(self, m):
+        """Rows of memory behind one column of scales: m, or m rounded up for TMA."""
+        return (m + TMA_ALIGN - 1) // TMA_ALIGN * TMA_ALIGN if self.layout == "col_tma" else m
+
+    def bytes(self, m: int, k: int) -> int:
+        """Bytes written for the data and the scale of an [m, k] activation, TMA padding included."""
+        return m * k * self.dtype.itemsize + self.scale_rows(m) * self.scale_shape(m, k)[1] * self.scale_dtype.itemsize
+
+    def encode(self) -> str:
+        """The spec as one short string, the form in which a compiled graph carries it."""
+        return ",".join(_short(getattr(self, f.name)) for f in fields(self))
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def decode(text: str) -> QuantSpec:
+        """The spec whose `encode()` is `text`; raises ValueError for any other text."""
+        names, parts = fields(QuantSpec), text.split(",")
+        if len(parts) != len(names):
+            raise ValueError(f"{text!r} has {len(parts)} fields; an encoded QuantSpec has {len(names)}")
+        defaults = (f.default for f in names)
+        return QuantSpec(**{f.name: _parse(part, d) for f, part, d in zip(names, parts, defaults, strict=True)})
+
+    def but(self, **changes) -> QuantSpec:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """A block-quantized activation.
+
+    data: [..., K] float8_e4m3fn.
+    scale: [..., K/group] float32, or [..., ceil(K/group/4)] int32 when packed, strided as `spec.layout` says.
+    spec: how both were made.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    spec: QuantSpec
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the activation."""
+        return self.data.shape
+
+    def scales(self) -> torch.Tensor:
+        """The scales as fp32, [..., K/group], unpacked where they are packed."""
+        if self.spec.scale != "ue8m0_packed":
+            return self.scale
+        groups = self.data.shape[-1] // self.spec.group
+        shifts = torch.arange(0, 32, 8, device=self.scale.device, dtype=torch.int32)
+        exponents = (self.scale.unsqueeze(-1) >> shifts) & 0xFF  # [..., G/4, 4] int32
+        return (exponents.flatten(-2)[..., :groups] << 23).view(torch.float32)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """data * scale, [..., K], computed in fp32 and rounded once to `dtype`."""
+        grouped = self.data.float().unflatten(-1, (-1, self.spec.group))  # [..., G, group]
+        return (grouped * self.scales().unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def empty_scale(m: int, k: int, spec: QuantSpec, device: torch.device) -> torch.Tensor:
+    """An uninitialized scale tensor for an [m, k] activation, whose storage holds the TMA padding too."""
+    rows, columns = spec.scale_rows(m), spec.scale_shape(m, k)[1]
+    if spec.layout == "row":
+        return torch.empty((m, columns), dtype=spec.scale_dtype, device=device)
+    return torch.empty((columns, rows), dtype=spec.scale_dtype, device=device).t()[:m]
+
+
+def _one_of(name: str, value: object, accepted: tuple) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
+
+
+def _short(value: object) -> str:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else str(value)
+
+
+def _parse(text: str, like: object) -> object:
+    if isinstance(like, torch.dtype):
+        return getattr(torch, text, text)
+    return type(like)(text)

@@ -1,0 +1,47 @@
+"""The block quantizations that serving stacks use today, each as its source computes it.
+
+s is the stored scale, y the normed value, q the fp8 value; every rule accumulates in fp32.
+"""
+
+from __future__ import annotations
+
+from normquant.spec import QuantSpec
+
+HF = QuantSpec(rounding="twice", sum="rounded")
+"""transformers' and DeepSeek's eager norm followed by a 1x128 quantization: y = round(round(x * rstd) * w) over the
+rounded residual sum, amax floor 1e-10, s = amax / 448, q = y / s."""
+
+FLASHINFER = QuantSpec(layout="col_tma", rounding="once", floor=1e-4, scale_by="divide", divide="amax")
+"""`flashinfer.norm.fused_add_rmsnorm_fp8_block_quant`: norm of the unrounded sum, y = round(x * rstd * w),
+amax = max(amax, 1e-4), s = amax / 448, q = y * (448 / amax)."""
+
+VLLM = QuantSpec(rounding="twice", scale_by="divide")
+"""vLLM's norm followed by `per_token_group_fp8_quant`: y = round(round(x * rstd) * w), amax = max(amax, 1e-10),
+s = amax / 448, q = y / s."""
+
+VLLM_UE8M0 = VLLM.but(scale="ue8m0", scale_floor=1e-10)
+"""`per_token_group_fp8_quant(scale_ue8m0=True)`: s = 2**ceil(log2(max(amax / 448, 1e-10)))."""
+
+VLLM_FUSED = VLLM.but(floor=0.0, scale_floor=1.0 / (448.0 * 512.0))
+"""`rms_norm_per_block_quant`: as VLLM with s = max(amax / 448, 1 / (448 * 512))."""
+
+VLLM_PR_37960 = VLLM.but(rounding="none", layout="col")
+"""The Triton kernel of vLLM PR #37960: fp32 throughout, y is never rounded; column-major scales."""
+
+AITER = QuantSpec(rounding="none", scale_by="divide", divide="reciprocal")
+"""AITER's Triton kernel: fp32 throughout, amax floor 1e-10, s = amax / 448, q = y * (1 / s)."""
+
+DEEPGEMM = QuantSpec(layout="col_tma", floor=1e-4, scale_by="divide", divide="reciprocal")
+"""DeepGEMM's `per_token_cast_to_fp8`: amax clamped at 1e-4, s = amax / 448, q = y * (1 / s)."""
+
+DEEPGEMM_UE8M0 = DEEPGEMM.but(scale="ue8m0")
+"""The same with s rounded up to a power of two, stored as fp32 (Hopper)."""
+
+DEEPGEMM_PACKED = DEEPGEMM.but(scale="ue8m0_packed")
+"""The same with four exponents in an int32 (Blackwell)."""
+
+SGLANG = QuantSpec(rounding="once", scale_by="multiply", divide="amax")
+"""SGLang's `per_token_group_quant_fp8`: amax floor 1e-10, s = amax * (1 / 448), q = y * (448 / amax)."""
+
+HELION = VLLM.but(scale_by="multiply")
+"""Helion's example kernel: as VLLM with s = amax * (1 / 448)."""

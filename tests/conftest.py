@@ -1,0 +1,35 @@
+"""Settings for all tests: what needs a GPU or vLLM is marked by its folder, and skipped elsewhere with the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    # The reasons are worked out only when such a test was collected: looking for a GPU imports torch.
+    for directory, reason_to_skip in (("gpu", _no_gpu), ("vllm", _no_vllm)):
+        inside = [item for item in items if item.path.is_relative_to(TESTS / directory)]
+        reason = reason_to_skip() if inside else None
+        for item in inside:
+            item.add_marker(directory)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA GPU"
+
+
+def _no_vllm() -> str | None:
+    # A look-up, not an import: vLLM takes seconds to import, and a broken one must fail the tests, not skip them.
+    # tests/ is on sys.path, so tests/vllm itself is found where there is no other: a folder, which has no origin.
+    spec = importlib.util.find_spec("vllm")
+    return None if spec is not None and spec.origin is not None else "vllm is not installed"

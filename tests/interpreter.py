@@ -1,0 +1,104 @@
+"""Triton's interpreter on CPU, repaired so that it rounds as the hardware does.
+
+The stock interpreter rounds some casts to fp8 and bf16 wrongly and rounds the product inside `fma`. Here casts and exp go
+through torch, and an fma is computed in float64, where the product of two fp32 is exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from multiprocessing import get_context
+from unittest import mock
+
+import numpy as np
+import torch
+
+TORCH_DTYPE = {
+    "fp8e4nv": torch.float8_e4m3fn,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+INTEGER = {8: (np.uint8, torch.uint8), 16: (np.int16, torch.int16), 32: (np.int32, torch.int32), 64: (np.int64, torch.int64)}
+
+
+def _convert_float(stock):
+    def convert(values, source, target, rounding):
+        from_dtype, to_dtype = TORCH_DTYPE.get(source.name), TORCH_DTYPE.get(target.name)
+        if from_dtype is None or to_dtype is None:
+            return stock(values, source, target, rounding)
+        bits = np.ascontiguousarray(values).view(INTEGER[source.primitive_bitwidth][0])
+        x = torch.from_numpy(bits.copy()).view(from_dtype)
+        if to_dtype is torch.float8_e4m3fn:  # cvt.rn.satfinite: saturates, NaN stays NaN
+            x = torch.where(x.float().isnan(), x.float(), x.float().clamp(-448, 448))
+        out = x.to(to_dtype).view(INTEGER[target.primitive_bitwidth][1]).numpy()
+        return out.view(getattr(np, f"uint{target.primitive_bitwidth}")).reshape(values.shape)
+
+    return convert
+
+
+def _fma(self, x, y, z):
+    from triton.runtime.interpreter import TensorHandle
+
+    wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+    return TensorHandle(wide.astype(np.float32), z.dtype.scalar)
+
+
+def _exp(self, x):
+    from triton.runtime.interpreter import TensorHandle
+
+    return TensorHandle(torch.from_numpy(np.ascontiguousarray(x.data)).exp().numpy(), x.dtype.scalar)
+
+
+def _generic_reduce(stock):
+    # The stock loop visits every element in Python; numpy's max propagates NaN as our combiner does.
+    def reduce(self, values):
+        if self.combine_fn.fn.__name__ == "max_or_nan":
+            return self.min_max(values, np.max)
+        return stock(self, values)
+
+    return reduce
+
+
+@contextlib.contextmanager
+def repaired():
+    """A context in which interpreted kernels round as compiled ones do."""
+    from triton.runtime import interpreter
+
+    with (
+        mock.patch.object(interpreter, "_convert_float", _convert_float(interpreter._convert_float)),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_fma", _fma),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_exp", _exp),
+        mock.patch.object(interpreter.ReduceOps, "generic_reduce", _generic_reduce(interpreter.ReduceOps.generic_reduce)),
+        np.errstate(all="ignore"),
+    ):
+        yield
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _call(kernel: str, args: tuple, kwargs: dict):
+    # Runs in a worker, where Triton was never imported without its interpreter.
+    launch = getattr(importlib.import_module(f"normquant.kernels.{kernel}"), kernel)
+    with repaired():
+        return launch(*args, **kwargs)
+
+
+@lru_cache(maxsize=None)
+def _worker() -> ProcessPoolExecutor:
+    # Triton reads TRITON_INTERPRET when it is imported, so interpreted kernels need a process of their own.
+    return ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=_interpret
+    )
+
+
+def run(kernel: str, *args, **kwargs):
+    """Call the launcher of `normquant.kernels.<kernel>` on CPU tensors, in the repaired interpreter."""
+    return _worker().submit(_call, kernel, args, kwargs).result()
