@@ -21,7 +21,9 @@ def assert_bitwise(got, expected) -> None:
         if a is None or b is None:
             assert a is b, f"output {i}: {a} is not {b}"
             continue
-        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()), f"output {i}: {_meta(a)} is not {_meta(b)}"
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()), (
+            f"output {i}: {_meta(a)} is not {_meta(b)}"
+        )
         differ = (bits(a) != bits(b)).nonzero()
         assert not len(differ), f"output {i}: {len(differ)} of {a.numel()} differ, first at {differ[0].tolist()}"
 

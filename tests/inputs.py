@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 
 
-def activations(m: int, k: int, dtype: torch.dtype = torch.bfloat16, *, seed: int = 0, strided: bool = False) -> torch.Tensor:
+def activations(
+    m: int, k: int, dtype: torch.dtype = torch.bfloat16, *, seed: int = 0, strided: bool = False
+) -> torch.Tensor:
     """[m, k] standard normal; `strided` rows lie 2k+16 apart, as the slice of a wider output."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + m * 8191 + k)
     wide = torch.randn(m, 2 * k + 16 if strided else k, generator=generator).to(dtype)
     return wide[:, :k]
 
 
-def awkward(m: int, k: int, dtype: torch.dtype = torch.bfloat16, *, seed: int = 0, strided: bool = False) -> torch.Tensor:
+def awkward(
+    m: int, k: int, dtype: torch.dtype = torch.bfloat16, *, seed: int = 0, strided: bool = False
+) -> torch.Tensor:
     """As `activations`, with zeros, negative zeros, denormals, inf, NaN, huge values and outliers, a kind a row."""
     x = activations(m, k, dtype, seed=seed, strided=strided)
     tiny = torch.finfo(dtype).smallest_normal

@@ -24,7 +24,12 @@ TORCH_DTYPE = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-INTEGER = {8: (np.uint8, torch.uint8), 16: (np.int16, torch.int16), 32: (np.int32, torch.int32), 64: (np.int64, torch.int64)}
+INTEGER = {
+    8: (np.uint8, torch.uint8),
+    16: (np.int16, torch.int16),
+    32: (np.int32, torch.int32),
+    64: (np.int64, torch.int64),
+}
 
 
 def _convert_float(stock):
@@ -74,7 +79,9 @@ def repaired():
         mock.patch.object(interpreter, "_convert_float", _convert_float(interpreter._convert_float)),
         mock.patch.object(interpreter.InterpreterBuilder, "create_fma", _fma),
         mock.patch.object(interpreter.InterpreterBuilder, "create_exp", _exp),
-        mock.patch.object(interpreter.ReduceOps, "generic_reduce", _generic_reduce(interpreter.ReduceOps.generic_reduce)),
+        mock.patch.object(
+            interpreter.ReduceOps, "generic_reduce", _generic_reduce(interpreter.ReduceOps.generic_reduce)
+        ),
         np.errstate(all="ignore"),
     ):
         yield
@@ -94,9 +101,7 @@ def _call(kernel: str, args: tuple, kwargs: dict):
 @lru_cache(maxsize=None)
 def _worker() -> ProcessPoolExecutor:
     # Triton reads TRITON_INTERPRET when it is imported, so interpreted kernels need a process of their own.
-    return ProcessPoolExecutor(
-        1, mp_context=get_context("spawn"), initializer=_interpret
-    )
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_interpret)
 
 
 def run(kernel: str, *args, **kwargs):

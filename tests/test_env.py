@@ -50,8 +50,13 @@ def bare_env(*args: str, site: Path, path: Path) -> subprocess.CompletedProcess[
         "raise SystemExit(env.run(parser.parse_args()))\n"
     )
     # -S keeps site-packages out, PYTHONPATH brings the given folder in
-    return subprocess.run([sys.executable, "-S", "-c", code, *args], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(site), "PATH": str(path)})
+    return subprocess.run(
+        [sys.executable, "-S", "-c", code, *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(site), "PATH": str(path)},
+    )
 
 
 def test_a_machine_with_nothing(tmp_path: Path) -> None:

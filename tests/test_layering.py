@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from normquant.cli import COMMANDS
+
 PACKAGE = Path(__file__).parents[1] / "src" / "normquant"
 
 # layer -> the layers that it imports directly; what those may import it may import too. A layer is a file or a folder.
@@ -21,14 +23,18 @@ IMPORTS: dict[str, set[str]] = {
     "kernels": {"spec"},
     "ops": {"reference", "kernels", "checks"},
     "linear": {"ops"},
-    "compile": {"ops"},
+    "traffic": {"spec"},
+    "compile": {"ops", "traffic"},
     "integrations": {"compile", "linear"},
     "audit": set(),
-    "bench": {"ops"},
+    "bench": {"ops", "specs", "traffic", "version"},
     "report": set(),
-    "env": set(),
+    "version": set(),
+    "env": {"version"},
+    "testing": {"audit"},
 }
 TOP = {"cli", "demo", "__main__"}  # may import everything, and nothing outside of TOP imports them
+SUBCOMMANDS = {command.module for command in COMMANDS}  # of layer cli, wherever they lie
 ROOT = "__init__"  # re-exports the public names: may import every layer, and no layer imports it back
 LAZY = ("triton", "transformers", "vllm", "torch._inductor")  # never imported by `import normquant` itself
 
@@ -52,7 +58,9 @@ def allowed(layer: str) -> set[str]:
 
 
 def layer_of(module: str) -> str:
-    """``normquant.audit.rules`` -> ``audit``; ``normquant`` itself -> ``__init__``."""
+    """``normquant.audit.rules`` -> ``audit``; a subcommand -> ``cli``; ``normquant`` itself -> ``__init__``."""
+    if module in SUBCOMMANDS - {"normquant.env", "normquant.demo"}:
+        return "cli"
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ROOT
 
@@ -89,11 +97,12 @@ def violations(package: Path) -> list[str]:
     for path in sorted(package.rglob("*.py")):
         where = path.relative_to(package)
         layer = layer_of_file(path, package)
+        is_package = path.stem == "__init__"
+        module = ".".join(["normquant", *where.parent.parts, *([] if is_package else [path.stem])])
         if layer not in known:
             lines.append(f"{where}: is in no layer; add {layer!r} to the table in {Path(__file__).name}")
             continue
-        is_package = path.stem == "__init__"
-        module = ".".join(["normquant", *where.parent.parts, *([] if is_package else [path.stem])])
+        layer = layer_of(module) if layer_of(module) == "cli" else layer
         for imported in sorted(imported_modules(path.read_text(encoding="utf-8"), module, is_package)):
             if layer_of(imported) != layer and layer_of(imported) not in allowed(layer):
                 lines.append(f"{where}: {layer} imports {imported}, and may import {sorted(allowed(layer) - {layer})}")
@@ -181,5 +190,10 @@ def _write(package: Path, path: str, source: str) -> None:
 
 def _python(source: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": path})
+    return subprocess.run(
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )

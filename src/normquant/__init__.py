@@ -1,6 +1,8 @@
 """RMSNorm and FP8 block quantization as one kernel, wherever a compiled model has them next to each other."""
 
-__version__ = "0.1.0"
+from normquant.version import VERSION
+
+__version__ = VERSION
 
 __all__ = [
     "BlockFP8Linear",
@@ -10,8 +12,10 @@ __all__ = [
     "audit",
     "block_fp8_linear",
     "group_quant",
+    "latent_norm_quant",
     "quantize_weight",
     "rms_norm_quant",
+    "silu_mul_quant",
     "specs",
 ]
 
@@ -29,5 +33,5 @@ else:
     from normquant import specs
     from normquant.audit import audit
     from normquant.linear import BlockFP8Linear, block_fp8_linear, quantize_weight
-    from normquant.ops import add_rms_norm_quant, group_quant, rms_norm_quant
+    from normquant.ops import add_rms_norm_quant, group_quant, latent_norm_quant, rms_norm_quant, silu_mul_quant
     from normquant.spec import QuantizedActivation, QuantSpec

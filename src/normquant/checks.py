@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
-from normquant.spec import ACTIVATION_DTYPES, QuantSpec
+from normquant.spec import ACTIVATION_DTYPES, QuantSpec, Rope, one_of
 
 WEIGHT_DTYPES = (*ACTIVATION_DTYPES, torch.float32)
 
@@ -17,10 +19,10 @@ def rows(name: str, x: torch.Tensor) -> torch.Tensor:
         return x
     try:
         return x.view(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # eager and fake tensors
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)} and stride {x.stride()}, whose leading dimensions are not evenly spaced "
-            f"rows; call .contiguous() on it"
+            f"{name} has shape {tuple(x.shape)} and stride {x.stride()}, whose leading dimensions are not evenly "
+            f"spaced rows; call .contiguous() on it"
         ) from None
 
 
@@ -42,9 +44,7 @@ def check_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Ten
     check_quant(x, spec)
     if residual is not None:
         if residual.shape != x.shape or residual.dtype != x.dtype:
-            raise ValueError(
-                f"residual is {_describe(residual)}; it must have x's shape and dtype, {_describe(x)}"
-            )
+            raise ValueError(f"residual is {_describe(residual)}; it must have x's shape and dtype, {_describe(x)}")
         check_quant(residual, spec, "residual")
         _same_device("residual", residual, x)
     if weight.dim() != 1 or weight.shape[0] != x.shape[1]:
@@ -56,6 +56,47 @@ def check_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Ten
     _same_device("weight", weight, x)
 
 
+def check_silu_mul(x: torch.Tensor, spec: QuantSpec) -> None:
+    """x must be [M, 2K] bf16 or fp16 with last stride 1 and K a positive multiple of spec.group."""
+    check_quant(x, spec)
+    if x.shape[1] % (2 * spec.group):
+        raise ValueError(
+            f"x has {x.shape[1]} columns; gate and up must each have a multiple of the group, {spec.group}"
+        )
+
+
+def check_latent(x, q_weight, kv_weight, cos, sin, positions, eps, rope, spec) -> None:
+    """x must be [M, Q + C + R], Q and C multiples of spec.group, R even; cos and sin [positions, R/2 or more]."""
+    if x.dim() != 2 or q_weight.dim() != 1 or kv_weight.dim() != 1:
+        raise ValueError(
+            f"x, q_weight and kv_weight have shapes {_shapes(x, q_weight, kv_weight)}; accepted: [M, Q+C+R], [Q], [C]"
+        )
+    q, c = q_weight.shape[0], kv_weight.shape[0]
+    r = x.shape[1] - q - c
+    if r <= 0 or r % 2:
+        raise ValueError(f"x has {x.shape[1]} columns and the weights {q} + {c}; an even number must remain for k_pe")
+    check_norm(x[:, :q], None, q_weight, spec)
+    check_norm(x[:, q : q + c], None, kv_weight, spec)
+    one_of("rope", rope, get_args(Rope))
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t.dim() != 2 or t.shape[1] < r // 2 or t.stride(1) != 1 or not t.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} is {_describe(t)}; accepted: [positions, {r // 2} or more], floating point, last stride 1"
+            )
+        _same_device(name, t, x)
+    if positions is None:
+        if cos.shape[0] < x.shape[0] or sin.shape[0] < x.shape[0]:
+            raise ValueError(
+                f"cos and sin have {cos.shape[0]} and {sin.shape[0]} rows for {x.shape[0]} rows of x without positions"
+            )
+    elif (
+        positions.shape != x.shape[:1] or positions.dtype not in (torch.int32, torch.int64) or positions.stride(0) != 1
+    ):
+        raise ValueError(f"positions is {_describe(positions)}; accepted: [{x.shape[0]}] int32 or int64, contiguous")
+    else:
+        _same_device("positions", positions, x)
+
+
 def _same_device(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
     if t.device != x.device:
         raise ValueError(f"{name} is on {t.device} and x on {x.device}; both must be on one device")
@@ -63,6 +104,10 @@ def _same_device(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
 
 def _describe(t: torch.Tensor) -> str:
     return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+
+
+def _shapes(*tensors: torch.Tensor) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tensors)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from normquant import env
+from normquant.version import VERSION
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -35,6 +35,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("env", "normquant.env", "versions, GPUs and driver, for a bug report"),
     Command("demo", "normquant.demo", "fuse a real DeepSeek-V3 layer and show before and after"),
     Command("audit", "normquant.audit.command", "what the compiler generates for a model, and what to do about it"),
+    Command("bench", "normquant.bench.command", "measure kernels on this GPU, beside the packages that do the same"),
+    Command("compare", "normquant.bench.compare", "what got slower or faster between two files of records"),
+    Command("tune", "normquant.bench.tune_command", "measure launch configs on this GPU and write their table"),
 )
 
 
@@ -78,7 +81,7 @@ def _parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         epilog=f"commands:\n{listing}\n\n`normquant COMMAND --help` describes one.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"normquant {env.normquant_version()}")
+    parser.add_argument("--version", action="version", version=f"normquant {VERSION}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("command", metavar="COMMAND", choices=[c.name for c in commands], help="see below")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="arguments of the command")

@@ -55,8 +55,10 @@ class Gpu:
     memory_mib: int | None
 
     def describe(self) -> str:
-        details = [f"compute capability {self.capability}" if self.capability else "",
-                   f"{self.memory_mib} MiB" if self.memory_mib is not None else ""]
+        details = [
+            f"compute capability {self.capability}" if self.capability else "",
+            f"{self.memory_mib} MiB" if self.memory_mib is not None else "",
+        ]
         return ", ".join([self.name, *filter(None, details)])
 
 
@@ -85,7 +87,7 @@ def collect(check: bool = False) -> Environment:
     if torch_gpus:
         gpus, seen_by = torch_gpus, "torch"
     return Environment(
-        normquant=normquant_version(),
+        normquant=_distribution_version(("normquant",)) or "not installed, run from its sources",
         python=f"{platform.python_version()} ({platform.python_implementation()}, {sys.executable})",
         platform=platform.platform(),
         cpu=_cpu_model(),
@@ -97,10 +99,6 @@ def collect(check: bool = False) -> Environment:
         driver=driver,
         cuda=getattr(getattr(torch, "version", None), "cuda", None),
     )
-
-
-def normquant_version() -> str:
-    return _distribution_version(("normquant",)) or "unknown (not installed, run from its sources)"
 
 
 def format_text(environment: Environment) -> str:
@@ -182,8 +180,14 @@ def _is_importable(module: str) -> bool:
 def _import_problem(module: str) -> str | None:
     """Why ``import module`` fails, in a fresh process: a crash or a hang there must not be one here."""
     try:
-        done = subprocess.run([sys.executable, "-c", f"import {module}"], stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, text=True, errors="replace", timeout=IMPORT_TIMEOUT_S)
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            timeout=IMPORT_TIMEOUT_S,
+        )
     except subprocess.TimeoutExpired:
         return f"import did not end within {IMPORT_TIMEOUT_S} s"
     except OSError as error:
@@ -228,8 +232,10 @@ def parse_smi(text: str) -> tuple[tuple[Gpu, ...], str | None]:
     """GPUs and driver version from nvidia-smi's CSV lines ``name, compute capability, MiB, driver``."""
     rows = [[field.strip() for field in line.split(",")] for line in text.splitlines()]
     rows = [row for row in rows if len(row) == 4]
-    gpus = tuple(Gpu(name, None if "N/A" in capability else capability, int(mib) if mib.isdigit() else None)
-                 for name, capability, mib, _ in rows)
+    gpus = tuple(
+        Gpu(name, None if "N/A" in capability else capability, int(mib) if mib.isdigit() else None)
+        for name, capability, mib, _ in rows
+    )
     return gpus, rows[0][3] if rows else None
 
 

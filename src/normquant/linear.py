@@ -38,11 +38,14 @@ def block_fp8_linear(
     Raises ValueError for anything else.
     """
     if q.spec.group != BLOCK or q.spec.scale == "ue8m0_packed":
-        raise ValueError(f"the activation has group {q.spec.group} and scale {q.spec.scale!r}; accepted: 128, fp32 or ue8m0")
+        raise ValueError(
+            f"the activation has group {q.spec.group} and scale {q.spec.scale!r}; accepted: 128, fp32 or ue8m0"
+        )
+    _check_bias(bias, weight)
     data, scale = q.data.view(-1, q.shape[-1]), q.scale.view(-1, q.scale.shape[-1])
     out = torch.ops.normquant.block_fp8_linear(data, scale, weight, weight_scale, out_dtype)
     out = out.view(*q.shape[:-1], weight.shape[0])
-    return out if bias is None else out + bias
+    return out if bias is None else out + bias.to(out_dtype)
 
 
 class BlockFP8Linear(torch.nn.Module):
@@ -61,15 +64,21 @@ class BlockFP8Linear(torch.nn.Module):
     ) -> None:
         super().__init__()
         _check_weight(weight, weight_scale)
+        _check_bias(bias, weight)
         self.spec = spec
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.register_buffer("weight_scale", pad_weight_scale(weight_scale))
-        self.bias = bias
+        self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.weight_scale = pad_weight_scale(self.weight_scale)  # .to() and .cuda() close the gaps between rows
+        return self
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear, spec: QuantSpec = LINEAR_SPEC) -> BlockFP8Linear:
         """The block-quantized form of a linear layer."""
-        return cls(*quantize_weight(linear.weight.detach()), linear.bias, spec)
+        return cls(*quantize_weight(linear.weight.detach()), linear.bias, spec=spec)
 
     def forward(self, x: torch.Tensor | QuantizedActivation) -> torch.Tensor:
         """x [..., K] bfloat16 or float16, quantized here, or already quantized -> [..., N] in x's dtype (bfloat16)."""
@@ -80,6 +89,10 @@ class BlockFP8Linear(torch.nn.Module):
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, K] any float -> [N, K] float8_e4m3fn and [ceil(N/128), ceil(K/128)] float32, s = amax / 448 of each block."""
+    if weight.dim() != 2 or not weight.dtype.is_floating_point:
+        raise ValueError(
+            f"weight is {tuple(weight.shape)} {weight.dtype}; [N, K] of a floating-point dtype is accepted"
+        )
     n, k = weight.shape
     padded = F.pad(weight.float(), (0, -k % BLOCK, 0, -n % BLOCK))
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [N/128, 128, K/128, 128]
@@ -101,30 +114,50 @@ def pad_weight_scale(weight_scale: torch.Tensor) -> torch.Tensor:
 
 
 def _check_weight(weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
-    if weight.dim() != 2 or weight.dtype != torch.float8_e4m3fn:
-        raise ValueError(f"weight is {tuple(weight.shape)} {weight.dtype}; [N, K] float8_e4m3fn is accepted")
+    if weight.dim() != 2 or weight.dtype != torch.float8_e4m3fn or not weight.is_contiguous():
+        raise ValueError(
+            f"weight is {tuple(weight.shape)} {weight.dtype} with stride {weight.stride()}; "
+            f"[N, K] float8_e4m3fn, contiguous, is accepted"
+        )
     expected = tuple((size + BLOCK - 1) // BLOCK for size in weight.shape)
     if tuple(weight_scale.shape) != expected or weight_scale.dtype != torch.float32:
         raise ValueError(
             f"weight_scale is {tuple(weight_scale.shape)} {weight_scale.dtype}; a weight of shape "
             f"{tuple(weight.shape)} takes {expected} float32"
         )
+    if weight_scale.device != weight.device:
+        raise ValueError(
+            f"weight_scale is on {weight_scale.device} and weight on {weight.device}; one device is needed"
+        )
 
 
-def _check(data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype) -> None:
+def _check_bias(bias: torch.Tensor | None, weight: torch.Tensor) -> None:
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [N] = [{weight.shape[0]}]")
+
+
+def _check(
+    data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype
+) -> None:
     _check_weight(weight, weight_scale)
     m, k = data.shape
+    if data.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"data has dtype {data.dtype}; float8_e4m3fn is accepted")
     if weight.shape[1] != k or k % BLOCK:
         raise ValueError(f"data has K = {k} and weight {weight.shape[1]}; they must be one multiple of {BLOCK}")
-    if tuple(scale.shape) != (m, k // BLOCK) or scale.dtype != torch.float32:
+    if scale.shape[0] != m or scale.shape[1] != k // BLOCK or scale.dtype != torch.float32:
         raise ValueError(f"scale is {tuple(scale.shape)} {scale.dtype}; data {(m, k)} takes {(m, k // BLOCK)} float32")
+    if len({t.device for t in (data, scale, weight)}) != 1:
+        raise ValueError(
+            f"data, scale and weight are on {data.device}, {scale.device} and {weight.device}; one is needed"
+        )
     if out_dtype not in OUT_DTYPES:
         raise ValueError(f"out_dtype is {out_dtype}; accepted: {', '.join(map(str, OUT_DTYPES))}")
 
 
 @torch.library.register_fake("normquant::block_fp8_linear", lib=LIBRARY)
 def _(data, scale, weight, weight_scale, out_dtype):
-    _check_weight(weight, weight_scale)
+    _check(data, scale, weight, weight_scale, out_dtype)
     return data.new_empty((data.shape[0], weight.shape[0]), dtype=out_dtype)
 
 

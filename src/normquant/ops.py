@@ -1,8 +1,8 @@
 """The ops as torch sees them, and the functions that a user calls.
 
-Every op is functional, has a fixed number of outputs and takes its QuantSpec as the string `spec.encode()`, so that it can
-stand in a compiled graph. On CUDA it runs a Triton kernel, on CPU the reference; the fake implementation gives the same
-shapes, strides and dtypes. Ops take x as [M, K]; the functions below take any leading dimensions.
+Every op is functional, has a fixed number of outputs and takes its QuantSpec as the string `spec.encode()`, so that it
+can stand in a compiled graph. On CUDA it runs a Triton kernel, on CPU the reference; the fake implementation gives the
+same shapes, strides and dtypes. Ops take x as [M, K]; the functions below take any leading dimensions.
 """
 
 from __future__ import annotations
@@ -10,146 +10,134 @@ from __future__ import annotations
 import torch
 
 from normquant import reference
-from normquant.checks import check_norm, check_quant, rows
-from normquant.spec import QuantizedActivation, QuantSpec
+from normquant.checks import check_latent, check_norm, check_quant, check_silu_mul, rows
+from normquant.spec import QuantizedActivation, QuantSpec, Rope
 
 LIBRARY = torch.library.Library("normquant", "DEF")
 DEFAULT = QuantSpec()
-
-_NORM = "Tensor x, Tensor weight, float eps, float weight_offset, str spec"
-_ADD = "Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset, str spec"
-SCHEMAS = {
-    "rms_norm_quant": f"({_NORM}) -> (Tensor data, Tensor scale)",
-    "rms_norm_quant_with_norm": f"({_NORM}) -> (Tensor data, Tensor scale, Tensor norm)",
-    "add_rms_norm_quant": f"({_ADD}) -> (Tensor data, Tensor scale, Tensor sum)",
-    "add_rms_norm_quant_with_norm": f"({_ADD}) -> (Tensor data, Tensor scale, Tensor sum, Tensor norm)",
-    "group_quant": "(Tensor x, str spec) -> (Tensor data, Tensor scale)",
-}
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
-def _impl(op: str, key: str):
-    """Register the decorated function as the implementation of `op` for a dispatch key; "Meta" is its fake."""
+def _register(schema: str, check, fake, cpu, cuda) -> None:
+    """Define an op; each implementation sees checked inputs and, as its last argument, the decoded spec."""
+    LIBRARY.define(schema, tags=TAGS)
+    name = schema.partition("(")[0]
 
-    def register(fn):
-        if key == "Meta":
-            torch.library.register_fake(f"normquant::{op}", fn, lib=LIBRARY)
-        else:
-            LIBRARY.impl(op, fn, key)
-        return fn
+    def decoded(run):
+        def call(*args):
+            args = (*args[:-1], QuantSpec.decode(args[-1]))
+            check(*args)
+            return run(*args)
 
-    return register
+        return call
+
+    torch.library.register_fake(f"normquant::{name}", decoded(fake), lib=LIBRARY)
+    LIBRARY.impl(name, decoded(cpu), "CPU")
+    LIBRARY.impl(name, decoded(cuda), "CUDA")
 
 
-for _name, _schema in SCHEMAS.items():
-    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-
-
-def _fake_quant(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    m, k = x.shape
+def _fake_quant(x: torch.Tensor, m, k, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
     scale = x.new_empty_strided(spec.scale_shape(m, k), spec.scale_stride(m, k), dtype=spec.scale_dtype)
     return x.new_empty((m, k), dtype=spec.dtype), scale
 
 
-def _fake_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, spec: str):
-    check_norm(x, residual, weight, QuantSpec.decode(spec))
-    return _fake_quant(x, QuantSpec.decode(spec))
+def _register_norm(name: str, with_residual: bool, with_norm: bool) -> None:
+    residual = "Tensor residual, " if with_residual else ""
+    outputs = ["Tensor data", "Tensor scale"] + ["Tensor sum"] * with_residual + ["Tensor norm"] * with_norm
+    schema = (
+        f"{name}(Tensor x, {residual}Tensor weight, float eps, float weight_offset, str spec) -> ({', '.join(outputs)})"
+    )
+
+    def split(args):
+        return args if with_residual else (args[0], None, *args[1:])
+
+    def check(*args):
+        x, residual, weight, _, _, spec = split(args)
+        check_norm(x, residual, weight, spec)
+
+    def fake(x, *args):
+        return *_fake_quant(x, *x.shape, args[-1]), *(x.new_empty(x.shape) for _ in outputs[2:])
+
+    def cpu(*args):
+        x, residual, weight, eps, offset, spec = split(args)
+        if with_residual:
+            return reference.add_rms_norm_quant(x, residual, weight, eps, spec, offset)[: len(outputs)]
+        return reference.rms_norm_quant(x, weight, eps, spec, offset)[: len(outputs)]
+
+    def cuda(*args):
+        from normquant.kernels.rms_norm_quant import rms_norm_quant
+
+        x, residual, weight, eps, offset, spec = split(args)
+        return tuple(t for t in rms_norm_quant(x, residual, weight, eps, spec, offset, with_norm) if t is not None)
+
+    _register(schema, check, fake, cpu, cuda)
 
 
-def _cuda_norm(x, residual, weight, eps, weight_offset, spec, return_norm):
-    from normquant.kernels.rms_norm_quant import rms_norm_quant
-
-    check_norm(x, residual, weight, QuantSpec.decode(spec))
-    return rms_norm_quant(x, residual, weight, eps, QuantSpec.decode(spec), weight_offset, return_norm)
+for _name in ("rms_norm_quant", "add_rms_norm_quant"):
+    _register_norm(_name, _name.startswith("add"), with_norm=False)
+    _register_norm(f"{_name}_with_norm", _name.startswith("add"), with_norm=True)
 
 
-@_impl("rms_norm_quant", "Meta")
-def _(x, weight, eps, weight_offset, spec):
-    return _fake_norm(x, None, weight, spec)
-
-
-@_impl("rms_norm_quant_with_norm", "Meta")
-def _(x, weight, eps, weight_offset, spec):
-    return *_fake_norm(x, None, weight, spec), x.new_empty(x.shape)
-
-
-@_impl("add_rms_norm_quant", "Meta")
-def _(x, residual, weight, eps, weight_offset, spec):
-    return *_fake_norm(x, residual, weight, spec), x.new_empty(x.shape)
-
-
-@_impl("add_rms_norm_quant_with_norm", "Meta")
-def _(x, residual, weight, eps, weight_offset, spec):
-    return *_fake_norm(x, residual, weight, spec), x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-@_impl("group_quant", "Meta")
-def _(x, spec):
-    check_quant(x, QuantSpec.decode(spec))
-    return _fake_quant(x, QuantSpec.decode(spec))
-
-
-@_impl("rms_norm_quant", "CPU")
-def _(x, weight, eps, weight_offset, spec):
-    check_norm(x, None, weight, QuantSpec.decode(spec))
-    return reference.rms_norm_quant(x, weight, eps, QuantSpec.decode(spec), weight_offset)[:2]
-
-
-@_impl("rms_norm_quant_with_norm", "CPU")
-def _(x, weight, eps, weight_offset, spec):
-    check_norm(x, None, weight, QuantSpec.decode(spec))
-    return reference.rms_norm_quant(x, weight, eps, QuantSpec.decode(spec), weight_offset)
-
-
-@_impl("add_rms_norm_quant", "CPU")
-def _(x, residual, weight, eps, weight_offset, spec):
-    check_norm(x, residual, weight, QuantSpec.decode(spec))
-    return reference.add_rms_norm_quant(x, residual, weight, eps, QuantSpec.decode(spec), weight_offset)[:3]
-
-
-@_impl("add_rms_norm_quant_with_norm", "CPU")
-def _(x, residual, weight, eps, weight_offset, spec):
-    check_norm(x, residual, weight, QuantSpec.decode(spec))
-    return reference.add_rms_norm_quant(x, residual, weight, eps, QuantSpec.decode(spec), weight_offset)
-
-
-@_impl("group_quant", "CPU")
-def _(x, spec):
-    check_quant(x, QuantSpec.decode(spec))
-    return reference.group_quant(x, QuantSpec.decode(spec))
-
-
-@_impl("rms_norm_quant", "CUDA")
-def _(x, weight, eps, weight_offset, spec):
-    return _cuda_norm(x, None, weight, eps, weight_offset, spec, False)[:2]
-
-
-@_impl("rms_norm_quant_with_norm", "CUDA")
-def _(x, weight, eps, weight_offset, spec):
-    data, scale, _, norm = _cuda_norm(x, None, weight, eps, weight_offset, spec, True)
-    return data, scale, norm
-
-
-@_impl("add_rms_norm_quant", "CUDA")
-def _(x, residual, weight, eps, weight_offset, spec):
-    return _cuda_norm(x, residual, weight, eps, weight_offset, spec, False)[:3]
-
-
-@_impl("add_rms_norm_quant_with_norm", "CUDA")
-def _(x, residual, weight, eps, weight_offset, spec):
-    return _cuda_norm(x, residual, weight, eps, weight_offset, spec, True)
-
-
-@_impl("group_quant", "CUDA")
-def _(x, spec):
+def _group_quant_cuda(x, spec):
     from normquant.kernels.group_quant import group_quant
 
-    check_quant(x, QuantSpec.decode(spec))
-    return group_quant(x, QuantSpec.decode(spec))
+    return group_quant(x, spec)
 
 
-def _activation(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> QuantizedActivation:
-    lead = x.shape[:-1]
-    return QuantizedActivation(data.view(x.shape), scale.view(*lead, scale.shape[-1]), spec)
+_register(
+    "group_quant(Tensor x, str spec) -> (Tensor data, Tensor scale)",
+    check_quant,
+    lambda x, spec: _fake_quant(x, *x.shape, spec),
+    reference.group_quant,
+    _group_quant_cuda,
+)
+
+
+def _silu_mul_quant_cuda(x, spec):
+    from normquant.kernels.silu_mul_quant import silu_mul_quant
+
+    return silu_mul_quant(x, spec)
+
+
+_register(
+    "silu_mul_quant(Tensor x, str spec) -> (Tensor data, Tensor scale)",
+    check_silu_mul,
+    lambda x, spec: _fake_quant(x, x.shape[0], x.shape[1] // 2, spec),
+    reference.silu_mul_quant,
+    _silu_mul_quant_cuda,
+)
+
+
+def _register_latent(name: str, quantize_kv: bool) -> None:
+    schema = (
+        f"{name}(Tensor x, Tensor q_weight, Tensor kv_weight, Tensor cos, Tensor sin, Tensor? positions, float eps, "
+        f"str rope, str spec) -> (Tensor q_data, Tensor q_scale, Tensor kv_norm, Tensor k_pe"
+        f"{', Tensor kv_data, Tensor kv_scale' if quantize_kv else ''})"
+    )
+
+    def fake(x, q_weight, kv_weight, *args):
+        m, q, c, spec = x.shape[0], q_weight.shape[0], kv_weight.shape[0], args[-1]
+        kv = _fake_quant(x, m, c, spec) if quantize_kv else ()
+        return *_fake_quant(x, m, q, spec), x.new_empty((m, c)), x.new_empty((m, x.shape[1] - q - c)), *kv
+
+    def cpu(*args):
+        return reference.latent_norm_quant(*args)[: 6 if quantize_kv else 4]
+
+    def cuda(*args):
+        from normquant.kernels.latent_norm_quant import latent_norm_quant
+
+        return latent_norm_quant(*args, quantize_kv)[: 6 if quantize_kv else 4]
+
+    _register(schema, check_latent, fake, cpu, cuda)
+
+
+_register_latent("latent_norm_quant", quantize_kv=False)
+_register_latent("latent_norm_quant_with_kv", quantize_kv=True)
+
+
+def _activation(lead: torch.Size, quantized: tuple[torch.Tensor, ...], spec: QuantSpec) -> QuantizedActivation:
+    data, scale = quantized
+    return QuantizedActivation(data.view(*lead, data.shape[-1]), scale.view(*lead, scale.shape[-1]), spec)
 
 
 def rms_norm_quant(
@@ -178,9 +166,9 @@ def rms_norm_quant(
     flat = rows("x", x)
     args = (flat, weight, eps, weight_offset, spec.encode())
     if not return_norm:
-        return _activation(x, *torch.ops.normquant.rms_norm_quant(*args), spec)
+        return _activation(x.shape[:-1], torch.ops.normquant.rms_norm_quant(*args), spec)
     data, scale, norm = torch.ops.normquant.rms_norm_quant_with_norm(*args)
-    return _activation(x, data, scale, spec), norm.view(x.shape)
+    return _activation(x.shape[:-1], (data, scale), spec), norm.view(x.shape)
 
 
 def add_rms_norm_quant(
@@ -205,16 +193,71 @@ def add_rms_norm_quant(
     args = (rows("x", x), rows("residual", residual), weight, eps, weight_offset, spec.encode())
     if not return_norm:
         data, scale, total = torch.ops.normquant.add_rms_norm_quant(*args)
-        return _activation(x, data, scale, spec), total.view(x.shape)
+        return _activation(x.shape[:-1], (data, scale), spec), total.view(x.shape)
     data, scale, total, norm = torch.ops.normquant.add_rms_norm_quant_with_norm(*args)
-    return _activation(x, data, scale, spec), total.view(x.shape), norm.view(x.shape)
+    return _activation(x.shape[:-1], (data, scale), spec), total.view(x.shape), norm.view(x.shape)
 
 
 def group_quant(x: torch.Tensor, *, spec: QuantSpec = DEFAULT) -> QuantizedActivation:
     """x quantized in groups of `spec.group` neighbours of a row.
 
     x: [..., K] bfloat16 or float16; the last stride is 1, rows may be any distance apart; K a multiple of the group.
-    A group of zeros gives the scale floor and zero data; a NaN makes its group NaN; an inf gives an inf scale, NaN where
-    x is inf and zero elsewhere. M = 0 gives empty outputs. Raises ValueError for anything else.
+    A group of zeros gives the scale floor and zero data; a NaN makes its group NaN; an inf gives an inf scale, NaN
+    where x is inf and zero elsewhere. M = 0 gives empty outputs. Raises ValueError for anything else.
     """
-    return _activation(x, *torch.ops.normquant.group_quant(rows("x", x), spec.encode()), spec)
+    return _activation(x.shape[:-1], torch.ops.normquant.group_quant(rows("x", x), spec.encode()), spec)
+
+
+def silu_mul_quant(x: torch.Tensor, *, spec: QuantSpec = DEFAULT) -> QuantizedActivation:
+    """silu(gate) * up, quantized in groups, in one kernel.
+
+    silu(g) = g / (1 + exp(-g)) in fp32; `spec.rounding` "twice" rounds it and the product to x's dtype, as an eager
+    model does, "once" the product alone.
+
+    x: [..., 2K] bfloat16 or float16, gate in the first K values and up in the others; the last stride is 1, rows may be
+    any distance apart; K a multiple of the group. Returns [..., K]. Raises ValueError for anything else.
+    """
+    return _activation(x.shape[:-1], torch.ops.normquant.silu_mul_quant(rows("x", x), spec.encode()), spec)
+
+
+def latent_norm_quant(
+    x: torch.Tensor,
+    q_weight: torch.Tensor,
+    kv_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    rope: Rope = "interleaved",
+    spec: QuantSpec = DEFAULT,
+    quantize_kv: bool = False,
+) -> (
+    tuple[QuantizedActivation, torch.Tensor, torch.Tensor]
+    | tuple[QuantizedActivation, torch.Tensor, torch.Tensor, QuantizedActivation]
+):
+    """The latents of multi-head latent attention from the fused qkv_a projection, in one kernel.
+
+    x: [..., Q + C + R] bfloat16 or float16: q_a, kv_a and k_pe; rows may be any distance apart.
+    q_weight [Q], kv_weight [C]: weights of the two RMSNorms, which share `eps`; the rest of x is k_pe.
+    cos, sin: [positions, R/2] or wider, of which the first R/2 values of a row are read; rows may be any distance
+        apart. vLLM: the halves of cos_sin_cache. transformers: the rows of position_embeddings, `positions` None.
+    positions: [...] int32 or int64, which row of cos and sin belongs to which row of x; None: row i to row i.
+    rope: "interleaved" turns the pairs (2i, 2i+1), "half" the pairs (i, i + R/2), "interleaved_to_half" reads the first
+        and writes the second, as transformers' DeepSeek does. Rounded to x's dtype once, or after each product too
+        where `spec.rounding` is "inner" or "twice", as an eager model does.
+
+    Returns q_a normed and quantized [..., Q], kv_a normed [..., C], k_pe turned [..., R], and with quantize_kv the
+    normed kv_a quantized [..., C]. Q and C must be multiples of `spec.group`. Raises ValueError for anything else.
+    """
+    flat = None if positions is None else positions.reshape(-1)
+    args = (rows("x", x), q_weight, kv_weight, cos, sin, flat, eps, rope, spec.encode())
+    op = torch.ops.normquant.latent_norm_quant_with_kv if quantize_kv else torch.ops.normquant.latent_norm_quant
+    q_data, q_scale, kv_norm, k_pe, *kv = op(*args)
+    lead = x.shape[:-1]
+    outputs = (
+        _activation(lead, (q_data, q_scale), spec),
+        kv_norm.view(*lead, kv_norm.shape[-1]),
+        k_pe.view(*lead, k_pe.shape[-1]),
+    )
+    return (*outputs, _activation(lead, tuple(kv), spec)) if quantize_kv else outputs

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from normquant.spec import FP8_MAX, QuantSpec, empty_scale
+from normquant.spec import AMAX_SHIFT, FP8_MAX, QuantSpec, Rope, empty_scale
 
 
 def sum_of_squares(h: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def rms_norm(
 def scale_by_weight(
     n: torch.Tensor, weight: torch.Tensor, spec: QuantSpec, dtype: torch.dtype, weight_offset: float = 0.0
 ) -> torch.Tensor:
-    """n * (weight + weight_offset) in fp32 with the roundings of `spec`; n is [M, K] fp32, weight [K]."""
+    """n * (weight + weight_offset) in fp32 with the roundings of `spec`; n is [M, K] fp32, weight [K] or [M, K]."""
     w = weight.float() + weight_offset if weight_offset else weight.float()
     if spec.rounding in ("inner", "twice"):
         n = n.to(dtype).float()
@@ -81,7 +81,7 @@ def quantize(y: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tens
     elif spec.divide == "reciprocal":
         q = grouped * scale.reciprocal().unsqueeze(-1)
     else:
-        q = grouped * (torch.full_like(amax, FP8_MAX) / amax).unsqueeze(-1)
+        q = grouped * ((amax * AMAX_SHIFT).reciprocal() * (FP8_MAX * AMAX_SHIFT)).unsqueeze(-1)
     return q.clamp(-FP8_MAX, FP8_MAX).to(spec.dtype).flatten(-2), scale
 
 
@@ -107,7 +107,12 @@ def rms_norm_quant(
 
 
 def add_rms_norm_quant(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, spec: QuantSpec, weight_offset: float = 0.0
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    spec: QuantSpec,
+    weight_offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, residual [M, K], weight [K] -> data, scale, x + residual [M, K] in x's dtype, norm [M, K] in x's dtype."""
     h = x.float() + residual.float()
@@ -120,3 +125,44 @@ def group_quant(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.T
     """x [M, K] -> data [M, K] fp8, scale."""
     data, scale = quantize(x.float(), spec)
     return data, store_scale(scale, x.shape[-1], spec)
+
+
+def silu_mul_quant(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, 2K], gate then up -> data [M, K] fp8 of silu(gate) * up, scale."""
+    gate, up = x.float().chunk(2, dim=-1)  # [M, K] each
+    silu = gate / (1.0 + torch.exp(-gate))
+    return group_quant(scale_by_weight(silu, up, spec, x.dtype), spec)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope, spec: QuantSpec) -> torch.Tensor:
+    """x [M, R] turned by the angles of cos and sin [M, R/2], in x's dtype (Su et al. 2021, equation 34)."""
+    pairs = x.float().unflatten(-1, (2, -1) if rope == "half" else (-1, 2))
+    a, b = pairs.unbind(-2 if rope == "half" else -1)  # [M, R/2] each
+
+    def product(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        p = u * v.float()
+        return p.to(x.dtype).float() if spec.rounding in ("inner", "twice") else p
+
+    turned = product(a, cos) - product(b, sin), product(b, cos) + product(a, sin)
+    return torch.stack(turned, -1 if rope == "interleaved" else -2).flatten(-2).to(x.dtype)
+
+
+def latent_norm_quant(
+    x: torch.Tensor,
+    q_weight: torch.Tensor,
+    kv_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    eps: float,
+    rope: Rope,
+    spec: QuantSpec,
+) -> tuple[torch.Tensor, ...]:
+    """x [M, Q + C + R] -> q data, q scale, kv norm [M, C], k_pe [M, R], kv data, kv scale."""
+    m, q, c = x.shape[0], q_weight.shape[0], kv_weight.shape[0]
+    q_a, kv_a, k_pe = x.split((q, c, x.shape[1] - q - c), dim=1)
+    half = k_pe.shape[1] // 2
+    at = slice(0, m) if positions is None else positions
+    q_data, q_scale, _ = rms_norm_quant(q_a, q_weight, eps, spec)
+    kv_data, kv_scale, kv_norm = rms_norm_quant(kv_a, kv_weight, eps, spec)
+    return q_data, q_scale, kv_norm, rotate(k_pe, cos[at, :half], sin[at, :half], rope, spec), kv_data, kv_scale

@@ -1,10 +1,11 @@
-"""What a block-quantized activation is: number format, scale encoding, memory layout and the arithmetic that makes it."""
+"""What a block-quantized activation is: number format, scale encoding, memory layout and arithmetic."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from typing import Literal, get_args
+from functools import cache
+from typing import ClassVar, Literal, get_args
 
 import torch
 
@@ -14,9 +15,11 @@ Rounding = Literal["none", "inner", "once", "twice"]
 Divide = Literal["scale", "reciprocal", "amax"]
 ScaleBy = Literal["scalar", "divide", "multiply"]
 Sum = Literal["fp32", "rounded"]
+Rope = Literal["interleaved", "half", "interleaved_to_half"]
 
 FP8_MAX = 448.0  # the largest finite float8_e4m3fn
 GROUPS = (32, 64, 128)
+AMAX_SHIFT = 2.0**-10  # keeps the reciprocal of the largest amax a normal number
 TMA_ALIGN = 4  # rows: 16 bytes of fp32 or int32, what a TMA descriptor asks of a column stride
 MIN_SCALE = 2.0**-64  # below it 1/scale and the residual of the division could leave the normal fp32 numbers
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
@@ -32,15 +35,15 @@ class QuantSpec:
     group: values per scale, 128, 64 or 32; K must be a multiple of it.
     scale: how a scale is stored. "fp32"; "ue8m0", an fp32 power of two, 2**ceil(log2(s)); "ue8m0_packed", the biased
         exponents of four neighbouring groups in one int32, little end first, zero where K/group is not a multiple of 4.
-    layout: "row" [M, G] contiguous; "col" column-major with column stride M; "col_tma" column-major with a column stride
-        of M rounded up to 4 rows, the pad zeroed. "ue8m0_packed" needs "col_tma".
+    layout: "row" [M, G] contiguous; "col" column-major with column stride M; "col_tma" column-major with a column
+        stride of M rounded up to 4 rows, the pad zeroed. "ue8m0_packed" needs "col_tma".
     rounding: where the norm is rounded to the activation dtype before it is quantized, with n = x * rstd:
         "none" n * w; "inner" round(n) * w; "once" round(n * w); "twice" round(round(n) * w).
     sum: what the norm reads after a residual add: "fp32" the unrounded sum, "rounded" the sum as it is stored.
     floor: lower bound of a group's amax. scale_floor: lower bound of the scale. One of them must be positive.
     scale_by: how amax becomes a scale: "scalar" as torch divides by a Python scalar (a product with the fp32 reciprocal
         on CUDA, a division on CPU), "divide" amax / 448 correctly rounded, "multiply" amax * fp32(1/448).
-    divide: how a value y becomes data: "scale" y / s, "reciprocal" y * (1/s), "amax" y * (448 / amax).
+    divide: how a value y becomes data: "scale" y / s, "reciprocal" y * (1/s), "amax" y * (448 * (1/amax)).
 
     Raises ValueError for a combination that is not one of these.
     """
@@ -55,26 +58,32 @@ class QuantSpec:
     scale_floor: float = 0.0
     scale_by: ScaleBy = "scalar"
     divide: Divide = "scale"
+    _encoded: ClassVar[str]  # set for each instance, and no field: specs are compared, printed and copied without it
 
     def __post_init__(self) -> None:
         if self.dtype != torch.float8_e4m3fn:
             raise ValueError(f"dtype is {self.dtype}; torch.float8_e4m3fn is accepted")
-        _one_of("group", self.group, GROUPS)
-        _one_of("scale", self.scale, get_args(ScaleEncoding))
-        _one_of("layout", self.layout, get_args(Layout))
-        _one_of("rounding", self.rounding, get_args(Rounding))
-        _one_of("sum", self.sum, get_args(Sum))
-        _one_of("scale_by", self.scale_by, get_args(ScaleBy))
-        _one_of("divide", self.divide, get_args(Divide))
+        one_of("group", self.group, GROUPS)
+        one_of("scale", self.scale, get_args(ScaleEncoding))
+        one_of("layout", self.layout, get_args(Layout))
+        one_of("rounding", self.rounding, get_args(Rounding))
+        one_of("sum", self.sum, get_args(Sum))
+        one_of("scale_by", self.scale_by, get_args(ScaleBy))
+        one_of("divide", self.divide, get_args(Divide))
         if self.scale == "ue8m0_packed" and self.layout != "col_tma":
             raise ValueError(f"scale='ue8m0_packed' has layout={self.layout!r}; only 'col_tma' is accepted")
         if self.divide == "amax" and (self.is_ue8m0 or self.scale_floor):
-            raise ValueError("divide='amax' ignores the stored scale, so it is accepted only for fp32 scales without scale_floor")
-        if not max(self.floor / FP8_MAX, self.scale_floor) >= MIN_SCALE:
             raise ValueError(
-                f"floor is {self.floor} and scale_floor {self.scale_floor}; the smallest scale, "
-                f"max(floor / 448, scale_floor), must be at least 2**-64"
+                "divide='amax' ignores the stored scale, so it is accepted only for fp32 scales without scale_floor"
             )
+        floors = self.floor, self.scale_floor
+        if not (all(0 <= f < math.inf for f in floors) and max(self.floor / FP8_MAX, self.scale_floor) >= MIN_SCALE):
+            raise ValueError(
+                f"floor is {self.floor} and scale_floor {self.scale_floor}; both must be finite and not negative, and "
+                f"the smallest scale, max(floor / 448, scale_floor), at least 2**-64"
+            )
+        # Made here and not in encode(): a compiler that traces encode() may hold the floats as symbols.
+        object.__setattr__(self, "_encoded", ",".join(_short(getattr(self, f.name)) for f in fields(self)))
 
     @property
     def is_ue8m0(self) -> bool:
@@ -95,7 +104,7 @@ class QuantSpec:
         """Stride, in elements, of the stored scale of an [m, k] activation; m and k may be symbolic."""
         if self.layout == "row":
             return (self.scale_shape(m, k)[1], 1)
-        return (1, self.scale_rows(m))
+        return (1, torch.sym_max(1, self.scale_rows(m)))  # as torch strides an empty tensor
 
     def scale_rows(self, m):
         """Rows of memory behind one column of scales: m, or m rounded up for TMA."""
@@ -107,10 +116,10 @@ class QuantSpec:
 
     def encode(self) -> str:
         """The spec as one short string, the form in which a compiled graph carries it."""
-        return ",".join(_short(getattr(self, f.name)) for f in fields(self))
+        return self._encoded
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def decode(text: str) -> QuantSpec:
         """The spec whose `encode()` is `text`; raises ValueError for any other text."""
         names, parts = fields(QuantSpec), text.split(",")
@@ -165,7 +174,8 @@ def empty_scale(m: int, k: int, spec: QuantSpec, device: torch.device) -> torch.
     return torch.empty((columns, rows), dtype=spec.scale_dtype, device=device).t()[:m]
 
 
-def _one_of(name: str, value: object, accepted: tuple) -> None:
+def one_of(name: str, value: object, accepted: tuple) -> None:
+    """Raise a ValueError unless value is one of `accepted`."""
     if value not in accepted:
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
 

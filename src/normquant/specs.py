@@ -16,8 +16,11 @@ FLASHINFER = QuantSpec(layout="col_tma", rounding="once", floor=1e-4, scale_by="
 amax = max(amax, 1e-4), s = amax / 448, q = y * (448 / amax)."""
 
 VLLM = QuantSpec(rounding="twice", scale_by="divide")
-"""vLLM's norm followed by `per_token_group_fp8_quant`: y = round(round(x * rstd) * w), amax = max(amax, 1e-10),
-s = amax / 448, q = y / s."""
+"""vLLM's norm as a compiled model has it, followed by `per_token_group_fp8_quant`: norm of the unrounded sum,
+y = round(round(x * rstd) * w), amax = max(amax, 1e-10), s = amax / 448, q = y / s."""
+
+VLLM_EAGER = VLLM.but(sum="rounded")
+"""The same with vLLM's CUDA op `fused_add_rms_norm`, which adds in the activation dtype."""
 
 VLLM_UE8M0 = VLLM.but(scale="ue8m0", scale_floor=1e-10)
 """`per_token_group_fp8_quant(scale_ue8m0=True)`: s = 2**ceil(log2(max(amax / 448, 1e-10)))."""

@@ -39,9 +39,10 @@ def audit(
 
     Compiled functions of this process are compiled anew when they are next called: the compiler's state is reset.
     """
-    from normquant.audit import capture as live
-    from normquant.audit import targets
-    from normquant.audit.result import report
+    from normquant.audit import disk, wrappercode
+    from normquant.audit.capture import capture
 
-    captured = live.capture(fn, make_inputs, target, options, dynamic)
-    return report([c.program for c in captured], "\n".join(c.source for c in captured), targets.resolve(target))
+    captured = capture(fn, make_inputs, target, options, dynamic)
+    modules = [wrappercode.read_module(one.source, f"graph {index}") for index, one in enumerate(captured)]
+    text = "\n".join(one.source for one in captured)
+    return disk.reports(modules, text, target, scheduled=[one.scheduled for one in captured])[0]

@@ -3,10 +3,11 @@
 import ast
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from normquant.audit import digits, kernelcode, opaque, sizes
-from normquant.audit.kernelcode import KernelCode, NotAKernel
+from normquant.audit import copies, digits, kernelcode, learn, opaque, sizes
+from normquant.audit.kernelcode import KernelCode
+from normquant.audit.module import Call, Module, Size, Tensor
 from normquant.audit.program import (
     COPY_LAYOUT,
     COPY_SAME,
@@ -19,86 +20,44 @@ from normquant.audit.program import (
     Launch,
     Origin,
     Program,
+    View,
 )
+from normquant.audit.symbols import symbols
 from normquant.audit.values import Site, Uses
-from normquant.audit.wrappercode import Call, Module, Size, Tensor
 
 
-def build(module: Module, given: Mapping[str, int] | None = None) -> Program:
-    """The program of `module`; `given` sets sizes, the others are those that it was compiled with."""
-    return _Builder(module, {**module.hints, **(given or {})}).program()
+def build(
+    module: Module, given: Mapping[str, int] | None = None, compiled: Mapping[str, Buffer] | None = None
+) -> Program:
+    """The program of `module`; `given` sets sizes, the others are those that it was compiled with.
 
-
-def symbols(module: Module) -> tuple[str, ...]:
-    """The names of the sizes that are not fixed."""
-    used: set[str] = set()
-    for tensor in module.tensors.values():
-        for extent in tensor.size or ():
-            used |= sizes.names(extent)
-    for call in module.calls:
-        for argument in call.arguments:
-            if not isinstance(argument, Tensor) and call.kernel is not None:
-                used |= sizes.names(argument)
-    return tuple(sorted(name for name in used if name in module.hints or name[:1] in "su" and name[1:].isdigit()))
+    `compiled` is what the compiler knew of its buffers: for tensors whose size or dtype the code does not show.
+    """
+    module = replace(module, tensors=dict(module.tensors))  # what is learned below holds for these sizes
+    codes, notes = learn.kernels(module)
+    notes = [*module.notes, *notes, *learn.fill_in(module, codes, compiled or {})]
+    return _Builder(module, {**module.hints, **(given or {})}, codes, notes).program()
 
 
 @dataclass
 class _Builder:
     module: Module
     values: dict[str, int]
-    notes: list[str] = field(default_factory=list)
+    codes: dict[str, KernelCode]
+    notes: list[str]
     written: set[str] = field(default_factory=set)
-    codes: dict[str, KernelCode | None] = field(default_factory=dict)
     uses: dict[tuple[str, tuple[tuple[str, int], ...]], Uses | None] = field(default_factory=dict)
 
     def program(self) -> Program:
-        self.notes = list(self.module.notes)
-        self.free_leading_sizes()
-        self.infer_dtypes()
         self.written = {*self.module.inputs, *self.module.constants}
         launches = tuple(self.launch(position, call) for position, call in enumerate(self.module.calls))
         buffers = {name: self.buffer(tensor) for name, tensor in self.module.tensors.items()}
-        return Program(
-            launches, buffers, tuple(self.module.outputs), dict(self.values), self.module.name, tuple(self.notes)
-        )
+        known = {name: self.values[name] for name in symbols(self.module) if name in self.values}
+        return Program(launches, buffers, tuple(self.module.outputs), known, self.module.name, tuple(self.notes))
 
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
-
-    def free_leading_sizes(self) -> None:
-        """Inputs whose size is only known from the benchmark's example follow a symbol that has the same value."""
-        owners: dict[int, list[str]] = {}
-        for name in symbols(self.module):
-            owners.setdefault(self.module.hints.get(name, -1), []).append(name)
-        for name in self.module.inputs:
-            tensor = self.module.tensors[name]
-            match tensor.size:
-                case (ast.Constant(value=int() as extent), *rest) if extent > 1 and len(owners.get(extent, ())) == 1:
-                    size = (ast.Name(owners[extent][0]), *rest)
-                    self.module.tensors[name] = Tensor(name, tensor.storage, tensor.dtype, size, tensor.stride)
-                    self.note(f"inputs with {extent} rows are taken to have {owners[extent][0]} rows")
-
-    def infer_dtypes(self) -> None:
-        """A tensor that the module gives no dtype has that of the kernel parameter that it is passed to."""
-        for call in self.module.calls:
-            code = self.code(call.kernel) if call.kernel else None
-            for parameter, tensor in self.pointers(code, call) if code else ():
-                held = self.module.tensors.get(tensor.buffer)
-                if held is not None and not held.dtype:
-                    dtype = code.pointers[parameter] if code else ""
-                    self.module.tensors[held.buffer] = Tensor(held.buffer, held.storage, dtype, held.size, held.stride)
-
-    def code(self, name: str) -> KernelCode | None:
-        if name not in self.codes:
-            self.codes[name] = None
-            source = self.module.kernels.get(name)
-            if source is not None:
-                try:
-                    self.codes[name] = kernelcode.read_kernel(source)
-                except NotAKernel as error:
-                    self.note(f"kernel {name} could not be read: {error}")
-        return self.codes[name]
 
     def launch(self, position: int, call: Call) -> Launch:
         if call.kernel is None:
@@ -113,21 +72,33 @@ class _Builder:
         except sizes.UnknownSize:
             return None
 
-    def numel(self, size: Size | None) -> int | None:
-        extents = [self.number(extent) for extent in size] if size is not None else [None]
+    def numel(self, tensor: Tensor) -> int | None:
+        """Different elements of a tensor: a dimension of stride 0 repeats the same ones."""
+        if tensor.size is None:
+            return None
+        strides = [self.number(step) for step in tensor.stride or ()] or [None] * len(tensor.size)
+        extents = [self.number(e) for e, step in zip(tensor.size, strides, strict=False) if step != 0]
         known = [extent for extent in extents if extent is not None]
         return math.prod(known) if len(known) == len(extents) else None
 
     def tensor(self, tensor: Tensor) -> Tensor:
         """The tensor with what was learned of its buffer."""
         held = self.module.tensors.get(tensor.buffer, tensor)
-        if tensor.size is None and held.size is not None:
-            return held
-        return Tensor(tensor.buffer, tensor.storage, tensor.dtype or held.dtype, tensor.size, tensor.stride)
+        return replace(tensor, dtype=tensor.dtype or held.dtype) if tensor.is_view else held
+
+    def is_written(self, name: str) -> bool:
+        """Whether a tensor, or one that it is another name of, holds something by now."""
+        for _ in range(len(self.module.same_as) + 1):
+            if name in self.written:
+                return True
+            if name not in self.module.same_as:
+                return False
+            name = self.module.same_as[name]
+        return False
 
     def bytes_of(self, tensor: Tensor) -> int:
         tensor = self.tensor(tensor)
-        count, width = self.numel(tensor.size), DTYPE_BYTES.get(tensor.dtype)
+        count, width = self.numel(tensor), DTYPE_BYTES.get(tensor.dtype)
         if count is None or width is None:
             self.note(f"the size of {tensor.buffer} is not in the code: its bytes are not counted")
             return 0
@@ -142,7 +113,7 @@ class _Builder:
         elif tensor.buffer in self.module.outputs:
             role = "output"
         tensor = self.tensor(tensor)
-        count = self.numel(tensor.size) or 0
+        count = self.numel(tensor) or 0
         return Buffer(
             tensor.buffer,
             tensor.dtype,
@@ -155,45 +126,39 @@ class _Builder:
 
     # ---- generated kernels
 
-    def pointers(self, code: KernelCode, call: Call) -> list[tuple[str, Tensor]]:
-        """(pointer parameter, the tensor passed for it)."""
-        passed = [(i, argument) for i, argument in enumerate(call.arguments) if isinstance(argument, Tensor)]
-        if len(passed) == len(code.pointers):
-            return list(zip(code.pointers, (tensor for _, tensor in passed), strict=True))
-        by_position = {i: tensor for i, tensor in passed}
-        return [(p, by_position[i]) for i, p in enumerate(code.parameters) if p in code.pointers and i in by_position]
-
     def kernel(self, position: int, call: Call) -> Kernel:
         assert call.kernel is not None
-        code = self.code(call.kernel)
+        code = self.codes.get(call.kernel)
         if code is None:
             return self.unread(position, call)
-        pointers = self.pointers(code, call)
+        pointers = learn.pointers(code, call)
         uses = self.read_uses(code, call)
         reads, writes = self.accesses(code, pointers, uses)
-        copies = self.copies(code, pointers, uses)
+        moved = self.copies(code, pointers, uses)
         self.written |= {access.buffer for access in writes}
         return Kernel(
             position, call.name, tuple(reads), tuple(writes), self.module.name, call.line, _origins(call), call.aten,
             kind=code.kind,
-            rows=self.rows(tensor for _, tensor in pointers),
-            copies=copies,
-            is_copy=bool(copies) and uses is not None and len(copies) == len(uses.stores),
+            branch=call.branch,
+            rows=self.rows(reads, writes),
+            copies=moved,
+            is_copy=bool(moved) and uses is not None and len(moved) == len(uses.stores),
         )  # fmt: skip
 
     def unread(self, position: int, call: Call) -> Kernel:
         """A kernel whose text is not there or not Triton: whole buffers, direction by its C++ types or by first use."""
         tensors = [argument for argument in call.arguments if isinstance(argument, Tensor)]
         types = self.module.cpp_kernels.get(call.name, ())
-        reads, writes = [], []
+        reads: list[Access] = []
+        writes: list[Access] = []
         for index, tensor in enumerate(tensors):
-            constant = types[index].startswith("const") if index < len(types) else tensor.buffer in self.written
+            constant = types[index].startswith("const") if index < len(types) else self.is_written(tensor.buffer)
             (reads if constant else writes).append(Access(tensor.buffer, self.bytes_of(tensor)))
         self.written |= {access.buffer for access in writes}
         kind = "cpp" if types else "unread"
         return Kernel(
             position, call.name, tuple(reads), tuple(writes), self.module.name, call.line, _origins(call), call.aten,
-            kind=kind, rows=self.rows(tensors),
+            kind=kind, rows=self.rows(reads, writes), branch=call.branch,
         )  # fmt: skip
 
     def read_uses(self, code: KernelCode, call: Call) -> Uses | None:
@@ -231,14 +196,14 @@ class _Builder:
 
     def access(self, code: KernelCode, parameter: str, tensor: Tensor, sites: list[Site]) -> Access:
         width = DTYPE_BYTES.get(code.pointers[parameter], 0)
-        whole = self.numel(self.tensor(tensor).size)
+        whole = self.numel(self.tensor(tensor))
         passes = _passes(sites)
         if not code.generated or any(not s.index.digits and s.index.linear is None for s in sites):
             return Access(tensor.buffer, self.bytes_of(tensor), passes)
         reached = {site.key: digits.distinct(site.index.digits, site.bounds) for site in sites}
         count = sum(reached.values())
         held = self.module.tensors.get(tensor.buffer)
-        limit = max((n for n in (whole, self.numel(held.size) if held else None) if n is not None), default=None)
+        limit = max((n for n in (whole, self.numel(held) if held else None) if n is not None), default=None)
         return Access(tensor.buffer, (count if limit is None else min(count, limit)) * width, passes)
 
     def copies(self, code: KernelCode, pointers: list[tuple[str, Tensor]], uses: Uses | None) -> tuple[Copy, ...]:
@@ -247,17 +212,20 @@ class _Builder:
         names = {parameter: tensor.buffer for parameter, tensor in pointers}
         return tuple(
             Copy(names[load], names[store], COPY_SAME if same else COPY_LAYOUT, dtypes)
-            for load, store, same, dtypes in kernelcode.plain_copies(code, uses)
+            for load, store, same, dtypes in copies.plain_copies(code, uses)
             if load in names and store in names
         )
 
-    def rows(self, tensors: Iterable[Tensor]) -> str:
-        """The leading size of the largest tensor: launches over the same rows have the same."""
+    def rows(self, reads: Iterable[Access], writes: Iterable[Access]) -> str:
+        """The leading size of the largest tensor written, else read: launches over the same rows have the same."""
+        return self.leading_size(writes) or self.leading_size(reads)
+
+    def leading_size(self, accesses: Iterable[Access]) -> str:
         largest, text = -1, ""
-        for tensor in map(self.tensor, tensors):
-            count = self.numel(tensor.size)
+        for tensor in (self.module.tensors[a.buffer] for a in accesses if a.buffer in self.module.tensors):
+            count = self.numel(tensor)
             if tensor.size and len(tensor.size) > 1 and count is not None and count > largest:
-                largest, text = count, ast.unparse(tensor.size[0])
+                largest, text = count, next((t for t in _texts(tensor.size) if t != "1"), "1")
         return text
 
     # ---- calls of what was not generated
@@ -265,13 +233,14 @@ class _Builder:
     def extern(self, position: int, call: Call) -> Extern:
         known = opaque.operator(call.name)
         reads: list[Access] = []
-        writes = [Access(tensor.buffer, self.bytes_of(tensor)) for tensor in call.out]
+        results = [part for tensor in call.out for part in learn.parts(self.module, tensor)]
+        writes = [Access(tensor.buffer, self.bytes_of(tensor)) for tensor in results]
         mutates: list[str] = []
         for index, argument in enumerate(call.arguments):
             if not isinstance(argument, Tensor):
                 continue
             access = Access(argument.buffer, self.bytes_of(argument))
-            fresh = argument.buffer not in self.written
+            fresh = not self.is_written(argument.buffer)
             if index in known.mutates or (fresh and not opaque.is_known(call.name)):
                 writes.append(access)
                 if not fresh:
@@ -281,8 +250,13 @@ class _Builder:
         self.written |= {access.buffer for access in writes}
         return Extern(
             position, call.name, tuple(reads), tuple(writes), self.module.name, call.line, _origins(call), call.aten,
-            tuple(mutates), arguments=tuple(_argument_text(argument) for argument in call.arguments),
+            tuple(mutates), call.branch, arguments=tuple(_argument_text(argument) for argument in call.arguments),
+            views={i: self.as_passed(a) for i, a in enumerate(call.arguments) if isinstance(a, Tensor)},
         )  # fmt: skip
+
+    def as_passed(self, tensor: Tensor) -> View:
+        tensor = self.tensor(tensor)
+        return View(tensor.buffer, _texts(tensor.size), _texts(tensor.stride))
 
 
 def _passes(sites: Iterable[Site]) -> int:

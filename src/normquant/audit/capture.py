@@ -1,7 +1,7 @@
 """A live compile, stopped where the code would be compiled for the GPU: what Inductor generates for a target.
 
-Nothing runs on a GPU and no GPU memory is allocated: inputs are fake tensors, and where the target is not this machine's
-GPU, `fakegpu` stands in for it.
+Nothing runs on a GPU and no GPU memory is allocated: inputs are fake tensors, and where the target is not this
+machine's GPU, `fakegpu` stands in for it.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ class Captured:
     """One graph as Inductor generated it: the code, and the program as its scheduler saw it."""
 
     source: str
-    program: Program
+    scheduled: Program
 
 
-class _Generated(Exception):  # noqa: N818 - it ends a compile on purpose; it is not an error
+class _Generated(Exception):
     """Raised once the code is there, to leave the compile before a GPU would be needed."""
 
 
@@ -69,7 +69,9 @@ def capture(
             stack.enter_context(_on_gpu(fn))
         torch.compile(fn, backend=functools.partial(_backend, captured), dynamic=dynamic)(*inputs)
     if not captured:
-        raise RuntimeError("the compile produced no graph: nothing in the function is compiled (it may be empty or disabled)")
+        raise RuntimeError(
+            "the compile produced no graph: nothing in the function is compiled (it may be empty or disabled)"
+        )
     return captured
 
 
@@ -161,7 +163,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.kernel_names: dict[str, str] = {}
-        self.reasons: dict[str, list[tuple[str, str]]] = {}
+        self.reasons: list[tuple[str, str, str]] = []
         self.captured: Captured | None = None
 
     @contextlib.contextmanager
@@ -180,8 +182,7 @@ class _Recorder:
 
         def why_and_note(reason: Any, text: str, *args: Any) -> None:
             why(reason, text, *args)
-            self.reasons.setdefault(reason.name1, []).append((reason.name2, text % args if args else text))
-            self.reasons.setdefault(reason.name2, []).append((reason.name1, text % args if args else text))
+            self.reasons.append((reason.name1, reason.name2, " ".join((text % args if args else text).split())))
 
         with mock.patch.object(TritonScheduling, "define_kernel", define_and_note):
             with mock.patch.object(WhyNoFuse, "__call__", why_and_note):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from normquant.audit.targets import Unavailable
+
 _SOURCE = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 namespace {
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
@@ -29,7 +31,7 @@ def cache_dir() -> Path:
 
 @functools.cache
 def ensure() -> None:
-    """Make CUDA device guards available in this process; RuntimeError where that needs a C++ compiler and none is found."""
+    """Make CUDA device guards available in this process; Unavailable where that needs a C++ compiler and has none."""
     if torch.version.cuda is not None:
         torch._C._ensureCUDADeviceGuardSet()
         return
@@ -42,8 +44,8 @@ def ensure() -> None:
 def _compile(library: Path) -> None:
     compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     if compiler is None:
-        raise RuntimeError(
-            "a CPU-only torch needs a C++ compiler once to generate GPU code; found none of c++, g++, clang++ (or set CXX)"
+        raise Unavailable(
+            "a CPU-only torch needs a C++ compiler once to generate GPU code: install c++, g++ or clang++, or set CXX"
         )
     library.parent.mkdir(parents=True, exist_ok=True)
     root = Path(torch.__file__).parent
@@ -54,5 +56,5 @@ def _compile(library: Path) -> None:
         command += [f"-L{root / 'lib'}", "-lc10", "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"{compiler} could not compile the one-line device guard: {done.stderr.strip()[-400:]}")
+            raise Unavailable(f"{compiler} could not compile the one-line device guard: {done.stderr.strip()[-400:]}")
         os.replace(built, library)

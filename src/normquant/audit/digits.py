@@ -1,10 +1,11 @@
 """How many different elements an index expression reaches.
 
-A generated kernel counts with one number per loop (`xindex`, `r0_index`) and takes it apart with // and %. Every part is
-a digit in a mixed radix: the interval [low, high) of its loop, of which it has high / low values. An index reaches as
-many elements as the digits in it have values, which is exact for indices that do not fold two digits together.
+A generated kernel counts with one number per loop (`xindex`, `r0_index`) and takes it apart with // and %. Every part
+is a digit in a mixed radix: the interval [low, high) of its loop, of which it has high / low values. An index reaches
+as many elements as the digits in it have values, which is exact for indices that do not fold two digits together.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ def _narrow(limits: dict[Digit, int], bound: Bound) -> None:
 def _of_loop(parts: set[Digit], limits: Mapping[Digit, int]) -> int:
     """Values of digits of one loop: every elementary interval that a digit covers counts once."""
     edges = sorted({edge for d in (*parts, *limits) for edge in (d.low, d.high)})
-    covered = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if any(d.low <= a and b <= d.high for d in parts)]
+    covered = [(a, b) for a, b in itertools.pairwise(edges) if any(d.low <= a and b <= d.high for d in parts)]
     total = 1
     for digit, size in limits.items():
         inside = [(a, b) for a, b in covered if digit.low <= a and b <= digit.high]

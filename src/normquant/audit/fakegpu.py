@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normquant.audit import deviceguard
-from normquant.audit.targets import Target
+from normquant.audit.targets import Target, Unavailable
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def _require_triton() -> None:
     try:
         import triton  # noqa: F401
     except ImportError as error:
-        raise RuntimeError("generating GPU code needs triton: pip install 'normquant[nogpu]'") from error
+        raise Unavailable("generating GPU code needs triton: pip install 'normquant[nogpu]'") from error
 
 
 def _always(value: Any) -> Any:

@@ -3,7 +3,7 @@
 import ast
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from normquant.audit import values
@@ -25,7 +25,7 @@ _VALUE_DTYPES = {
 _SAME_DATA = frozenset({"broadcast_to", "expand_dims", "reshape", "view"})  # calls that hand their first argument on
 
 
-class NotAKernel(ValueError):  # noqa: N818 - what the text is not
+class NotAKernel(ValueError):
     """Text that is not a generated Triton kernel."""
 
 
@@ -113,6 +113,7 @@ class _Reader:
         self.uses = Uses()
         self.section = 0
         self.sections = 0
+        self.member: str | None = None
 
     def block(self, statements: list[ast.stmt]) -> None:
         for statement in statements:
@@ -120,8 +121,9 @@ class _Reader:
 
     def statement(self, statement: ast.stmt) -> None:
         match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value) | ast.AnnAssign(
-                target=ast.Name(id=name), value=ast.expr() as value
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
             ):
                 self.assign(name, value)
             case ast.Assign(targets=targets, value=value):
@@ -139,11 +141,20 @@ class _Reader:
                 self.section = self.sections
                 self.block(body)
                 self.section = outer
-            case ast.If(body=body, orelse=orelse):
-                self.block(body)
+            case ast.If(test=test, body=body, orelse=orelse):
+                self.branch(test, body)
                 self.block(orelse)
             case ast.With(body=body):
                 self.block(body)
+
+    def branch(self, test: ast.expr, body: list[ast.stmt]) -> None:
+        """One kernel of several that share a launch: each has its own loop sizes, numbered where they are symbolic."""
+        outer, self.member = self.member, _combo_member(test)
+        if self.member is not None:
+            for name in [name for name in self.names if name.endswith("numel")]:
+                del self.names[name]
+        self.block(body)
+        self.member = outer
 
     def assign(self, name: str, node: ast.expr) -> None:
         counted = _LOOP.match(name)
@@ -162,7 +173,7 @@ class _Reader:
     def counter(self, loop: str, node: ast.expr) -> Value:
         if isinstance(node, ast.Name) or loop == "r":  # rindex: the loops of a reduction as one
             return self.value(node)
-        for name in (f"{loop}numel", f"{loop.rstrip('_')}numel"):
+        for name in (f"{loop}numel", f"{loop}numel_{self.member}"):
             size = self.names.get(name, UNKNOWN).number
             if size is not None:
                 return values.loop(loop, size)
@@ -235,8 +246,6 @@ class _Reader:
         pointed = next((a.pointer for a in (owner, *arguments) if a.pointer), None)
         if pointed is not None:  # a block pointer, a descriptor: the same memory, an index that is not followed
             return Value(pointer=pointed)
-        if name not in ("debug_barrier", "program_id", "arange"):
-            self.uses.computes = True
         return values.combined((owner, *arguments))
 
     def converted(self, owner: Value, node: ast.Call) -> Value:
@@ -273,6 +282,18 @@ class _Reader:
         return Site(str(at.pointer), index, held.bounds or (), masked, self.section, order)
 
 
+def _combo_member(test: ast.expr) -> str | None:
+    """The number of the kernel that `pid < num_xblocks_2` or `pid % 3 == 2` chooses."""
+    match test:
+        case ast.Compare(left=ast.Name(id="pid"), comparators=[ast.Name(id=limit)]):
+            return limit.rpartition("_")[2]
+        case ast.Compare(
+            left=ast.BinOp(left=ast.Name(id="pid"), op=ast.Mod()), comparators=[ast.Constant(value=int() as n)]
+        ):
+            return str(n)
+    return None
+
+
 def _moved(left: Value, right: Value) -> Value:
     """A pointer plus an index."""
     base, offset = (left, right) if left.pointer else (right, left)
@@ -283,29 +304,3 @@ def _moved(left: Value, right: Value) -> Value:
 def _dtype(node: ast.expr) -> str:
     name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
     return _VALUE_DTYPES.get(name, name)
-
-
-def plain_copies(code: KernelCode, uses: Uses) -> Iterator[tuple[str, str, bool, tuple[str, ...]]]:
-    """(load pointer, store pointer, same place, dtypes) of every store of data that is only moved and converted."""
-    for stored in uses.stores:
-        load, store = stored.value.loaded, stored.site
-        if load is None or stored.atomic or load.masked or store.masked:
-            continue
-        cuts = values.edges(load.index, store.index)
-        source, destination = values.segments(load.index, cuts), values.segments(store.index, cuts)
-        same = load.index.constant == store.index.constant and source == destination
-        if load.index.linear is None or store.index.linear is None or load.index.indirect:
-            continue
-        if same or (_permutes(source) and {s[:3] for s in source} == {d[:3] for d in destination}):
-            dtypes = (code.pointers.get(load.pointer, ""), *stored.value.casts, code.pointers.get(store.pointer, ""))
-            yield load.pointer, store.pointer, same, dtypes
-
-
-def _permutes(parts: frozenset[tuple[str, int, int, int]]) -> bool:
-    """Whether different loop counters reach different elements, all upwards: no flip, no overlap."""
-    reach = 0
-    for _, low, high, coefficient in sorted(parts, key=lambda part: part[3]):
-        if coefficient <= reach:
-            return False
-        reach += coefficient * (-(-high // low) - 1)
-    return True

@@ -8,26 +8,47 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from normquant.audit.program import COPY_LAYOUT, COPY_SAME, Access, Buffer, Copy, Extern, Kernel, Launch, Origin, Program
+from normquant.audit.program import Access, Buffer, Extern, Kernel, Launch, Origin, Program
 
+Reasons = Iterable[tuple[str, str, str]]  # a node, another, why they were not fused
+
+_GENERAL_REASONS = ("no shared data", "intermediate nodes between")
 _TRITON_KINDS = (("persistent_reduction", "_per_"), ("reduction", "_red_"), ("template", "_tem_"), ("foreach", "_for_"))
 
 
-def read_program(graph: Any, kernel_names: Mapping[str, str], reasons: Mapping[str, list[tuple[str, str]]]) -> Program:
+def read_program(graph: Any, kernel_names: Mapping[str, str], reasons: Reasons) -> Program:
     """The program that `graph`'s scheduler launches.
 
-    `kernel_names` maps a scheduler node's name to the generated kernel that holds it, `reasons` a node's name to
-    (other node, why it was not fused with it).
+    `kernel_names` maps a scheduler node's name to the generated kernel that holds it; `reasons` lists pairs of nodes
+    that were not fused, and why.
     """
     nodes = [node for node in graph.scheduler.nodes if _launches(node)]
     launches: list[Launch] = []
     owner = {name: kernel_names.get(name, node.get_name()) for node in nodes for name in _member_names(node)}
-    parts = _parts(graph.scheduler.nodes)
+    parts, why = _parts(graph.scheduler.nodes), _between_kernels(reasons, owner)
     for node in nodes:
         position = len(launches)
-        launches.append(_extern(position, node, parts) if _is_extern(node) else _kernel(position, node, owner, reasons))
+        launches.append(_extern(position, node, parts) if _is_extern(node) else _kernel(position, node, owner, why))
     outputs = tuple(graph.get_output_names())
     return Program(tuple(launches), _buffers(graph, launches, outputs), outputs, name=graph.name or "")
+
+
+def _between_kernels(reasons: Reasons, owner: Mapping[str, str]) -> dict[str, dict[str, list[str]]]:
+    """Why kernels were not fused: kernel -> other kernel -> reasons. A fused node's name lists its members'."""
+
+    def kernel(name: str) -> str | None:
+        owners = {owner[part] for part in (name, *name.split("_")) if part in owner}
+        return owners.pop() if len(owners) == 1 else None
+
+    found: dict[str, dict[str, list[str]]] = {}
+    for first, second, reason in reasons:
+        pair = kernel(first), kernel(second)
+        if pair[0] and pair[1] and pair[0] != pair[1]:
+            for one, other in (pair, pair[::-1]):
+                held = found.setdefault(str(one), {}).setdefault(str(other), [])
+                if reason not in held:
+                    held.append(reason)
+    return found
 
 
 def _launches(node: Any) -> bool:
@@ -46,11 +67,10 @@ def _parts(nodes: Iterable[Any]) -> dict[str, list[Access]]:
     found: dict[str, list[Access]] = {}
     for node in nodes:
         part = getattr(node, "node", None)
-        if isinstance(part, ir.MultiOutput) and hasattr(part.layout, "dtype"):
-            numel = _numel(part.layout.size)
-            found.setdefault(part.inputs[0].get_name(), []).append(
-                Access(part.get_name(), numel * part.layout.dtype.itemsize)
-            )
+        if isinstance(part, ir.MultiOutput) and isinstance(part.layout, ir.Layout):
+            call: Any = part.inputs[0]
+            size = _numel(part.layout.size) * part.layout.dtype.itemsize
+            found.setdefault(call.get_name(), []).append(Access(part.get_name(), size))
     return found
 
 
@@ -64,12 +84,9 @@ def _member_names(node: Any) -> list[str]:
     return [member.get_name() for member in node.get_nodes()]
 
 
-def _kernel(position: int, node: Any, owner: Mapping[str, str], reasons: Mapping[str, list[tuple[str, str]]]) -> Kernel:
+def _kernel(position: int, node: Any, owner: Mapping[str, str], why: Mapping[str, dict[str, list[str]]]) -> Kernel:
     members = list(node.get_nodes())
     name = owner[members[0].get_name()]
-    copies = [copy for copy in map(_copy, members) if copy is not None]
-    why = {(owner.get(other, other), reason) for n in [node.get_name(), *_member_names(node)]
-           for other, reason in reasons.get(n, ())}  # fmt: skip
     return Kernel(
         position=position,
         name=name,
@@ -78,11 +95,13 @@ def _kernel(position: int, node: Any, owner: Mapping[str, str], reasons: Mapping
         writes=_accesses(node, writes=True),
         origins=_origins(members),
         aten=_aten(members),
-        rows=str(members[0].group[1][0]) if getattr(members[0], "group", None) else "",
-        copies=tuple(copies),
-        is_copy=len(copies) == len(members),
-        why_not_fused=tuple(sorted(pair for pair in why if pair[0] != name)),
+        why_not_fused=tuple((other, "; ".join(_telling(reasons))) for other, reasons in why.get(name, {}).items()),
     )
+
+
+def _telling(reasons: list[str]) -> list[str]:
+    """Without those that are true of almost every pair at some point of the search, if others are left."""
+    return [reason for reason in reasons if not reason.startswith(_GENERAL_REASONS)] or reasons
 
 
 def _extern(position: int, node: Any, parts: Mapping[str, list[Access]]) -> Extern:
@@ -94,7 +113,7 @@ def _extern(position: int, node: Any, parts: Mapping[str, list[Access]]) -> Exte
         writes=tuple(part for access in writes for part in parts.get(access.buffer, [access])),
         origins=_origins([node]),
         aten=_aten([node]),
-        mutates=tuple(node.node.get_mutation_names()) if hasattr(node.node, "get_mutation_names") else (),
+        mutates=tuple(name for output in node.get_outputs() for name in output.get_mutations()),
     )
 
 
@@ -139,44 +158,6 @@ def _aten(members: Iterable[Any]) -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".default") for name in names))
 
 
-def _copy(member: Any) -> Copy | None:
-    """How a loop body that only moves elements moves them; None when it computes something."""
-    body = getattr(member, "_body", None)
-    if body is None or member.is_reduction() or body.subblocks:
-        return None
-    calls = [n for n in body.root_block.graph.nodes if n.op == "call_method"]
-    if not {n.target for n in calls} <= {"get_index", "load", "to_dtype", "store"}:
-        return None
-    loads, stores = [n for n in calls if n.target == "load"], [n for n in calls if n.target == "store"]
-    reads, writes = list(member.read_writes.reads), list(member.read_writes.writes)
-    if len(loads) != 1 or len(stores) != 1 or len(reads) != 1 or len(writes) != 1:
-        return None
-    kind = _copy_kind(body, reads[0], writes[0])
-    if kind is None:
-        return None
-    casts = tuple(_dtype_name(n.args[2]) for n in calls if n.target == "to_dtype")
-    first, last = _dtype_of(reads[0].name), _dtype_of(writes[0].name)
-    return Copy(reads[0].name, writes[0].name, kind, (first, *casts, last))
-
-
-def _copy_kind(body: Any, read: Any, write: Any) -> str | None:
-    from torch._inductor.dependencies import MemoryDep
-
-    if not isinstance(read, MemoryDep) or not isinstance(write, MemoryDep) or read.is_indirect():
-        return None
-    (load,), (store,) = body.get_read_exprs(), body.get_write_exprs()
-    if load == store:
-        return COPY_SAME
-    # a broadcast reads fewer elements than it writes: that is not a change of layout
-    return COPY_LAYOUT if load.free_symbols == store.free_symbols else None
-
-
-def _dtype_of(name: str) -> str:
-    from torch._inductor.virtualized import V
-
-    return _dtype_name(V.graph.get_dtype(name))
-
-
 def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -208,5 +189,6 @@ def _buffer(graph: Any, name: str, outputs: tuple[str, ...]) -> Buffer:
 def _numel(size: Iterable[Any]) -> int:
     from torch._inductor.virtualized import V
 
-    hint = getattr(V.graph.sizevars, "optimization_hint", None) or V.graph.sizevars.size_hint
+    sizevars: Any = V.graph.sizevars
+    hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint  # renamed between torch versions
     return math.prod(int(hint(extent)) for extent in size)

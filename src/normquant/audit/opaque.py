@@ -8,7 +8,9 @@ import re
 from dataclasses import dataclass
 
 _ROW_WISE = re.compile(r"norm|quant|silu|gelu|relu|act_and_mul|rope|rotary|cast|convert|clamp|softmax")
-_NOT_ROW_WISE = re.compile(r"mm(?![a-z])|gemm|matmul|linear|conv(?!ert)|attention|attn|sdpa|mla|moe|expert|all_|reduce_|sort|topk")
+_NOT_ROW_WISE = re.compile(
+    r"mm(?![a-z])|gemm|matmul|linear|conv(?!ert)|attention|attn|sdpa|mla|moe|expert|all_|reduce_|sort|topk"
+)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class Launch:
     origins: tuple[Origin, ...] = ()
     aten: tuple[str, ...] = ()  # the graph operations that it was made of
     mutates: tuple[str, ...] = ()  # buffers that held something and are overwritten
+    branch: str = ""  # which side of which branch it is on; launches of different sides do not both happen
 
     @property
     def bytes_read(self) -> int:
@@ -101,10 +102,20 @@ class Kernel(Launch):
 
 
 @dataclass(frozen=True)
+class View:
+    """A tensor as it is passed to a call: sizes and strides as text, with their symbols."""
+
+    buffer: str
+    shape: tuple[str, ...]
+    stride: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Extern(Launch):
     """A call of something that was not generated: a library kernel or a custom operator."""
 
     arguments: tuple[str, ...] = ()  # as written in the call
+    views: dict[int, View] = field(default_factory=dict)  # the tensors among them, by position
 
 
 @dataclass(frozen=True)
@@ -157,17 +168,13 @@ class Program:
             for access in launch.writes:
                 last_writer[self.storage(access.buffer)] = launch.position
 
-    def producers(self) -> dict[str, list[Launch]]:
-        """Buffer name -> the launches that write it, in order."""
-        return self._by_buffer("writes")
+    def is_output(self, name: str) -> bool:
+        """Whether the program returns this memory."""
+        return self.storage(name) in {self.storage(output) for output in self.outputs}
 
-    def consumers(self) -> dict[str, list[Launch]]:
-        """Buffer name -> the launches that read it, in order."""
-        return self._by_buffer("reads")
-
-    def _by_buffer(self, side: str) -> dict[str, list[Launch]]:
-        found: dict[str, list[Launch]] = {}
-        for launch in self.launches:
-            for access in getattr(launch, side):
-                found.setdefault(self.storage(access.buffer), []).append(launch)
-        return found
+    def role(self, name: str) -> str:
+        buffer = self.buffers.get(name)
+        if buffer is None:
+            return "intermediate"
+        held = self.buffers.get(self.storage(name), buffer)
+        return "output" if self.is_output(name) and held.role == "intermediate" else held.role

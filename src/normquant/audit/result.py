@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from normquant.audit import rules
-from normquant.audit.findings import Finding
-from normquant.audit.program import Kernel, Launch, Program
+from normquant.audit.findings import NOTE, Finding
+from normquant.audit.program import Buffer, Kernel, Launch, Program
 from normquant.audit.targets import Target
 
 
@@ -19,6 +19,7 @@ class AuditReport:
     programs: tuple[Program, ...]
     findings: tuple[Finding, ...]
     source: str  # the generated code, all graphs
+    skipped: tuple[tuple[str, str], ...] = ()  # files that could not be read, and why
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -46,11 +47,12 @@ class AuditReport:
 
     @property
     def wasted_bytes(self) -> int:
-        """Bytes of all findings; a launch with several findings counts once, with its largest."""
-        largest: dict[tuple[str, int], int] = {}
+        """Bytes of all findings but notes; a launch with several findings counts once, with its largest."""
+        largest: dict[tuple[int, int], int] = {}
         for finding in self.findings:
-            key = (finding.kernel, finding.position)
-            largest[key] = max(largest.get(key, 0), finding.bytes)
+            if finding.severity != NOTE:
+                key = (finding.program, finding.position)
+                largest[key] = max(largest.get(key, 0), finding.bytes)
         return sum(largest.values())
 
     @property
@@ -62,6 +64,10 @@ class AuditReport:
         """How many findings a rule has."""
         return sum(finding.rule == rule for finding in self.findings)
 
+    def to_sizes(self) -> dict[str, int]:
+        """The symbolic sizes, and what they were evaluated at."""
+        return {name: size for program in self.programs for name, size in program.sizes.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; `to_json` is its text."""
         return {
@@ -72,6 +78,10 @@ class AuditReport:
             "bytes": self.bytes,
             "wasted_bytes": self.wasted_bytes,
             "est_us": round(self.est_us, 3),
+            "sizes": self.to_sizes(),
+            "notes": list(dict.fromkeys(note for program in self.programs for note in program.notes)),
+            "skipped": [{"file": name, "reason": reason} for name, reason in self.skipped],
+            "programs": [_program_dict(n, program, self.target) for n, program in enumerate(self.programs)],
         }
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -81,6 +91,48 @@ class AuditReport:
 def launch_us(launch: Launch, target: Target) -> float:
     """Estimated time of one launch, us."""
     return target.launch_us + launch.bytes / (target.dram_gbps * 1e3)
+
+
+def _program_dict(number: int, program: Program, target: Target) -> dict[str, Any]:
+    """The data flow: every launch in order, the edges between them, and what they carry."""
+    return {
+        "number": number,
+        "name": program.name,
+        "bytes": program.bytes,
+        "launches": [_launch_dict(launch, target) for launch in program.launches],
+        "edges": [
+            {"buffer": e.buffer, "from": e.producer, "to": e.consumer, "bytes": e.bytes} for e in program.edges
+        ],
+        "buffers": {name: _buffer_dict(program, buffer) for name, buffer in program.buffers.items()},
+        "outputs": list(program.outputs),
+    }  # fmt: skip
+
+
+def _buffer_dict(program: Program, buffer: Buffer) -> dict[str, Any]:
+    return {
+        "dtype": buffer.dtype,
+        "shape": list(buffer.shape),
+        "stride": list(buffer.stride),
+        "bytes": buffer.bytes,
+        "role": program.role(buffer.name),
+    }
+
+
+def _launch_dict(launch: Launch, target: Target) -> dict[str, Any]:
+    return {
+        "position": launch.position,
+        "name": launch.name,
+        "kind": launch.kind if isinstance(launch, Kernel) else "extern",
+        "file": launch.file,
+        "line": launch.line,
+        "bytes_read": launch.bytes_read,
+        "bytes_written": launch.bytes_written,
+        "reads": {access.buffer: access.bytes for access in launch.reads},
+        "writes": {access.buffer: access.bytes for access in launch.writes},
+        "est_us": round(launch_us(launch, target), 3),
+        "aten": list(launch.aten),
+        "origins": [{"file": o.file, "line": o.line, "code": o.code} for o in launch.origins],
+    }
 
 
 def _kernel_dict(kernel: Kernel, target: Target) -> dict[str, Any]:
@@ -109,11 +161,15 @@ def _finding_dict(finding: Finding) -> dict[str, Any]:
         "fix": finding.fix,
         "file": finding.file,
         "line": finding.line,
+        "buffer": finding.buffer,
+        "program": finding.program,
+        "position": finding.position,
+        "origins": [{"file": o.file, "line": o.line, "code": o.code} for o in finding.origins],
     }
 
 
-def report(programs: Sequence[Program], source: str, target: Target) -> AuditReport:
-    """Check every program against every rule, with times estimated for `target`."""
-    seconds_per_byte = 1 / (target.dram_gbps * 1e9)
-    found = [finding for program in programs for finding in rules.check(program, seconds_per_byte, target.launch_us)]
-    return AuditReport(target, tuple(programs), tuple(found), source)
+def report(
+    programs: Sequence[Program], source: str, target: Target, skipped: Sequence[tuple[str, str]] = ()
+) -> AuditReport:
+    """Check programs that belong together against every rule, with times estimated for `target`."""
+    return AuditReport(target, tuple(programs), rules.check(programs, target), source, tuple(skipped))

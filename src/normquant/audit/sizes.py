@@ -10,7 +10,7 @@ _LARGEST = 1 << 62  # beyond any address; keeps hostile input from growing numbe
 _LARGEST_EXPONENT = 8
 
 
-class UnknownSize(ValueError):  # noqa: N818 - it names what is not known
+class UnknownSize(ValueError):
     """An expression that cannot be evaluated: an unknown name, or something that is not a size."""
 
 

@@ -12,6 +12,10 @@ from typing import Any
 HERE = "here"
 
 
+class Unavailable(RuntimeError):
+    """Code cannot be generated for a target on this machine; the message says what is missing."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One GPU: its name, CUDA capability, the device properties that code generation reads, and its speeds."""
@@ -64,7 +68,7 @@ TARGETS: dict[str, Target] = {
 
 
 def resolve(name: str) -> Target:
-    """The target called `name`; ValueError when there is none, RuntimeError when `here` has no GPU."""
+    """The target called `name`; ValueError when there is none, Unavailable when `here` has no GPU."""
     if name in TARGETS:
         return TARGETS[name]
     if name == HERE:
@@ -78,7 +82,7 @@ def _this_gpu() -> Target:
 
     if not torch.cuda.is_available():
         named = ", ".join(TARGETS)
-        raise RuntimeError(f"target 'here' needs a CUDA GPU and this machine shows none; without one use {named}")
+        raise Unavailable(f"target 'here' needs a CUDA GPU and this machine shows none; without one use {named}")
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability = (properties.major, properties.minor)
     nearest = next((t for t in TARGETS.values() if t.device_name == properties.name), None)

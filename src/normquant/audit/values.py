@@ -1,9 +1,12 @@
 """What is known of a name inside a generated kernel while its body is read, statement by statement."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from normquant.audit.digits import Bound, Digit, merge
+
+_LARGEST = 1 << 62  # beyond any address; hostile text could make numbers that never end
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,6 @@ class Uses:
 
     loads: list[Site] = field(default_factory=list)
     stores: list[Stored] = field(default_factory=list)
-    computes: bool = False  # it does anything to data other than moving and converting it
 
 
 UNKNOWN = Value()
@@ -94,6 +96,8 @@ def add(left: Value, right: Value, sign: int = 1) -> Value:
     if left.linear is None or right.linear is None or left.loaded or right.loaded:
         return combined((left, right))
     terms = dict(left.linear)
+    if abs(left.constant) + abs(right.constant) > _LARGEST:
+        return combined((left, right))
     for digit, coefficient in right.linear:
         terms[digit] = terms.get(digit, 0) + sign * coefficient
     return Value(tuple(terms.items()), left.constant + sign * right.constant, left.digits | right.digits)
@@ -102,9 +106,11 @@ def add(left: Value, right: Value, sign: int = 1) -> Value:
 def multiply(left: Value, right: Value) -> Value:
     factor = left.number if left.number is not None else right.number
     other = right if left.number is not None else left
-    if factor is None or other.linear is None or other.loaded:
+    if factor is None or other.linear is None or other.loaded or abs(factor) > _LARGEST:
         return combined((left, right))
-    return Value(tuple((d, c * factor) for d, c in other.linear), other.constant * factor, other.digits)
+    scaled = Value(tuple((d, c * factor) for d, c in other.linear), other.constant * factor, other.digits)
+    numbers = (scaled.constant, *(c for _, c in scaled.linear or ()))
+    return scaled if all(abs(n) <= _LARGEST for n in numbers) else combined((left, right))
 
 
 def divide(left: Value, right: Value) -> Value:
@@ -150,21 +156,25 @@ def both(left: Value, right: Value) -> Value:
     return Value(bounds=bounds, opaque=opaque)
 
 
-def segments(value: Value, extra: Iterable[int] = ()) -> frozenset[tuple[str, int, int, int]]:
+def segments(value: Value, cuts: Mapping[str, set[int]] | None = None) -> frozenset[tuple[str, int, int, int]]:
     """A linear index as (loop, low, high, coefficient) over elementary intervals.
 
-    Two indices that are the same function have the same segments if both are cut at the same `extra` edges.
+    Two indices that are the same function have the same segments if both are cut at the same edges of every loop.
     """
     found: dict[tuple[str, int, int], int] = {}
-    cuts = set(extra)
     for digit, coefficient in value.linear or ():
-        edges = sorted({digit.low, digit.high, *(cut for cut in cuts if digit.low < cut < digit.high)})
-        for low, high in zip(edges, edges[1:], strict=False):
+        inner = {cut for cut in (cuts or {}).get(digit.loop, ()) if digit.low < cut < digit.high}
+        edges = sorted({digit.low, digit.high, *inner})
+        for low, high in itertools.pairwise(edges):
             part = (digit.loop, low, high)
             found[part] = found.get(part, 0) + coefficient * (low // digit.low)
     return frozenset((*part, coefficient) for part, coefficient in found.items() if coefficient)
 
 
-def edges(*values: Value) -> set[int]:
-    """Every edge of every digit in linear indices."""
-    return {edge for value in values for digit, _ in value.linear or () for edge in (digit.low, digit.high)}
+def cuts(*indices: Value) -> dict[str, set[int]]:
+    """Every edge of every digit in linear indices, by loop."""
+    found: dict[str, set[int]] = {}
+    for index in indices:
+        for digit, _ in index.linear or ():
+            found.setdefault(digit.loop, set()).update((digit.low, digit.high))
+    return found

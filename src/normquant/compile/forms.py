@@ -1,28 +1,28 @@
 """How the axes of a quantization lie in the dimensions of a tensor.
 
-A quantized activation has rows m, groups g in a row and lanes l in a group. A `Form` says which of them each dimension of
-a tensor runs over, outermost first: a norm [M, K] is ((m,), (g, l)), its view [M, G, 128] is ((m,), (g,), (l,)), a
-transposed scale [G, M] is ((g,), (m,)). Views, permutes and reductions move forms around; where a step cannot be followed
-the result is None, and the graph is not understood. Rows may be symbolic, so no step ever asks for their number.
+A quantized activation has rows m, groups g in a row and lanes l in a group. A `Form` says which of them each dimension
+of a tensor runs over, outermost first: a norm [M, K] is ((m,), (g, l)), its view [M, G, 128] is ((m,), (g,), (l,)), a
+transposed scale [G, M] is ((g,), (m,)). Views, permutes and reductions move forms around; where a step cannot be
+followed the result is None, and the graph is not understood. Rows may be symbolic, so no step asks for their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from math import prod
 from typing import Any
 
 from torch.fx import Node
 
-from normquant.compile.graph import PERMUTES, RESHAPES, SAME_VALUES, UNIT_DIMS, aten, is_call, is_cast, value
+from normquant.compile.graph import PERMUTES, RESHAPES, SAME_VALUES, UNIT_DIMS, arguments, aten, is_call, is_cast, value
 
 
 @dataclass(frozen=True)
 class Axis:
     """name: "m", "g", "l", or "*" where a size-1 dimension was expanded. size: None for rows.
-    part: (i, n) for the i-th of n dimensions that the rows are split into."""
+    part: (i, n) for the i-th of n pieces, outermost first, where dimensions cut an axis."""
 
     name: str
     size: int | None
@@ -36,23 +36,45 @@ ROWS = Axis("m", None)
 
 @dataclass(frozen=True)
 class Axes:
-    """The axes of one quantization: [rows, k] in groups of `group`; single_row when there is exactly one row."""
+    """The axes of one quantization: [rows, k] in groups of `group`; single_row when there is exactly one row.
+
+    cuts: where, counted in values from the end of a row, some shape has a border between dimensions; ascending.
+    """
 
     k: int
     group: int
     single_row: bool
+    cuts: tuple[int, ...]
 
     def data(self) -> Dim:
         """The axes of the activation, in memory order; those of size 1 are left out everywhere."""
-        return self.scale() + ((Axis("l", self.group),) if self.group > 1 else ())
+        return self.scale() + self.lanes()
 
     def scale(self) -> Dim:
-        groups = self.k // self.group
-        return (() if self.single_row else (ROWS,)) + ((Axis("g", groups),) if groups > 1 else ())
+        """The axes of the scales, [rows, k / group]."""
+        return (() if self.single_row else (ROWS,)) + _pieces(
+            "g", [c // self.group for c in self.cuts if c >= self.group]
+        )
+
+    def lanes(self) -> Dim:
+        """The axes inside a group."""
+        return _pieces("l", [1, *(c for c in self.cuts if c <= self.group)])
 
     def of_shape(self, shape: Sequence[Any]) -> Form | None:
         """The form of the activation when it has this shape."""
         return distribute(self.data(), shape)
+
+
+def _pieces(name: str, cuts: Sequence[int]) -> Dim:
+    """An axis cut at some places, outermost piece first."""
+    cuts = sorted(set(cuts))
+    sizes = [b // a for a, b in pairwise(cuts)][::-1]
+    return tuple(Axis(name, size, (i, len(sizes))) for i, size in enumerate(sizes))
+
+
+def names(form: Form) -> list[str]:
+    """The names of the axes in order, each once: ["g", "m"] of transposed scales."""
+    return [name for name, _ in groupby(axis.name for axis in flatten(form))]
 
 
 def flatten(form: Form) -> Dim:
@@ -118,11 +140,11 @@ def permuted(node: Node, form: Form) -> Form:
     if is_call(node, aten.t.default):
         return form[::-1]
     if is_call(node, aten.permute.default):
-        order: Any = node.args[1]
+        order: Any = arguments(node)[1]
         return tuple(form[d] for d in order)
     dims = list(form)
-    a, b = node.args[1], node.args[2]
-    dims[a], dims[b] = dims[b], dims[a]  # type: ignore[index]
+    a, b = arguments(node)[1], arguments(node)[2]
+    dims[a], dims[b] = dims[b], dims[a]
     return tuple(dims)
 
 
@@ -150,13 +172,14 @@ def through(node: Node, form: Form) -> Form | None:
     return None
 
 
-def scales_groups(scale: Form, data: Form, axes: Axes) -> bool:
+def scales_groups(scale: Form, data: Form) -> bool:
     """Whether, broadcast against each other, every value of data meets the scale of its own group."""
     if len(scale) > len(data):
         return False
     scale = ((),) * (len(data) - len(scale)) + scale
     for s, d in zip(scale, data, strict=True):
-        stretched = tuple(Axis("*", axis.size) if axis.name == "l" else axis for axis in d)
-        if s not in (stretched, tuple(axis for axis in d if axis.name != "l")):
+        lanes = [axis.size or 1 for axis in d if axis.name == "l"]
+        rest = tuple(axis for axis in d if axis.name != "l")
+        if s != rest and (not lanes or s != (*rest, Axis("*", prod(lanes)))):
             return False
     return True

@@ -1,10 +1,10 @@
-"""Reading FX nodes of an Inductor graph: what an operation is, what its values look like, which arguments are constants."""
+"""Reading FX nodes of an Inductor graph: what an operation is, what its values look like, which are constants."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Graph, Node
@@ -17,7 +17,13 @@ UNIT_DIMS = {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.s
 PERMUTES = {aten.permute.default, aten.t.default, aten.transpose.int}
 SAME_VALUES = {aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default}
 CASTS = {prims.convert_element_type.default, aten._to_copy.default}
-FP8_DTYPES = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
+FP8_DTYPES = {
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+}
 
 
 class Unsupported(Exception):
@@ -28,7 +34,7 @@ class NotFound(Exception):
     """There is no norm here."""
 
 
-def is_call(node: object, *targets: Any) -> bool:
+def is_call(node: object, *targets: Any) -> TypeGuard[Node]:
     """Whether node calls one of the operations."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
@@ -41,7 +47,7 @@ def value(node: Node) -> torch.Tensor:
     return val
 
 
-def is_tensor(node: object) -> bool:
+def is_tensor(node: object) -> TypeGuard[Node]:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
@@ -66,6 +72,11 @@ def overload_name(target: object) -> str:
     return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """The positional arguments; what they are is for the caller to know."""
+    return node.args
+
+
 def first_arg(node: Node) -> Node:
     arg = node.args[0] if node.args else None
     if not isinstance(arg, Node):
@@ -73,33 +84,28 @@ def first_arg(node: Node) -> Node:
     return arg
 
 
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument that may have been given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def is_cast(node: object) -> bool:
+def is_cast(node: object) -> TypeGuard[Node]:
     return is_call(node, *CASTS)
 
 
-def is_widening(node: object) -> bool:
+def is_widening(node: object) -> TypeGuard[Node]:
     """bf16 or fp16 to fp32: every value stays what it is."""
-    return is_cast(node) and dtype(node) == torch.float32 and dtype(first_arg(node)).itemsize < 4  # type: ignore[arg-type]
+    return is_cast(node) and dtype(node) == torch.float32 and dtype(first_arg(node)).itemsize < 4
 
 
-def is_narrowing(node: object) -> bool:
+def is_narrowing(node: object) -> TypeGuard[Node]:
     """fp32 to bf16 or fp16: a rounding."""
-    return is_cast(node) and dtype(node).itemsize == 2 and dtype(first_arg(node)) == torch.float32  # type: ignore[arg-type]
+    return is_cast(node) and dtype(node).itemsize == 2 and dtype(first_arg(node)) == torch.float32
 
 
-def is_view(node: object) -> bool:
+def is_view(node: object) -> TypeGuard[Node]:
     """The same values in the same or in another order, no value more than once; copies count."""
     if is_call(node, *RESHAPES, *UNIT_DIMS, *PERMUTES, *SAME_VALUES):
         return True
-    return is_cast(node) and dtype(node) == dtype(first_arg(node))  # type: ignore[arg-type]
+    return is_cast(node) and dtype(node) == dtype(first_arg(node))
 
 
-def keeps_order(node: object) -> bool:
+def keeps_order(node: object) -> TypeGuard[Node]:
     """A view whose values, read row by row, come in the order of its input's."""
     return is_view(node) and not is_call(node, *PERMUTES)
 

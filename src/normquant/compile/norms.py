@@ -9,7 +9,7 @@ Every product and rounding is looked at in its own dtype, since the fused kernel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -19,6 +19,7 @@ from torch.fx import Node
 from normquant.compile.graph import (
     NotFound,
     Unsupported,
+    arguments,
     aten,
     dtype,
     first_arg,
@@ -42,12 +43,12 @@ ADDS = (aten.add.Tensor, aten.add.Scalar)
 
 @dataclass(frozen=True)
 class Addition:
-    """h = x + residual. `stored` is h in the activation dtype where the graph has it; None: nobody reads it."""
+    """h = x + residual. `stored` are the nodes that hold h in the activation dtype, none where nobody reads it."""
 
     x: Node
     residual: Node
     sum: Sum
-    stored: Node | None
+    stored: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Norm:
     """One RMSNorm of a graph.
 
     y: its value as the quantization reads it, [..., K]; bf16 or fp16, or fp32 where it was not rounded.
-    x: what is normalized, [..., K] in `dtype`; None where only the unrounded sum of `addition` is.
-    inner: the nodes between x (or the addends) and y that only compute y.
+    x: what is normalized, [..., K] in `dtype`; None where the graph has only the unrounded sum of `addition`.
+    eps: a number, or the 0-dim input of the graph that holds it.
+    inner: the nodes between x (or the unrounded sum) and y that are good for nothing but y.
     """
 
     y: Node
@@ -64,78 +66,59 @@ class Norm:
     addition: Addition | None
     weight: Node
     weight_offset: float
-    eps: float
+    eps: float | Node
     rounding: Rounding
     dtype: torch.dtype
     k: int
     inner: frozenset[Node]
 
-
-Reader = Callable[[Node], Norm]
-READERS: list[Reader] = []
-
-
-def read_norm(y: Node) -> Norm:
-    """The norm whose value is y. Raises NotFound when y is no RMSNorm and Unsupported when it is one of another kind."""
-    for reader in READERS:
-        try:
-            return reader(y)
-        except NotFound:
-            continue
-    raise NotFound
+    @property
+    def sources(self) -> tuple[Node, ...]:
+        """What the norm reads: x, or where that exists only as an unrounded sum, its addends."""
+        if self.x is not None:
+            return (self.x,)
+        assert self.addition is not None
+        return self.addition.x, self.addition.residual
 
 
-def _decomposed(y: Node) -> Norm:
-    inner: set[Node] = {y}
-    product = _step_in(y, inner, keeps_order, is_narrowing)
+def read_decomposed(y: Node) -> Norm:
+    """The norm in aten operations whose value is y.
+
+    Raises NotFound when y is no RMSNorm and Unsupported when it is one that the kernels do not have.
+    """
+    inner: set[Node] = set()
+    product = step_in(y, inner, keeps_order, is_narrowing)
     if not is_call(product, aten.mul.Tensor):
         raise NotFound
-    normalized, scale = _operands(product, inner)
-    inner_rounding = dtype(normalized) in ACTIVATION_DTYPES
-    n = _step_in(normalized, inner, keeps_order, is_widening, is_narrowing)
+    normalized, scale = _operands(product)
+    n = peel(normalized, keeps_order, is_cast)
+    rounded_n = _rounds(normalized, n)
+    step_in(normalized, inner, keeps_order, is_cast)
     h, eps, dims = _normalization(n, inner)
     shape = value(h).shape
-    k = _int("K", prod(shape[len(shape) - dims :]))
-    weight, offset = _weight(scale, k, shape[len(shape) - dims :], inner)
-    x, addition = _source(h, inner)
-    activation = dtype(x if addition is None else addition.x)  # type: ignore[arg-type]
-    outer_rounding = dtype(product) in ACTIVATION_DTYPES or product is not _widest(y)
-    rounding = _rounding(inner_rounding, outer_rounding)
-    _check_roundings(inner, activation)
-    return Norm(y, x, addition, weight, offset, eps, rounding, activation, k, frozenset(inner))
+    trailing = tuple(shape[len(shape) - dims :])
+    k = static_int("K", prod(trailing))
+    weight, offset = _weight(scale, k, trailing)
+    x, addition = source(h, inner)
+    activation = dtype(addition.x if addition is not None else h if x is None else x)
+    rounded_y = dtype(y) in ACTIVATION_DTYPES
+    check_roundings({*inner, y}, activation)
+    inner.discard(y)
+    return Norm(y, x, addition, weight, offset, eps, _rounding(rounded_n, rounded_y), activation, k, frozenset(inner))
 
 
-def _widest(y: Node) -> Node:
-    return peel(y, keeps_order)
+def _rounds(node: Node, end: Node) -> bool:
+    """Whether a value is rounded on the way from end to node. Raises Unsupported for any other dtype."""
+    rounded = False
+    while node is not end:
+        if dtype(node) not in (*ACTIVATION_DTYPES, torch.float32):
+            raise Unsupported(f"the norm is rounded to {_name(dtype(node))}")
+        rounded |= is_narrowing(node)
+        node = first_arg(node)
+    return rounded
 
 
-def _fused_op(y: Node) -> Norm:
-    """`aten._fused_rms_norm`, which rounds once."""
-    inner: set[Node] = {y}
-    out = _step_in(y, inner, keeps_order)
-    if out.target.__class__ is str or not out.args or not is_call(out.args[0], aten._fused_rms_norm.default):
-        raise NotFound
-    if out.args[1] != 0:
-        raise NotFound
-    op = first_arg(out)
-    inner |= {out, op}
-    h, shape, weight, eps = (*op.args, None, None)[:4]
-    if not isinstance(weight, Node):
-        raise Unsupported("the norm has no weight")
-    k = _int("K", prod(shape))  # type: ignore[arg-type]
-    if dtype(h) not in ACTIVATION_DTYPES:  # type: ignore[arg-type]
-        raise Unsupported(f"the norm reads {_name(dtype(h))}; the kernels read bfloat16 and float16")  # type: ignore[arg-type]
-    addition = _rounded_addition(h, set())  # type: ignore[arg-type]
-    epsilon = torch.finfo(torch.float32).eps if eps is None else number(eps)
-    if epsilon is None:
-        raise Unsupported("epsilon is not a constant of the graph")
-    return Norm(y, h, addition, weight, 0.0, epsilon, "once", dtype(out), k, frozenset(inner))  # type: ignore[arg-type]
-
-
-READERS += [_decomposed, _fused_op]
-
-
-def _step_in(node: Node, inner: set[Node], *tests: Callable[[Node], bool]) -> Node:
+def step_in(node: Node, inner: set[Node], *tests: Callable[[Node], bool]) -> Node:
     """`peel`, adding what is passed to `inner`."""
     end = peel(node, *tests)
     while node is not end:
@@ -145,55 +128,58 @@ def _step_in(node: Node, inner: set[Node], *tests: Callable[[Node], bool]) -> No
     return end
 
 
-def _operands(product: Node, inner: set[Node]) -> tuple[Node, Node]:
+def _operands(product: Node) -> tuple[Node, Node]:
     """The normalized operand and the weight operand of y's product."""
-    a, b = product.args[:2]
+    a, b = arguments(product)[:2]
     if not (is_tensor(a) and is_tensor(b)):
         raise NotFound
     for normalized, scale in ((a, b), (b, a)):
-        n = peel(normalized, keeps_order, is_cast)  # type: ignore[arg-type]
-        if is_call(n, aten.mul.Tensor) and _root(n) is not None:
-            return normalized, scale  # type: ignore[return-value]
-        if is_call(n, aten.div.Tensor) and _root_of_division(n):
+        n = peel(normalized, keeps_order, is_cast)
+        if _root(n) is not None:
+            return normalized, scale
+        if is_call(n, aten.div.Tensor) and _is_square_root(arguments(n)[1]):
             raise Unsupported("the norm divides by a square root; the kernels multiply by rsqrt")
     for x, factor in ((a, b), (b, a)):
-        other = peel(factor, keeps_order, is_cast)  # type: ignore[arg-type]
-        if is_call(other, aten.mul.Tensor) and any(_is_rstd(arg) for arg in other.args):
-            raise Unsupported("the weight is multiplied with rstd before x; the kernels multiply x with rstd first")
-        if _is_rstd(factor) and _is_norm_input(x, factor):
-            raise Unsupported("the norm has no weight")
+        if _is_rstd(factor) and is_tensor(x):
+            raise Unsupported(
+                "the norm has no weight, or its weight is multiplied with x or rstd before they are with each other"
+            )
+        other = peel(factor, keeps_order, is_cast)
+        if is_call(other, aten.mul.Tensor) and any(_is_rstd(arg) for arg in arguments(other)):
+            raise Unsupported("the weight is multiplied with rstd first; the kernels multiply x with rstd first")
     raise NotFound
-
-
-def _is_norm_input(x: object, rstd: object) -> bool:
-    return isinstance(x, Node) and isinstance(rstd, Node) and value(x).dim() == value(rstd).dim()
 
 
 def _is_rstd(arg: object) -> bool:
     if not is_tensor(arg):
         return False
-    node = peel(arg, keeps_order, is_cast, lambda n: is_call(n, aten.expand.default))  # type: ignore[arg-type]
+    node = peel(arg, keeps_order, is_cast)
     if is_call(node, aten.pow.Tensor_Scalar):
-        return number(node.args[1]) == -0.5
+        return number(arguments(node)[1]) == -0.5
     if is_call(node, aten.reciprocal.default):
-        return is_call(node.args[0], aten.sqrt.default)
+        return _is_square_root(arguments(node)[0])
     return is_call(node, aten.rsqrt.default)
+
+
+def _is_square_root(arg: object) -> bool:
+    if not is_tensor(arg):
+        return False
+    node = peel(arg, keeps_order, is_cast)
+    return is_call(node, aten.sqrt.default) or (
+        is_call(node, aten.pow.Tensor_Scalar) and number(arguments(node)[1]) == 0.5
+    )
 
 
 def _root(n: Node) -> tuple[Node, Node] | None:
     """(h, rstd) of n = h * rstd."""
-    for h, rstd in (n.args[:2], n.args[1::-1]):
-        if _is_rstd(rstd) and is_tensor(h):
-            return h, rstd  # type: ignore[return-value]
+    if is_call(n, aten.mul.Tensor):
+        for h, rstd in (arguments(n), arguments(n)[::-1]):
+            if _is_rstd(rstd) and is_tensor(h):
+                return h, rstd
     return None
 
 
-def _root_of_division(n: Node) -> bool:
-    divisor = n.args[1]
-    return is_tensor(divisor) and is_call(peel(divisor, keeps_order, is_cast), aten.sqrt.default)  # type: ignore[arg-type]
-
-
-def _normalization(n: Node, inner: set[Node]) -> tuple[Node, float, int]:
+def _normalization(n: Node, inner: set[Node]) -> tuple[Node, float | Node, int]:
     """h, eps and the number of reduced trailing dimensions of n = h * rsqrt(mean(h * h) + eps)."""
     root = _root(n)
     if root is None:
@@ -201,37 +187,48 @@ def _normalization(n: Node, inner: set[Node]) -> tuple[Node, float, int]:
     if dtype(n) != torch.float32:
         raise Unsupported(f"the norm is computed in {_name(dtype(n))}; the kernels compute it in float32")
     h, rstd_use = root
-    rstd = _step_in(rstd_use, inner, keeps_order)
+    rstd = step_in(rstd_use, inner, keeps_order)
+    if is_cast(rstd):
+        raise Unsupported(f"rstd is rounded to {_name(dtype(rstd))}")
     if is_call(rstd, aten.reciprocal.default):
         raise Unsupported("the norm takes the reciprocal of a square root; the kernels take rsqrt")
-    variance = _step_in(first_arg(rstd), inner, keeps_order)
+    variance = step_in(first_arg(rstd), inner, keeps_order)
     if not is_call(variance, *ADDS) or number(variance.kwargs.get("alpha", 1)) != 1:
         raise Unsupported(f"rsqrt of {op_name(variance)}, not of a mean plus epsilon")
-    terms = list(variance.args[:2])
-    constants = [number(term) for term in terms]
+    terms = list(arguments(variance)[:2])
+    constants = [_epsilon(term) for term in terms]
     if constants == [None, None]:
-        raise Unsupported("epsilon is not a constant of the graph")
+        raise Unsupported("epsilon is computed in the graph")
     eps = next(c for c in constants if c is not None)
     mean = next(t for t, c in zip(terms, constants, strict=True) if c is None)
-    square, dims = _mean(_step_in(mean, inner, keeps_order), inner)  # type: ignore[arg-type]
+    square, dims = _mean(step_in(mean, inner, keeps_order), inner)
     _check_square(square, h, inner)
     _check_rows(value(rstd_use), value(h), dims)
     return h, eps, dims
+
+
+def _epsilon(term: object) -> float | Node | None:
+    """A number, or an input of the graph that is one on the CPU."""
+    if isinstance(term, Node):
+        source = peel(term, keeps_order, is_cast)
+        if source.op == "placeholder" and is_tensor(source) and value(source).dim() == 0:
+            return source if value(source).device.type == "cpu" else None
+    return number(term)
 
 
 def _mean(mean: Node, inner: set[Node]) -> tuple[Node, int]:
     """The squares, and over how many trailing dimensions they are averaged; a sum divided by K is a mean."""
     count = None
     if is_call(mean, aten.div.Tensor, aten.div.Scalar):
-        count = number(mean.args[1])
-        mean = _step_in(first_arg(mean), inner, keeps_order)
+        count = number(arguments(mean)[1])
+        mean = step_in(first_arg(mean), inner, keeps_order)
     if not is_call(mean, aten.sum.dim_IntList if count is not None else aten.mean.dim):
         raise Unsupported(f"rsqrt of {op_name(mean)}, not of a mean of squares")
     if dtype(mean) != torch.float32:
         raise Unsupported(f"the mean of squares is {_name(dtype(mean))}; the kernels compute it in float32")
     squares = first_arg(mean)
     shape = value(squares).shape
-    dims = sorted(d % len(shape) for d in mean.args[1])  # type: ignore[union-attr]
+    dims = sorted(d % len(shape) for d in arguments(mean)[1])
     if not dims or dims != list(range(len(shape) - len(dims), len(shape))):
         raise Unsupported("the norm does not run over the last dimensions")
     if count is not None and not same_size(prod(shape[dims[0] :]), int(count)):
@@ -240,19 +237,18 @@ def _mean(mean: Node, inner: set[Node]) -> tuple[Node, int]:
 
 
 def _check_square(square: Node, h: Node, inner: set[Node]) -> None:
-    square = _step_in(square, inner, keeps_order)
-    if is_call(square, aten.pow.Tensor_Scalar) and number(square.args[1]) == 2:
-        roots = [square.args[0]]
+    square = step_in(square, inner, keeps_order)
+    if is_call(square, aten.pow.Tensor_Scalar) and number(arguments(square)[1]) == 2:
+        roots = [arguments(square)[0]]
     elif is_call(square, aten.mul.Tensor):
-        roots = list(square.args[:2])
+        roots = list(arguments(square)[:2])
     else:
         raise Unsupported(f"the mean is taken of {op_name(square)}, not of squares")
     if dtype(square) != torch.float32:
         raise Unsupported(f"the squares are {_name(dtype(square))}; the kernels compute them in float32")
     for root in roots:
-        if not is_tensor(root) or not _same_values(root, h):  # type: ignore[arg-type]
+        if not is_tensor(root) or not _same_values(root, h):
             raise Unsupported("the squares are of another tensor than the one that is normalized")
-        _step_in(root, inner, keeps_order, is_widening)  # type: ignore[arg-type]
 
 
 def _same_values(a: Node, b: Node) -> bool:
@@ -269,61 +265,74 @@ def _check_rows(rstd: torch.Tensor, h: torch.Tensor, dims: int) -> None:
         raise Unsupported(f"rstd has shape {tuple(rstd.shape)} beside x of shape {tuple(h.shape)}")
 
 
-def _weight(scale: Node, k: int, trailing: tuple, inner: set[Node]) -> tuple[Node, float]:
-    """The weight [K] and what is added to it in fp32."""
+def _weight(scale: Node, k: int, trailing: tuple) -> tuple[Node, float]:
+    """The weight of K values and what is added to it in fp32."""
     shape = tuple(value(scale).shape)
-    while shape and len(shape) > len(trailing) and isinstance(shape[0], int) and shape[0] == 1:
+    while len(shape) > len(trailing) and isinstance(shape[0], int) and shape[0] == 1:
         shape = shape[1:]
     if not same_shape(shape, trailing):
         raise Unsupported(f"the weight has shape {tuple(value(scale).shape)}; the kernels take one value per column")
-    node, offset = _step_in(scale, inner, keeps_order, is_widening), 0.0
+    node, offset = peel(scale, keeps_order, is_widening), 0.0
     if is_call(node, *ADDS) and dtype(node) == torch.float32 and number(node.kwargs.get("alpha", 1)) == 1:
-        constants = [number(term) for term in node.args[:2]]
+        constants = [number(term) for term in arguments(node)[:2]]
         found = [c for c in constants if c is not None]
         if len(found) == 1:
             offset = found[0]
-            node = _step_in(node.args[constants.index(None)], inner, keeps_order, is_widening)  # type: ignore[arg-type]
-    inner.discard(node)
-    if prod(value(node).shape) != k:
-        raise Unsupported(f"the weight has {tuple(value(node).shape)} values beside K = {k}")
+            node = peel(arguments(node)[constants.index(None)], keeps_order, is_widening)
+    if dtype(node) not in (*ACTIVATION_DTYPES, torch.float32):
+        raise Unsupported(f"the weight is {_name(dtype(node))}; the kernels take bfloat16, float16 and float32")
     return node, offset
 
 
-def _source(h: Node, inner: set[Node]) -> tuple[Node | None, Addition | None]:
+def source(h: Node, inner: set[Node]) -> tuple[Node | None, Addition | None]:
     """What the norm reads: x, and where x is a sum, its addends."""
-    node = _step_in(h, inner, keeps_order, is_widening)
-    inner.discard(node)
+    node = peel(h, keeps_order, is_widening)
     if dtype(node) in ACTIVATION_DTYPES:
-        return node, _rounded_addition(node, inner)
+        return node, _rounded_addition(node)
     if dtype(node) == torch.float32 and is_call(node, *ADDS):
         addends = _addends(node)
         if addends is not None:
+            inner |= {node, *_views_of(node)}
             stored = [user for user in node.users if is_narrowing(user) and dtype(user) == dtype(addends[0])]
-            inner.add(node)
-            return None, Addition(*addends, "fp32", stored[0] if stored else None)
+            return None, Addition(*addends, "fp32", tuple(stored))
     raise Unsupported(f"the norm reads {_name(dtype(node))} ({op_name(node)}); the kernels read bfloat16 and float16")
 
 
-def _rounded_addition(x: Node, inner: set[Node]) -> Addition | None:
+def _views_of(node: Node) -> set[Node]:
+    """All views of a value, and views of those."""
+    found: set[Node] = set()
+    pending = [node]
+    while pending:
+        views = [user for user in pending.pop().users if keeps_order(user)]
+        found.update(views)
+        pending += views
+    return found
+
+
+def _rounded_addition(x: Node) -> Addition | None:
     """x as a sum that is rounded to the activation dtype: a bf16 add, or an fp32 add and a cast."""
     total = first_arg(x) if is_narrowing(x) else x
-    if not is_call(total, aten.add.Tensor):
+    if not is_call(total, aten.add.Tensor) or (total is not x and len(total.users) > 1):
         return None
     addends = _addends(total)
     if addends is None or dtype(addends[0]) != dtype(x):
         return None
-    return Addition(*addends, "rounded", x)
+    return Addition(*addends, "rounded", (x,))
 
 
 def _addends(total: Node) -> tuple[Node, Node] | None:
     """Two tensors of one activation dtype and shape whose sum, computed in fp32, is total."""
-    a, b = total.args[:2]
+    a, b = arguments(total)[:2]
     if not (is_tensor(a) and is_tensor(b)) or number(total.kwargs.get("alpha", 1)) != 1:
         return None
-    a, b = peel(a, is_widening), peel(b, is_widening)  # type: ignore[arg-type]
+    a, b = peel(a, is_widening), peel(b, is_widening)
     if dtype(a) != dtype(b) or dtype(a) not in ACTIVATION_DTYPES:
         return None
-    return (a, b) if same_shape(value(a).shape, value(b).shape) and same_shape(value(a).shape, value(total).shape) else None
+    return (
+        (a, b)
+        if same_shape(value(a).shape, value(b).shape) and same_shape(value(a).shape, value(total).shape)
+        else None
+    )
 
 
 def _rounding(inner: bool, outer: bool) -> Rounding:
@@ -332,13 +341,13 @@ def _rounding(inner: bool, outer: bool) -> Rounding:
     return "once" if outer else "none"
 
 
-def _check_roundings(inner: set[Node], activation: torch.dtype) -> None:
+def check_roundings(inner: set[Node], activation: torch.dtype) -> None:
     for node in inner:
         if is_tensor(node) and dtype(node) in ACTIVATION_DTYPES and dtype(node) != activation:
             raise Unsupported(f"the norm of a {_name(activation)} tensor is rounded to {_name(dtype(node))}")
 
 
-def _int(what: str, size: object) -> int:
+def static_int(what: str, size: object) -> int:
     if not isinstance(size, int):
         raise Unsupported(f"{what} is symbolic ({size}); the kernels need it as a constant")
     return size
@@ -346,7 +355,3 @@ def _int(what: str, size: object) -> int:
 
 def _name(d: torch.dtype) -> str:
     return str(d).removeprefix("torch.")
-
-
-def inner_in_order(norm: Norm) -> Iterator[Node]:
-    return (node for node in norm.y.graph.nodes if node in norm.inner)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import quantize, release_dependents, row_offset, store_scale, wait_for_predecessor
-from normquant.kernels.launch import Config, on_device, power_of_two, stride_unit, target
+from normquant.kernels.launch import Config, on_device, own_groups, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -42,7 +42,7 @@ def group_quant_kernel(
     release_dependents(PDL)
     q, s = quantize(x, SPEC, ON_CUDA)
     tl.store(data_ptr + row.to(tl.int64) * K + own, q, mask=own < K)
-    store_scale(scale_ptr, s, row, first, K // SPEC.group, m, scale_rows, K, SPEC, BLOCK_G)
+    store_scale(scale_ptr, s, row, first, m, scale_rows, K, SPEC, BLOCK_G)
 
 
 def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,13 +54,10 @@ def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) 
     if m == 0:
         return data, scale
     config = config or choose_config("group_quant", k, m, where.capability)
-    groups = k // spec.group
-    block_g = power_of_two(-(-groups // config.split))
-    if spec.scale == "ue8m0_packed":
-        block_g = max(4, block_g)  # a program writes whole int32
+    block_g, programs = own_groups(k, spec, config)
     unit = stride_unit(x)
     with on_device(x.device):
-        group_quant_kernel[(m, -(-groups // block_g))](
+        group_quant_kernel[(m, programs)](
             x,
             data,
             scale,

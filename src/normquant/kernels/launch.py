@@ -1,7 +1,7 @@
 """Which launch config a kernel gets, and what a launch needs to know about its device.
 
-Configs change speed and never a bit of the result. They come from a committed table for each compute capability, measured
-by the tuner; what the table lacks follows the rule in `_rule`.
+Configs change speed and never a bit of the result. They come from a committed table for each compute capability,
+measured by the tuner; what the table lacks follows the rule in `_rule`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import json
 from bisect import bisect_left
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 
 import torch
+
+from normquant.spec import QuantSpec
 
 MIN_CAPABILITY = (8, 9)  # the first with e4m3 conversions
 PDL_CAPABILITY = (9, 0)  # the first with programmatic dependent launch
@@ -40,12 +42,12 @@ class Target:
         return self.capability is not None and self.capability >= PDL_CAPABILITY
 
     def options(self, config: Config) -> dict[str, object]:
-        """Launch options of Triton. Fused multiply-adds of the compiler's choice are off: they would round otherwise."""
+        """Launch options of Triton. Multiply-adds of the compiler's choosing are off: they round differently."""
         options: dict[str, object] = {"num_warps": config.num_warps, "enable_fp_fusion": False}
         return options | {"launch_pdl": True} if self.pdl else options
 
 
-@lru_cache(maxsize=None)
+@cache
 def target(device: torch.device) -> Target:
     """The launch target of a device; raises ValueError where the kernels cannot run."""
     if device.type == "cpu":
@@ -75,7 +77,7 @@ def config(op: str, k: int, m: int, capability: tuple[int, int] | None) -> Confi
     return Config(num_warps, split)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table(capability: tuple[int, int]) -> dict[str, dict[str, list[list[int]]]]:
     # {op: {K: [[largest M, num_warps, split], ...]}}, ascending in M
     file = resources.files("normquant.kernels") / "configs" / f"sm{capability[0]}{capability[1]}.json"
@@ -93,6 +95,15 @@ def _rule(op: str, k: int, m: int) -> Config:
 def stride_unit(*tensors: torch.Tensor | None) -> int:
     """8 where every row stride is a multiple of 8 elements, so that rows may be read 16 bytes at a time, else 1."""
     return 8 if all(t is None or t.stride(0) % 8 == 0 for t in tensors) else 1
+
+
+def own_groups(k: int, spec: QuantSpec, config: Config) -> tuple[int, int]:
+    """Groups that one program writes, a power of two, and how many programs then cover a row of k values."""
+    groups = k // spec.group
+    block = power_of_two(-(-groups // config.split))
+    if spec.scale == "ue8m0_packed":
+        block = max(4, block)  # a program writes whole int32
+    return block, -(-groups // block)
 
 
 def power_of_two(n: int) -> int:

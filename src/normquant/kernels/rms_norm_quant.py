@@ -8,25 +8,16 @@
 Bytes moved per row of K bf16 values, group 128, fp32 scales: read 2K, or 4K with a residual; written K + K/32, and 2K
 more for each of the stored residual sum and norm. The weight (2K) is read by every program but stays in the L2.
 
-Grid: (M, split). A program reads the whole row for the sum of squares and writes `BLOCK_G` groups of it, so at small M a
-row is shared by several programs; every split gives the same bits, since the order of the sum is fixed.
+Grid: (M, split). A program reads the whole row for the sum of squares and writes `BLOCK_G` groups of it, so at small M
+a row is shared by several programs; every split gives the same bits, since the order of the sum is fixed.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from normquant.kernels._device import (
-    divide_by_constant,
-    quantize,
-    release_dependents,
-    row_offset,
-    scale_by_weight,
-    store_scale,
-    sum_of_squares,
-    wait_for_predecessor,
-)
-from normquant.kernels.launch import Config, log2, on_device, power_of_two, stride_unit, target
+from normquant.kernels._device import norm_quant_row, row_offset, wait_for_predecessor
+from normquant.kernels.launch import Config, log2, on_device, own_groups, power_of_two, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -56,52 +47,39 @@ def rms_norm_quant_kernel(
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    GROUP: tl.constexpr = SPEC.group
-    HAS_RESIDUAL: tl.constexpr = residual_ptr is not None
     row = tl.program_id(0)
-    first = tl.program_id(1) * BLOCK_G
     x_ptr += row_offset(row, stride_xm, STRIDE_UNIT)
-    if HAS_RESIDUAL:
+    if residual_ptr is not None:
         residual_ptr += row_offset(row, stride_rm, STRIDE_UNIT)
-    in_group = tl.arange(0, GROUP)[None, :]
-    whole = tl.arange(0, GROUPS)[:, None] * GROUP + in_group  # [GROUPS, GROUP]
-    own = (first + tl.arange(0, BLOCK_G)[:, None]) * GROUP + in_group  # [BLOCK_G, GROUP]
-
     wait_for_predecessor(PDL)
-    h = load_row(x_ptr, residual_ptr, whole, K, SPEC, DTYPE, HAS_RESIDUAL)
-    if BLOCK_G == GROUPS:
-        h_own = h
-    else:
-        h_own = load_row(x_ptr, residual_ptr, own, K, SPEC, DTYPE, HAS_RESIDUAL)
-    w = tl.load(weight_ptr + own, mask=own < K, other=0.0).to(tl.float32)
-    release_dependents(PDL)
+    norm_quant_row(
+        x_ptr,
+        residual_ptr,
+        weight_ptr,
+        data_ptr,
+        scale_ptr,
+        sum_ptr,
+        norm_ptr,
+        row,
+        tl.program_id(1) * BLOCK_G,
+        m,
+        scale_rows,
+        eps,
+        weight_offset,
+        K,
+        SPEC,
+        GROUPS,
+        LOG_GROUPS,
+        LOG_GROUP,
+        BLOCK_G,
+        PDL,
+        ON_CUDA,
+    )
 
-    out = row.to(tl.int64) * K + own
-    if HAS_RESIDUAL:
-        tl.store(sum_ptr + out, h_own.to(DTYPE), mask=own < K)
-        if SPEC.sum == "rounded":
-            h = h.to(DTYPE).to(tl.float32)
-            h_own = h_own.to(DTYPE).to(tl.float32)
-    if weight_offset != 0.0:
-        w += weight_offset
-    mean = divide_by_constant(sum_of_squares(h, GROUPS, GROUP, LOG_GROUPS, LOG_GROUP), K, ON_CUDA)
-    y = scale_by_weight(h_own * tl.rsqrt(mean + eps), w, SPEC, DTYPE)
-    if norm_ptr is not None:
-        tl.store(norm_ptr + out, y.to(DTYPE), mask=own < K)
-    q, s = quantize(y, SPEC, ON_CUDA)
-    tl.store(data_ptr + out, q, mask=own < K)
-    store_scale(scale_ptr, s, row, first, K // GROUP, m, scale_rows, K, SPEC, BLOCK_G)
 
-
-@triton.jit
-def load_row(
-    x_ptr, residual_ptr, at, K: tl.constexpr, SPEC: tl.constexpr, DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr
-):
-    h = tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        h += tl.load(residual_ptr + at, mask=at < K, other=0.0).to(tl.float32)
-    return h
+def op_name(with_residual: bool, with_norm: bool) -> str:
+    """The op of these inputs and outputs, which is also its name in the table of configs."""
+    return f"{'add_' if with_residual else ''}rms_norm_quant{'_with_norm' if with_norm else ''}"
 
 
 def rms_norm_quant(
@@ -124,15 +102,12 @@ def rms_norm_quant(
     if m == 0:
         return data, scale, total, norm
     if config is None:
-        config = choose_config("rms_norm_quant" if residual is None else "add_rms_norm_quant", k, m, where.capability)
-    groups = k // spec.group
-    block_g = power_of_two(-(-groups // config.split))
-    if spec.scale == "ue8m0_packed":
-        block_g = max(4, block_g)  # a program writes whole int32
+        config = choose_config(op_name(residual is not None, return_norm), k, m, where.capability)
+    block_g, programs = own_groups(k, spec, config)
+    groups = max(power_of_two(k // spec.group), block_g)
     unit = stride_unit(x, residual)
-    padded = max(power_of_two(groups), block_g)
     with on_device(x.device):
-        rms_norm_quant_kernel[(m, -(-groups // block_g))](
+        rms_norm_quant_kernel[(m, programs)](
             x,
             residual,
             weight,
@@ -148,8 +123,8 @@ def rms_norm_quant(
             weight_offset,
             K=k,
             SPEC=spec,
-            GROUPS=padded,
-            LOG_GROUPS=log2(padded),
+            GROUPS=groups,
+            LOG_GROUPS=log2(groups),
             LOG_GROUP=log2(spec.group),
             BLOCK_G=block_g,
             STRIDE_UNIT=unit,

@@ -1,0 +1,112 @@
+"""Generated code on disk: one file, a log, or a cache directory. Read as text: never imported, run or unpickled."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_LARGEST_FILE = 64 << 20  # bytes
+_LOG_LINE = re.compile(r"^.*?\[__output_code\] ?")
+_LOG_PREFIX = re.compile(r"^[VDIWE]\d{4} [\d:.]+ \d+ \S+:\d+\] (\[[^\]]*\] )*")
+_MARKS = ("async_compile", "extern_kernels", "AOT ID")
+
+
+class Unusable(ValueError):
+    """A path with nothing in it that can be audited."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text of one generated module, and where it is."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that should have been read and could not be."""
+
+    name: str
+    reason: str
+
+
+def find(path: str | os.PathLike[str]) -> tuple[list[Source], list[Skipped]]:
+    """Every generated module at `path`; Unusable when there is none."""
+    root = Path(path)
+    if not root.exists():
+        raise Unusable(f"{root}: no such file or directory")
+    if root.is_dir():
+        return _in_directory(root)
+    text = _read(root)
+    if isinstance(text, Skipped):
+        raise Unusable(f"{text.name}: {text.reason}")
+    sources = _split_log(str(root), text) if "[__output_code]" in text else [Source(str(root), text)]
+    if not sources:
+        raise Unusable(f"{root}: a log without generated code; set TORCH_LOGS=output_code")
+    return sources, []
+
+
+def _in_directory(root: Path) -> tuple[list[Source], list[Skipped]]:
+    sources: list[Source] = []
+    skipped: list[Skipped] = []
+    for file in _python_files(root):
+        text = _read(file)
+        if isinstance(text, Skipped):
+            skipped.append(text)
+        elif any(mark in text for mark in _MARKS):
+            sources.append(Source(str(file), text))
+    if not sources:
+        unread = (
+            f"; {len(skipped)} could not be read, the first: {skipped[0].name}: {skipped[0].reason}" if skipped else ""
+        )
+        raise Unusable(
+            f"{root}: no generated Python code in any of its .py files{unread}. Caches that only hold binary artifacts "
+            "are not read: compile with TORCH_LOGS=output_code, or with the cache off, and audit what that writes"
+        )
+    return sources, skipped
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        yield from (Path(folder) / name for name in sorted(files) if name.endswith(".py"))
+
+
+def _read(file: Path) -> str | Skipped:
+    try:
+        if not file.is_file():
+            return Skipped(str(file), "not a regular file")
+        size = file.stat().st_size
+        if size > _LARGEST_FILE:
+            return Skipped(str(file), f"{size >> 20} MiB; files of up to {_LARGEST_FILE >> 20} MiB are read")
+        data = file.read_bytes()
+    except OSError as error:
+        return Skipped(str(file), error.strerror or str(error))
+    if b"\0" in data:
+        return Skipped(str(file), "a binary file, not generated Python code")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return Skipped(str(file), "not UTF-8 text")
+
+
+def _split_log(name: str, text: str) -> list[Source]:
+    """The modules in a log of TORCH_LOGS=output_code, which prefixes every line."""
+    modules: list[list[str]] = []
+    for line in text.splitlines():
+        found = _LOG_LINE.match(line)
+        if found is None:
+            if modules and not _LOG_PREFIX.match(line):
+                modules[-1].append(line)  # some loggers prefix the first line of a record only
+            continue
+        content = line[found.end() :]
+        if content.startswith("Output code written to:"):
+            continue
+        if content.startswith("Output code:"):
+            modules.append([content.removeprefix("Output code:").strip()])
+        elif modules:
+            modules[-1].append(content)
+    joined = ["\n".join(lines) for lines in modules]
+    return [Source(f"{name}, graph {i}", code) for i, code in enumerate(joined) if any(mark in code for mark in _MARKS)]

@@ -1,0 +1,1 @@
+"""Measuring: cases, providers, timing and records. Nothing here formats anything."""

@@ -1,0 +1,90 @@
+"""`normquant bench`: what to measure, and where the records go."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from normquant.bench.cases import MS, OPS, Case, kernel_cases
+from normquant.bench.records import KernelRecord, write
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """'1,64' -> (1, 64), an argparse type."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers; 1,64,1024 is one") from None
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: sizes start at 1")
+    return values
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `normquant bench`."""
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    kernels = suites.add_parser("kernels", help="each op on the shapes of DeepSeek, Qwen and Llama, beside its peers")
+    add_grid(kernels)
+    kernels.add_argument("--providers", help="comma-separated, of those that are installed (default: all)")
+    kernels.add_argument("--output", type=Path, metavar="FILE", help="write the records here, one JSON object a line")
+
+
+def add_grid(parser: argparse.ArgumentParser) -> None:
+    """Arguments that choose the cases."""
+    parser.add_argument("--ops", help="comma-separated (default: all)")
+    parser.add_argument("--k", type=integers, metavar="K,...", help="widths (default: those of the models)")
+    parser.add_argument("--m", type=integers, metavar="M,...", help="rows (default: 1 to 16384)")
+    parser.add_argument("--samples", type=int, default=21, help="samples of each timing (default: 21)")
+
+
+def grid_cases(args: argparse.Namespace) -> list[Case]:
+    """The cases that the arguments ask for; raises ValueError where there are none or no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("there is no CUDA GPU here; kernels are measured on one")
+    ops = tuple(args.ops.split(",")) if args.ops else OPS
+    if unknown := set(ops) - set(OPS):
+        raise ValueError(f"unknown ops {', '.join(sorted(unknown))}; accepted: {', '.join(OPS)}")
+    cases = list(kernel_cases(ops, args.k, args.m or MS))
+    if not cases:
+        raise ValueError(f"no case of {', '.join(ops)} has k in {args.k}")
+    return cases
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, write the records."""
+    from normquant.bench.kernels import measure
+    from normquant.bench.providers import PROVIDERS
+
+    names = args.providers.split(",") if args.providers else [p.name for p in PROVIDERS]
+    if unknown := set(names) - {p.name for p in PROVIDERS}:
+        raise ValueError(
+            f"unknown providers {', '.join(sorted(unknown))}; accepted: {', '.join(p.name for p in PROVIDERS)}"
+        )
+    for p in PROVIDERS:
+        if p.name in names and p.missing:
+            print(f"{p.name}: left out, {p.missing} is not installed", file=sys.stderr)
+    providers = [p for p in PROVIDERS if p.name in names and not p.missing]
+    records: list[KernelRecord] = []
+    start = time.monotonic()
+    for case in grid_cases(args):
+        new = list(measure(case, providers, args.samples))
+        records += new
+        print(line(new), flush=True)
+    if args.output:
+        write(args.output, records)
+        print(f"{len(records)} records in {args.output}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return 0
+
+
+def line(records: Sequence[KernelRecord]) -> str:
+    """One case as a line of text: us of each provider, and whose output is not what its rule says."""
+    first = records[0]
+    times = "  ".join(f"{r.provider} {r.us:.2f}{'' if r.match in ('bitwise', 'not an op') else '*'}" for r in records)
+    ours = next((r for r in records if r.provider == "normquant"), None)
+    copy = f"  [{ours.pct_of_copy:.0f}% of copy]" if ours and ours.pct_of_copy else ""
+    return f"{first.op}{' +norm' if first.normed else ''} m={first.m} k={first.k}: {times}{copy}"

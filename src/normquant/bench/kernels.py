@@ -1,0 +1,80 @@
+"""`normquant bench kernels`: every provider on every case, its output checked beside its time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+
+import torch
+
+from normquant import reference
+from normquant.bench import copies
+from normquant.bench.cases import LATENT, Case, Inputs, inputs
+from normquant.bench.providers import EPS, Provider, Run, calls
+from normquant.bench.records import KernelRecord, current_run, timing_fields
+from normquant.bench.timing import Timing, sets_needed, time_calls
+from normquant.spec import QuantSpec
+from normquant.version import VERSION
+
+COPIES = ("torch copy_", "triton copy")
+
+
+def measure(case: Case, providers: Sequence[Provider], samples: int) -> Iterator[KernelRecord]:
+    """Records of all providers that do this case, of two copies of as many bytes, and of an empty kernel."""
+    runs = {p: run for p in providers if (run := p.build(case)) is not None}
+    matches = {p.name: check(case, p, run) for p, run in runs.items()}
+    sets = sets_needed(case.traffic[0])
+    data = inputs(case, sets)
+    work = {p.name: calls(run, data) for p, run in runs.items()}
+    work |= {"torch copy_": copies.torch_copy(case.bytes, sets), "triton copy": copies.triton_copy(case.bytes, sets)}
+    work["empty kernel"] = copies.empty()
+    timings = time_calls(work, samples)
+    copy_us = min(timings[name].us for name in COPIES)
+    for name, timing in timings.items():
+        yield record(case, name, timing, copy_us, matches.get(name, "not an op"))
+
+
+def record(case: Case, provider: str, timing: Timing, copy_us: float, match: str) -> KernelRecord:
+    """One record; `copy_us` is the better copy's time for as many bytes."""
+    nothing = provider == "empty kernel"
+    return KernelRecord(
+        suite="kernels",
+        op=case.op,
+        m=case.m,
+        k=case.k,
+        group=case.spec.group,
+        layout=case.spec.layout,
+        scale=case.spec.scale,
+        residual=case.residual,
+        normed=case.normed,
+        provider=provider,
+        **timing_fields(timing, 0 if nothing else case.bytes),
+        pct_of_copy=None if nothing else round(100 * copy_us / timing.us, 1),
+        match=match,
+        **asdict(current_run(VERSION)),
+    )
+
+
+def check(case: Case, provider: Provider, run: Run) -> str:
+    """How the provider's data compares with the reference of the rule that it claims, on this GPU."""
+    if provider.spec is None:
+        return "not checked: the compiler rounds as it likes"
+    spec = replace(provider.spec(case), layout="row")
+    sample = inputs(case, 1, seed=1)[0]
+    expected = expected_data(case, sample, spec)
+    data = run(sample)[0]
+    differ = int((data.view(torch.uint8) != expected.view(torch.uint8)).sum())
+    return "bitwise" if differ == 0 else f"{differ} of {data.numel()} values differ"
+
+
+def expected_data(case: Case, i: Inputs, spec: QuantSpec) -> torch.Tensor:
+    """What `spec` gives for these inputs: data [M, K]."""
+    if case.op == "silu_mul_quant":
+        return reference.silu_mul_quant(i.x, spec)[0]
+    if case.op == "group_quant":
+        return reference.group_quant(i.x, spec)[0]
+    if case.op == "latent_norm_quant":
+        return reference.rms_norm_quant(i.x[:, : LATENT[0]], i.weight, EPS, spec)[0]
+    if i.residual is not None:
+        return reference.add_rms_norm_quant(i.x, i.residual, i.weight, EPS, spec)[0]
+    return reference.rms_norm_quant(i.x, i.weight, EPS, spec)[0]

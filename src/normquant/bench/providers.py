@@ -1,0 +1,197 @@
+"""Who does the work: this package, and the public packages that do the same, each through its public interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+
+from normquant import specs
+from normquant.bench.cases import LATENT, Case, Inputs
+from normquant.spec import QuantSpec
+
+Quantized = tuple[torch.Tensor, torch.Tensor]
+Run = Callable[[Inputs], Quantized]
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A name, the package that it needs, the arithmetic that it claims, and `build(case)`, which gives its function.
+
+    `build` returns None for a case that the provider does not do. Its function takes a set of inputs and returns data
+    [M, K] and scale [M, K/group]; it may overwrite the residual. `spec` is the rule that its output is held against,
+    None where the compiler is free to round as it likes.
+    """
+
+    name: str
+    build: Callable[[Case], Run | None]
+    spec: Callable[[Case], QuantSpec] | None
+    package: str | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """The package that is needed and not installed."""
+        return self.package if self.package and find_spec(self.package) is None else None
+
+
+def calls(run: Run, sets: Sequence[Inputs]) -> list[Callable[[], Quantized]]:
+    """One call for each set of inputs."""
+    return [lambda i=i: run(i) for i in sets]
+
+
+def normquant(case: Case) -> Run:
+    """This package's ops, as a compiled graph calls them."""
+    ops, spec = torch.ops.normquant, case.spec.encode()
+    if case.op == "silu_mul_quant":
+        return lambda i: ops.silu_mul_quant(i.x, spec)
+    if case.op == "group_quant":
+        return lambda i: ops.group_quant(i.x, spec)
+    if case.op == "latent_norm_quant":
+        return lambda i: ops.latent_norm_quant(
+            i.x, i.weight, i.kv_weight, i.cos, i.sin, i.positions, EPS, "interleaved", spec
+        )[:2]
+    op = getattr(ops, case.op_name)
+    if case.residual:
+        return lambda i: op(i.x, i.residual, i.weight, EPS, 0.0, spec)[:2]
+    return lambda i: op(i.x, i.weight, EPS, 0.0, spec)[:2]
+
+
+def q_a_alone(case: Case) -> Run | None:
+    """The q_a part of the latent op alone: what the other two latents add is measured against it."""
+    if case.op != "latent_norm_quant":
+        return None
+    spec = case.spec.encode()
+    return lambda i: torch.ops.normquant.rms_norm_quant(i.x[:, : LATENT[0]], i.weight, EPS, 0.0, spec)
+
+
+def eager(case: Case) -> Run | None:
+    """The graph that a model writes, run by eager torch, one kernel an op."""
+    if case.op == "latent_norm_quant":
+        return None
+    if case.op == "group_quant":
+        return lambda i: _aten_quant(i.x)
+    if case.op == "silu_mul_quant":
+        return lambda i: _aten_quant(F.silu(i.x[:, : case.k]) * i.x[:, case.k :])
+    if case.residual:
+        return lambda i: _add_norm_quant(i.x, i.residual, i.weight, case.normed)[:2]
+    return lambda i: _norm_quant(i.x, i.weight, case.normed)[:2]
+
+
+def compiled(case: Case) -> Run | None:
+    """The same graph through torch.compile, compiled once for every M."""
+    if case.op not in ("rms_norm_quant", "add_rms_norm_quant"):
+        return None
+    if case.residual:
+        run = _compiled(_add_norm_quant)
+        return lambda i: run(i.x, i.residual, i.weight, case.normed)[:2]
+    run = _compiled(_norm_quant)
+    return lambda i: run(i.x, i.weight, case.normed)[:2]
+
+
+@cache
+def _compiled(fn: Callable) -> Callable:
+    return torch.compile(fn, fullgraph=True, dynamic=True)
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def _aten_quant(y: torch.Tensor) -> Quantized:
+    grouped = y.float().unflatten(-1, (-1, 128))
+    scale = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+    return (grouped / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
+
+
+def _norm_quant(x: torch.Tensor, weight: torch.Tensor, normed: bool):
+    y = _norm(x, weight)
+    return *_aten_quant(y), y if normed else None
+
+
+def _add_norm_quant(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, normed: bool):
+    h = x + residual
+    return *_norm_quant(h, weight, normed), h
+
+
+def vllm_fused(case: Case) -> Run | None:
+    """vLLM's `rms_norm_per_block_quant` and `silu_and_mul_per_block_quant`, column-major scales."""
+    from vllm import _custom_ops as vllm_ops
+
+    if case.normed or case.op not in ("rms_norm_quant", "add_rms_norm_quant", "silu_mul_quant"):
+        return None
+    fp8 = torch.float8_e4m3fn
+    if case.op == "silu_mul_quant":
+        return lambda i: vllm_ops.silu_and_mul_per_block_quant(i.x, 128, fp8, is_scale_transposed=True)
+    return lambda i: vllm_ops.rms_norm_per_block_quant(
+        i.x, i.weight, EPS, fp8, [1, 128], residual=i.residual, is_scale_transposed=True, tma_alignment=4
+    )
+
+
+def vllm_unfused(case: Case) -> Run | None:
+    """vLLM's norm or silu kernel followed by its `per_token_group_quant_fp8`, column-major TMA-aligned scales."""
+    from vllm import _custom_ops as vllm_ops
+    from vllm.model_executor.layers.quantization.utils.fp8_utils import per_token_group_quant_fp8
+
+    def quant(y: torch.Tensor) -> Quantized:
+        return per_token_group_quant_fp8(y, 128, column_major_scales=True, tma_aligned_scales=True, use_ue8m0=False)
+
+    def norm(i: Inputs) -> Quantized:
+        y = torch.empty_like(i.x)
+        vllm_ops.rms_norm(y, i.x, i.weight, EPS)
+        return quant(y)
+
+    def add_norm(i: Inputs) -> Quantized:
+        vllm_ops.fused_add_rms_norm(i.x, i.residual, i.weight, EPS)  # overwrites x with the norm
+        return quant(i.x)
+
+    def silu(i: Inputs) -> Quantized:
+        y = torch.empty(case.m, case.k, dtype=i.x.dtype, device=i.x.device)
+        torch.ops._C.silu_and_mul(y, i.x)
+        return quant(y)
+
+    runs = {
+        "rms_norm_quant": norm,
+        "add_rms_norm_quant": add_norm,
+        "silu_mul_quant": silu,
+        "group_quant": lambda i: quant(i.x),
+    }
+    return runs.get(case.op)
+
+
+def flashinfer(pdl: bool) -> Callable[[Case], Run | None]:
+    """FlashInfer's `fused_add_rmsnorm_fp8_block_quant`, which always adds a residual and always writes the norm."""
+
+    def build(case: Case) -> Run | None:
+        from flashinfer.norm import fused_add_rmsnorm_fp8_block_quant
+
+        if case.op != "add_rms_norm_quant" or not case.normed or case.k % 256:
+            return None
+
+        def run(i: Inputs) -> Quantized:
+            data = torch.empty_like(i.x, dtype=torch.float8_e4m3fn)
+            norm = torch.empty_like(i.x)
+            scale = torch.empty(case.k // 128, (case.m + 3) // 4 * 4, device=i.x.device)
+            fused_add_rmsnorm_fp8_block_quant(data, scale, norm, i.x, i.residual, i.weight, EPS, pdl)
+            return data, scale.t()[: case.m]
+
+        return run
+
+    return build
+
+
+PROVIDERS = (
+    Provider("normquant", normquant, lambda case: case.spec),
+    Provider("normquant q_a alone", q_a_alone, lambda case: case.spec),
+    Provider("torch eager", eager, lambda case: specs.HF),
+    Provider("torch.compile", compiled, None),
+    Provider("vllm fused", vllm_fused, lambda case: specs.VLLM_FUSED, "vllm"),
+    Provider("vllm unfused", vllm_unfused, lambda case: specs.VLLM_EAGER, "vllm"),
+    Provider("flashinfer", flashinfer(False), lambda case: specs.FLASHINFER, "flashinfer"),
+    Provider("flashinfer pdl", flashinfer(True), lambda case: specs.FLASHINFER, "flashinfer"),
+)

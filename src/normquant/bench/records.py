@@ -1,0 +1,115 @@
+"""Measurements as JSON lines, one record a line, and their schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from normquant.bench.timing import Timing
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a record was measured: GPU, versions and the command that did it."""
+
+    gpu: str
+    torch: str
+    triton: str
+    version: str
+    command: str
+
+
+@dataclass(frozen=True)
+class KernelRecord:
+    """One provider on one case of `normquant bench kernels`.
+
+    us, us_p10, us_p90: microseconds a call, over n samples. bytes: what the op must move. gbps: bytes / us.
+    pct_of_copy: gbps as a percentage of the better copy's of as many bytes in the same run; None for an empty kernel.
+    match: how the data compares with the reference of the provider's own rule: "bitwise", "N of TOTAL values differ",
+        or why it was not compared.
+    """
+
+    suite: str
+    op: str
+    m: int
+    k: int
+    group: int
+    layout: str
+    scale: str
+    residual: bool
+    normed: bool
+    provider: str
+    us: float
+    us_p10: float
+    us_p90: float
+    n: int
+    bytes: int
+    gbps: float
+    pct_of_copy: float | None
+    match: str
+    gpu: str
+    torch: str
+    triton: str
+    version: str
+    command: str
+
+
+def current_run(version: str) -> Run:
+    """The run that this process is."""
+    import triton
+
+    command = " ".join(["normquant", *sys.argv[1:]])
+    return Run(torch.cuda.get_device_name(), torch.__version__, triton.__version__, version, command)
+
+
+def timing_fields(timing: Timing, moved: int) -> dict[str, float | int]:
+    """The fields of a record that come from a timing; `moved` is in bytes."""
+    return {
+        "us": round(timing.us, 3),
+        "us_p10": round(timing.us_p10, 3),
+        "us_p90": round(timing.us_p90, 3),
+        "n": timing.n,
+        "bytes": moved,
+        "gbps": round(moved / timing.us / 1e3, 1),
+    }
+
+
+def write(path: Path, records: Iterable[KernelRecord]) -> None:
+    """Replace `path` by the records, all or nothing."""
+    scratch = path.with_suffix(path.suffix + ".part")
+    scratch.write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
+    os.replace(scratch, path)
+
+
+def read(path: Path) -> Iterator[dict]:
+    """The records of a file; raises ValueError naming the line that is none."""
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from None
+        if not isinstance(record, dict) or "suite" not in record:
+            raise ValueError(f"{path}:{number}: not a record: it has no 'suite'")
+        yield record
+
+
+def problems(record: dict) -> list[str]:
+    """What is wrong with a kernel record: fields missing, unknown or mistyped, figures that contradict each other."""
+    types = {f.name: f.type for f in fields(KernelRecord)}
+    found = [f"missing {name}" for name in types if name not in record]
+    found += [f"unknown {name}" for name in record if name not in types]
+    if found:
+        return found
+    python = {"str": str, "int": int, "bool": bool, "float": (int, float), "float | None": (int, float, type(None))}
+    found += [f"{n} is {record[n]!r}" for n, t in types.items() if not isinstance(record[n], python[t])]
+    if not found and not record["us_p10"] <= record["us"] <= record["us_p90"]:
+        found.append("us is outside of us_p10 .. us_p90")
+    if not found and abs(record["bytes"] / record["us"] / 1e3 - record["gbps"]) > 0.01 * record["gbps"] + 0.1:
+        found.append("gbps is not bytes / us")
+    return found

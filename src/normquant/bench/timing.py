@@ -1,0 +1,90 @@
+"""GPU time of a call, as a serving engine with CUDA graphs would see it.
+
+A provider is captured into a CUDA graph that calls it many times in a row, each time on the next of several sets of
+inputs, together larger than the L2, so that every call finds its inputs in DRAM. Providers take turns replaying their
+graphs in one process, so that clocks and temperature drift over all of them alike. Each replay is one raw sample.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+TARGET_US = 1000.0  # length of one sample: long beside a graph's launch of some 10 microseconds
+MAX_SETS = 64
+MAX_CALLS = 1024  # in one graph
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call: median, 10th and 90th percentile of n samples, a sample being one graph replay."""
+
+    us: float
+    us_p10: float
+    us_p90: float
+    n: int
+
+
+def sets_needed(bytes_read: int, device: torch.device | str = "cuda") -> int:
+    """How many input sets of `bytes_read` make up five times the L2; at least two, at most 64."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(MAX_SETS, -(-5 * l2 // bytes_read)))
+
+
+def time_calls(providers: Mapping[str, Sequence[Call]], samples: int = 21) -> dict[str, Timing]:
+    """Time each provider, a list of calls that do the same work on different input sets, the providers interleaved."""
+    graphs = {name: capture(calls) for name, calls in providers.items()}
+    raw: dict[str, list[float]] = {name: [] for name in graphs}
+    for graph, _ in graphs.values():  # a first replay uploads the graph
+        graph.replay()
+    torch.cuda.synchronize()
+    for _ in range(samples):
+        for name, (graph, calls) in graphs.items():
+            raw[name].append(replay_us(graph) / calls)
+    return {name: summary(values) for name, values in raw.items()}
+
+
+def capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A CUDA graph of the calls in turn, repeated to about TARGET_US, and how many calls it holds."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # compiles and allocates outside of the graph
+            call()
+        once = _record(calls, 1, stream)
+        once.replay()
+        us = min(replay_us(once) for _ in range(3))
+        repeats = max(1, min(MAX_CALLS // len(calls), round(TARGET_US / us)))
+        graph = _record(calls, repeats, stream)
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph, repeats * len(calls)
+
+
+def _record(calls: Sequence[Call], repeats: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    return graph
+
+
+def replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of one replay."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def summary(samples: Sequence[float]) -> Timing:
+    """Median, 10th and 90th percentile."""
+    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    return Timing(statistics.median(samples), deciles[0], deciles[-1], len(samples))

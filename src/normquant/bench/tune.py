@@ -1,0 +1,129 @@
+"""`normquant tune`: measures launch configs on this GPU and writes the table that `kernels/launch.py` reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from normquant.bench.cases import Case, Inputs, inputs
+from normquant.bench.timing import Timing, sets_needed, time_calls
+from normquant.kernels.launch import Config
+
+Table = dict[str, dict[str, list[list[int]]]]
+NOISE = 0.01  # a config must win by more than this to displace a neighbour's, so that the table stays short
+SPLIT_UP_TO = 128  # rows: above, there are more rows than multiprocessors and a split only reads a row twice
+
+
+def candidates(case: Case) -> Iterator[Config]:
+    """The configs worth measuring: 4 to 32 values a thread at least, rows split only where they are few."""
+    groups = case.k // case.spec.group
+    independent = case.op in ("group_quant", "silu_mul_quant")
+    for split in (1, 2, 4, 8, 16):
+        if split > groups or (split > 1 and case.m > SPLIT_UP_TO and not independent):
+            continue
+        for num_warps in (1, 2, 4, 8, 16, 32):
+            per_thread = (case.k // split if independent else case.k) / (32 * num_warps)
+            if 4 <= per_thread <= 128:
+                yield Config(num_warps, split)
+
+
+def launcher(case: Case) -> Callable[[Inputs, Config], object]:
+    """The kernel's launcher as a function of inputs and config."""
+    from normquant.kernels.group_quant import group_quant
+    from normquant.kernels.latent_norm_quant import latent_norm_quant
+    from normquant.kernels.rms_norm_quant import rms_norm_quant
+    from normquant.kernels.silu_mul_quant import silu_mul_quant
+
+    spec, eps = case.spec, 1e-6
+    return {
+        "rms_norm_quant": lambda i, c: rms_norm_quant(i.x, None, i.weight, eps, spec, 0.0, case.normed, c),
+        "add_rms_norm_quant": lambda i, c: rms_norm_quant(i.x, i.residual, i.weight, eps, spec, 0.0, case.normed, c),
+        "group_quant": lambda i, c: group_quant(i.x, spec, c),
+        "silu_mul_quant": lambda i, c: silu_mul_quant(i.x, spec, c),
+        "latent_norm_quant": lambda i, c: latent_norm_quant(
+            i.x, i.weight, i.kv_weight, i.cos, i.sin, i.positions, eps, "interleaved", spec, config=c
+        ),
+    }[case.op]
+
+
+def measure(case: Case, samples: int) -> dict[Config, Timing]:
+    """Times of all candidates on one case."""
+    launch = launcher(case)
+    data = inputs(case, sets_needed(case.traffic[0]))
+    configs = list(candidates(case))
+    work = {str(n): [lambda i=i, c=c: launch(i, c) for i in data] for n, c in enumerate(configs)}
+    timings = time_calls(work, samples)
+    return {config: timings[str(n)] for n, config in enumerate(configs)}
+
+
+def precompile(cases: Sequence[Case]) -> None:
+    """Compile every candidate of every (op, K) into Triton's cache, one process a core: compiling is most of tuning."""
+    pairs = {(case.op_name, case.k): replace(case, m=1) for case in cases}
+    with ProcessPoolExecutor(min(len(pairs), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        list(pool.map(_launch_all, pairs.values()))
+
+
+def _launch_all(case: Case) -> None:
+    launch, sample = launcher(case), inputs(case, 1)[0]
+    for config in candidates(case):
+        launch(sample, config)
+    torch.cuda.synchronize()
+
+
+def choose(measured: Sequence[tuple[int, dict[Config, Timing]]]) -> list[list[int]]:
+    """[[largest M, num_warps, split], ...] from measurements at ascending M; the last row holds for every larger M.
+
+    A row keeps its neighbour's config unless another is faster by more than the noise.
+    """
+    rows: list[list[int]] = []
+    for m, times in measured:
+        best = min(times, key=lambda config: times[config].us)
+        if rows:
+            previous = Config(*rows[-1][1:])
+            if previous in times and times[previous].us <= times[best].us * (1 + NOISE):
+                best = previous
+        if rows and rows[-1][1:] == [best.num_warps, best.split]:
+            rows[-1][0] = m
+        else:
+            rows.append([m, best.num_warps, best.split])
+    return rows
+
+
+def table_path(capability: tuple[int, int]) -> Path:
+    """Where the table of a compute capability lies in this installation."""
+    import normquant.kernels
+
+    return Path(normquant.kernels.__path__[0]) / "configs" / f"sm{capability[0]}{capability[1]}.json"
+
+
+def write(path: Path, table: Table) -> None:
+    """Write the table, one line for each op and width."""
+    lines = []
+    for op in sorted(table):
+        widths = ",\n".join(f'    "{k}": {json.dumps(table[op][k])}' for k in sorted(table[op], key=int))
+        lines.append(f'  "{op}": {{\n{widths}\n  }}')
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def tune(cases: Sequence[Case], samples: int, progress: Callable[[str], None]) -> Table:
+    """Measure all cases and build the table; `progress` is told each result."""
+    measured: dict[tuple[str, int], list[tuple[int, dict[Config, Timing]]]] = {}
+    for case in sorted(cases, key=lambda c: (c.op_name, c.k, c.m)):
+        times = measure(case, samples)
+        measured.setdefault((case.op_name, case.k), []).append((case.m, times))
+        best = min(times, key=lambda config: times[config].us)
+        config = f"{best.num_warps} warps, split {best.split}"
+        progress(f"{case.op_name} k={case.k} m={case.m}: {times[best].us:.2f} us with {config}")
+        torch.cuda.empty_cache()
+    table: Table = {}
+    for (op, k), rows in measured.items():
+        table.setdefault(op, {})[str(k)] = choose(rows)
+    return table

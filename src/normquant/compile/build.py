@@ -1,0 +1,66 @@
+"""Making nodes: each with the fake value that it computes, so that the next one can be made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from normquant.compile.graph import aten, is_tensor, same_shape, value
+
+
+def call(graph: Graph, target: Any, args: tuple) -> Node:
+    """A new node with the fake value that it makes."""
+    node = graph.call_function(target, args)
+    values = map_arg(args, lambda n: n.meta["val"])
+    fake = next((v.fake_mode for v in _tensors(values) if hasattr(v, "fake_mode")), None)
+    with fake if fake is not None else nullcontext():
+        node.meta["val"] = target(*values)
+    return node
+
+
+def shape_arg(graph: Graph, shape: Sequence[Any], like: Node) -> list[Any]:
+    """A shape as the argument of a reshape: one symbolic size is left to be inferred, more are read off the graph."""
+    symbolic = [i for i, size in enumerate(shape) if not isinstance(size, int)]
+    if len(symbolic) <= 1:
+        return [-1 if i in symbolic else size for i, size in enumerate(shape)]
+    return [size if isinstance(size, int) else _size_node(graph, size) for size in shape]
+
+
+def _size_node(graph: Graph, size: Any) -> Node:
+    """A node that holds a symbolic size, before the point of insertion."""
+    for node in graph.find_nodes(op="placeholder"):
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt) and same_shape((val,), (size,)):
+            return node
+    for node in graph.find_nodes(op="placeholder"):
+        if is_tensor(node):
+            for i, candidate in enumerate(value(node).shape):
+                if not isinstance(candidate, int) and same_shape((candidate,), (size,)):
+                    return call(graph, aten.sym_size.int, (node, i))
+    raise AssertionError(f"no input of the graph has the size {size}")
+
+
+def as_rows(graph: Graph, node: Node, k: int) -> Node:
+    """[..., K] as [M, K]."""
+    shape = value(node).shape
+    return node if len(shape) == 2 and shape[1] == k else call(graph, aten.reshape.default, (node, [-1, k]))
+
+
+def as_row(graph: Graph, weight: Node, k: int) -> Node:
+    return weight if value(weight).dim() == 1 else call(graph, aten.reshape.default, (weight, [k]))
+
+
+def shaped(graph: Graph, new: Node, old: Node) -> Node:
+    """new with the shape of old."""
+    if same_shape(value(new).shape, value(old).shape):
+        return new
+    return call(graph, aten.reshape.default, (new, shape_arg(graph, value(old).shape, new)))
+
+
+def _tensors(values: Any) -> list[Any]:
+    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]

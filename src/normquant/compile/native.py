@@ -1,0 +1,101 @@
+"""The strategy `native`: an opaque quantization becomes aten operations, so that the compiler can make one kernel of it
+and of what stands before it. Scales in columns come out of a transposed amax, without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from normquant.compile.build import call, shaped
+from normquant.compile.graph import Unsupported, aten, prims, value
+from normquant.compile.opaque import is_group_quant, read
+from normquant.spec import FP8_MAX, TMA_ALIGN, QuantSpec
+
+
+def decompose(graph: Graph, ops: Sequence[Node]) -> None:
+    """Replace opaque quantizations of one tensor, of the same spec and in the order of the graph, by aten operations of
+    the same arithmetic. They share one result: two would keep the compiler from making one kernel.
+
+    Raises Unsupported for packed scales, and for TMA-aligned ones where the rows are not known to be a multiple of 4.
+    """
+    source: Any = ops[0].args[0] if is_group_quant(ops[0]) else ops[0].kwargs["input"]
+    k = value(source).shape[-1]
+    quants = [read(op, k) for op in ops]
+    spec = quants[0].spec
+    if spec.scale == "ue8m0_packed":
+        raise Unsupported("packed scales are not made by aten operations")
+    rows = value(source).numel() // k
+    if spec.layout == "col_tma" and not (isinstance(rows, int) and rows % TMA_ALIGN == 0):
+        raise Unsupported("TMA-aligned scales take a copy where the rows are not a multiple of 4")
+    with graph.inserting_before(ops[0]):
+        data, scale = _quantize(graph, source, spec)
+        outputs = [(old, new) for quant in quants for old, new in ((quant.data, data), (quant.scale, scale))]
+        replacements = [(old, shaped(graph, new, old)) for old, new in outputs if old is not None]
+    for old, new in replacements:
+        old.replace_all_uses_with(new)
+
+
+def _quantize(graph: Graph, y: Node, spec: QuantSpec) -> tuple[Node, Node]:
+    """The arithmetic of `normquant.reference.group_quant`."""
+    k = value(y).shape[-1]
+    groups = k // spec.group
+
+    def new(target: Any, *args: Any) -> Node:
+        return call(graph, target, args)
+
+    wide = new(prims.convert_element_type.default, y, torch.float32)
+    grouped = new(aten.reshape.default, wide, [-1, groups, spec.group])  # [M, G, group]
+    by_column = spec.layout != "row"
+    reduced = new(aten.permute.default, grouped, [1, 0, 2]) if by_column else grouped
+    amax = new(aten.amax.default, new(aten.abs.default, reduced), [-1])  # [G, M] or [M, G]
+    if spec.floor:
+        amax = new(aten.clamp_min.default, amax, spec.floor)
+    scale = _scale(new, amax, spec)
+    if by_column:
+        amax, scale = (new(aten.permute.default, node, [1, 0]) for node in (amax, scale))  # [M, G]
+    data = new(
+        aten.clamp_max.default,
+        new(aten.clamp_min.default, _divided(new, grouped, amax, scale, spec), -FP8_MAX),
+        FP8_MAX,
+    )
+    fp8 = new(prims.convert_element_type.default, data, spec.dtype)
+    return new(aten.reshape.default, fp8, [-1, k]), scale
+
+
+def _scale(new: Any, amax: Node, spec: QuantSpec) -> Node:
+    if spec.scale_by == "multiply":
+        scale = new(aten.mul.Tensor, amax, 1.0 / FP8_MAX)
+    elif spec.scale_by == "divide":
+        scale = new(aten.div.Tensor, amax, _constant(new, amax, FP8_MAX))
+    else:
+        scale = new(aten.div.Tensor, amax, FP8_MAX)
+    if spec.scale_floor:
+        scale = new(aten.clamp_min.default, scale, spec.scale_floor)
+    if not spec.is_ue8m0:
+        return scale
+    bits = new(aten.add.Tensor, new(aten.view.dtype, scale, torch.int32), 0x7FFFFF)
+    up = new(aten.view.dtype, new(aten.bitwise_and.Scalar, bits, 0x7F800000), torch.float32)
+    finite = new(aten.lt.Scalar, new(aten.abs.default, scale), float("inf"))  # false for NaN as well
+    return new(aten.where.self, finite, up, scale)
+
+
+def _divided(new: Any, grouped: Node, amax: Node, scale: Node, spec: QuantSpec) -> Node:
+    if spec.divide == "scale":
+        return new(aten.div.Tensor, grouped, new(aten.unsqueeze.default, scale, -1))
+    if spec.divide == "reciprocal":
+        factor = new(aten.reciprocal.default, scale)
+    else:
+        factor = new(aten.div.Tensor, _constant(new, amax, FP8_MAX), amax)
+    return new(aten.mul.Tensor, grouped, new(aten.unsqueeze.default, factor, -1))
+
+
+def _constant(new: Any, like: Node, number: float) -> Node:
+    node = new(aten.full.default, [], number)
+    node.kwargs = {"dtype": torch.float32, "device": value(like).device}
+    fake: Any = value(like)
+    with fake.fake_mode:
+        node.meta["val"] = aten.full.default([], number, **node.kwargs)
+    return node

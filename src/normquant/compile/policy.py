@@ -1,0 +1,100 @@
+"""Which strategy a site gets: `fused`, our kernel; `native`, aten operations for Inductor; `stock`, untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+import torch
+
+from normquant.compile.table import Strategy, Table, measured
+
+Policy = Literal["auto", "always", "never", "native", "opaque-norm"]
+BY_POLICY: dict[str, Strategy] = {
+    "always": "fused",
+    "never": "stock",
+    "native": "native",
+    "fused": "fused",
+    "stock": "stock",
+}
+SM90_RULE = "no measurement of this shape; one kernel was never slower on sm_90"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a decision may depend on. m: rows, None where they are symbolic; m_hint: rows seen while compiling."""
+
+    device: torch.device
+    op: str
+    m: int | None
+    m_hint: int
+    k: int
+    opaque_norm: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    strategy: Strategy
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rules:
+    """policy: for every site that `sites` does not name. sites: glob of a site's name -> strategy or policy; the first
+    that matches counts. table: path of a measured table that is used instead of the package's own."""
+
+    policy: Policy = "auto"
+    sites: Mapping[str, str] = field(default_factory=dict)
+    table: str | None = None
+
+    def __post_init__(self) -> None:
+        _accepted("policy", self.policy, get_args(Policy))
+        for pattern, choice in self.sites.items():
+            _accepted(f"sites[{pattern!r}]", choice, (*get_args(Strategy), *get_args(Policy)))
+        if self.table is not None:
+            Table.load(self.table)  # a table that cannot be read is found now, not in the middle of a compile
+
+    def key(self) -> str:
+        """Everything that decisions depend on besides the graph, the hardware and the package itself."""
+        content = Table.load(self.table) if self.table is not None else None
+        return repr((self.policy, sorted(self.sites.items()), content))
+
+    def decide(self, name: str, facts: Facts) -> Decision:
+        """The strategy of a site that can be fused."""
+        for pattern, choice in self.sites.items():
+            if fnmatchcase(name, pattern):
+                return self._by(choice, f"{choice} for {pattern!r}", facts)
+        return self._by(self.policy, f"policy {self.policy}", facts)
+
+    def _by(self, choice: str, reason: str, facts: Facts) -> Decision:
+        if choice == "auto":
+            return self._automatic(facts)
+        if choice == "opaque-norm":
+            if facts.opaque_norm:
+                return Decision("fused", f"{reason}: the norm is one opaque operation")
+            return Decision("stock", f"{reason}: the compiler generates the norm itself")
+        return Decision(BY_POLICY[choice], reason)
+
+    def _automatic(self, facts: Facts) -> Decision:
+        """The fastest strategy where it was measured, the rule for hardware that was, and stock everywhere else."""
+        device = facts.device
+        if device.type != "cuda" or torch.version.hip:
+            kind = "ROCm" if torch.version.hip else device.type
+            return Decision("stock", f"policy auto: no measurements on {kind}; policy='always' fuses anyway")
+        capability = torch.cuda.get_device_capability(device)
+        table = Table.load(self.table) if self.table is not None else measured(capability)
+        if table is not None and table.capability == capability:
+            found = table.fastest(facts.op, facts.k, facts.m)
+            if found is not None:
+                return Decision(*found)
+        if capability == (9, 0) and facts.op != "group_quant":
+            return Decision("fused", f"policy auto: {SM90_RULE}")
+        name = f"sm_{capability[0]}{capability[1]}"
+        return Decision("stock", f"policy auto: no measurements on {name}; policy='always' fuses anyway")
+
+
+def _accepted(what: str, given: str, accepted: tuple[str, ...]) -> None:
+    if given not in accepted:
+        raise ValueError(f"{what} is {given!r}; accepted: {', '.join(map(repr, accepted))}")

@@ -1,0 +1,141 @@
+"""What the compile pass did: every norm -> quant site of every compiled graph, fused or not, and why."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+log = logging.getLogger("normquant")
+KEPT = 256  # reports of the graphs compiled last
+
+
+@dataclass(frozen=True)
+class Site:
+    """One norm -> quant site.
+
+    name: where it is in the model, e.g. "layers.3.input_layernorm". where: "file:line" of the quantization's input.
+    strategy: "fused", "native" or "stock". reason: why.
+    op: the op of the site after a fusion, else "". spec: the encoded QuantSpec, "" where it could not be read.
+    m, k: rows (as text, since it may be symbolic) and columns; dtype: of the activation.
+    bytes_moved: the least DRAM bytes that the site can move, which one kernel does, for the sizes seen while compiling.
+    bytes_saved: against a norm kernel and one more for each quantization; kernels_saved: launches.
+    """
+
+    name: str
+    where: str
+    strategy: str
+    reason: str
+    op: str = ""
+    spec: str = ""
+    m: str = "?"
+    k: int = 0
+    dtype: str = ""
+    bytes_moved: int = 0
+    bytes_saved: int = 0
+    kernels_saved: int = 0
+
+    @property
+    def fused(self) -> bool:
+        """Whether the site is one fused kernel now."""
+        return self.strategy == "fused"
+
+    def __str__(self) -> str:
+        shape = f" [{self.m}, {self.k}] {self.dtype}" if self.k else ""
+        what = f" {self.op}({self.spec})" if self.op else ""
+        saved = f"; saves {self.kernels_saved} kernels, {self.bytes_saved:,} bytes" if self.fused else ""
+        return f"{self.strategy:<6} {self.name}{shape}{what}: {self.reason}{saved} ({self.where})"
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """One graph: its sites, and the quantizations that have no norm in front of them.
+
+    graph: number of the graph in this process. error: why the pass gave the graph up, "" when it did not.
+    cleaned: identities and copies that the pass removed.
+    """
+
+    graph: int
+    policy: str
+    sites: tuple[Site, ...]
+    others: tuple[Site, ...] = ()
+    cleaned: int = 0
+    error: str = ""
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    @property
+    def fused(self) -> tuple[Site, ...]:
+        """The sites that are one fused kernel now."""
+        return tuple(site for site in self.sites if site.fused)
+
+    @property
+    def bytes_saved(self) -> int:
+        return sum(site.bytes_saved for site in self.sites)
+
+    @property
+    def kernels_saved(self) -> int:
+        return sum(site.kernels_saved for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready data; each site with `fused` beside its fields."""
+        record = asdict(self)
+        for kind in ("sites", "others"):
+            record[kind] = [asdict(site) | {"fused": site.fused} for site in getattr(self, kind)]
+        return record
+
+    def __str__(self) -> str:
+        fused = f"{len(self.fused)} of {len(self.sites)} norm -> quant sites fused"
+        lines = [f"graph {self.graph}: {fused} (policy {self.policy})"]
+        if self.error:
+            lines.append(f"  compiled as it was: {self.error}")
+        lines += [f"  {site}" for site in self.sites]
+        lines += [f"  {site.strategy:<6} {site.name}: {site.reason} ({site.where})" for site in self.others]
+        return "\n".join(lines)
+
+
+_reports: list[FusionReport] = []
+_lock = threading.Lock()
+_count = 0
+
+
+def add(report: FusionReport) -> FusionReport:
+    """Number a report, keep it, and log it at INFO."""
+    global _count
+    with _lock:
+        _count += 1
+        report = replace(report, graph=_count)
+        _reports.append(report)
+        del _reports[:-KEPT]
+    log.info("%s", report)
+    return report
+
+
+def reports() -> tuple[FusionReport, ...]:
+    """The reports of the graphs compiled in this process, oldest first; the last 256."""
+    with _lock:
+        return tuple(_reports)
+
+
+def last_report() -> FusionReport | None:
+    """The report of the graph compiled last that has a norm or a quantization in it; None when there is none."""
+    return next((r for r in reversed(reports()) if r.sites or r.others or r.error), None)
+
+
+def clear() -> None:
+    """Forget all reports."""
+    with _lock:
+        _reports.clear()
+
+
+def explain() -> str:
+    """All reports as text: what fused, what did not, and why. A graph loaded from a compile cache has no report."""
+    found = [r for r in reports() if r.sites or r.others or r.error]
+    if not found:
+        return (
+            "normquant: no graph with a quantization was compiled in this process (graphs from a cache are not listed)"
+        )
+    return "\n".join(str(report) for report in found)

@@ -1,0 +1,64 @@
+"""Who reads the scales of a quantization, in which layout, and how they get them from the fused op's [M, G]."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from normquant.compile.build import call, shape_arg
+from normquant.compile.forms import Form, names, through
+from normquant.compile.graph import aten, is_view, value
+from normquant.compile.opaque import layout_of_strides
+from normquant.spec import Layout
+
+Sinks = list[tuple[Node, Form]]
+
+
+def sinks(scale: Node, form: Form, inner: Collection[Node]) -> Sinks:
+    """The views of the scales that something outside of the quantization reads, and how the axes lie in each."""
+    found: Sinks = []
+    pending = [(scale, form)]
+    while pending:
+        node, form = pending.pop()
+        read = False
+        for user in node.users:
+            moved = through(user, form) if is_view(user) else None
+            if moved is not None:
+                pending.append((user, moved))
+            elif user not in inner:
+                read = True
+        if read:
+            found.append((node, form))
+    return found
+
+
+def choose_layout(scale: Node, form: Form, inner: Collection[Node]) -> Layout:
+    """The layout that the readers of the scales have them in; column-major where only some do."""
+    layouts = {_layout(node, f) for node, f in sinks(scale, form, inner)}
+    for layout in ("col_tma", "col"):
+        if layout in layouts:
+            return layout
+    return "row"
+
+
+def _layout(node: Node, form: Form) -> Layout:
+    tensor = value(node)
+    place = {dim[0].name: i for i, dim in enumerate(form) if len({axis.name for axis in dim}) == 1}  # the innermost
+    if set(place) != {"m", "g"}:
+        return "row"
+    rows: Any = 1
+    for i, dim in enumerate(form):
+        if dim and dim[0].name == "m":
+            rows = rows * tensor.shape[i]
+    return layout_of_strides(rows, tensor.stride(place["m"]), tensor.stride(place["g"]))
+
+
+def rebuild(graph: Graph, scale: Node, node: Node, form: Form) -> Node:
+    """The tensor of `node`, whose axes lie as `form` says, from the op's scale [M, G]; views where possible."""
+    if names(form) == ["g", "m"]:
+        scale = call(graph, aten.permute.default, (scale, [1, 0]))
+    if list(value(scale).shape) == list(value(node).shape):
+        return scale
+    return call(graph, aten.reshape.default, (scale, shape_arg(graph, value(node).shape, scale)))

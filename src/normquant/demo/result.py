@@ -1,0 +1,136 @@
+"""Everything that one run of the demonstration found, and the same as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from normquant.audit.result import launch_us
+from normquant.bench.timing import Timing
+from normquant.demo.codegen import Compiled, is_matrix_product
+from normquant.demo.exactness import Check, Checks, total
+from normquant.demo.gpu import OnGpu
+from normquant.demo.layer import Dims
+
+RULES = ("identity", "layout-copy")
+
+
+@dataclass(frozen=True)
+class OnCpu:
+    """The small layer, run: each site compared, and the output's relative error (Frobenius) against float64."""
+
+    dims: Dims
+    tokens: int
+    checks: Checks
+    unfused_error: float
+    fused_error: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. dims, tokens, target: what was compiled; gpu: None where `no_gpu` says why."""
+
+    dims: Dims
+    tokens: int
+    target: str
+    before: Compiled
+    after: Compiled
+    cpu: OnCpu
+    gpu: OnGpu | None
+    no_gpu: str
+
+    @property
+    def all_fused(self) -> bool:
+        """Whether there are sites, every one of them fused."""
+        sites = self.after.fusion.sites
+        return bool(sites) and all(site.fused for site in sites)
+
+    @property
+    def exact(self) -> bool:
+        """Whether fused and replaced agree: on this CPU, and on the GPU where there is one."""
+        return self.cpu.checks.holds and (self.gpu is None or self.gpu.checks.holds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as JSON-ready data; `kernels`, and `bytes` through DRAM, are those of all but the matrix products."""
+        checks = self.cpu.checks
+        found = total((*checks.random, *checks.exact))
+        return {
+            "layer": {"model": "DeepSeek-R1", "tokens": self.tokens, "target": self.target, **asdict(self.dims)},
+            "before": _compiled(self.before),
+            "after": _compiled(self.after),
+            "sites": [{"name": site_name(s), "fused": s.fused, "reason": s.reason} for s in self.after.fusion.sites],
+            "without_norm": [{"name": site_name(s), "reason": s.reason} for s in self.after.fusion.others],
+            "exact": checks.holds,
+            "compared": found.compared,
+            "differ": found.differ,
+            "random_inputs": _checks(checks.random),
+            "exact_inputs": _checks(checks.exact),
+            "error": {"unfused": self.cpu.unfused_error, "fused": self.cpu.fused_error},
+            "gpu": None if self.gpu is None else _gpu(self.gpu),
+            "no_gpu": self.no_gpu,
+        }
+
+
+def site_name(site: Any) -> str:
+    """The site's module inside the layer: "input_layernorm"."""
+    return site.name.removeprefix("layer.")
+
+
+def estimate_us(compiled: Compiled) -> float:
+    """Estimated time of the kernels: a launch each, and their bytes at copy speed."""
+    return sum(launch_us(kernel, compiled.report.target) for kernel in compiled.kernels)
+
+
+def _compiled(compiled: Compiled) -> dict[str, Any]:
+    return {
+        "kernels": len(compiled.kernels),
+        "bytes": compiled.bytes,
+        "findings": {rule: compiled.report.count(rule) for rule in RULES},
+        "matrix_products": sum(map(is_matrix_product, compiled.report.launches)),
+        "est_us": round(estimate_us(compiled), 2),
+        "norms": [
+            {"name": norm.name, "k": norm.k, "kernels": len(norm.launches), "bytes": norm.bytes}
+            for norm in compiled.norms
+        ],
+    }
+
+
+def _checks(checks: Sequence[Check]) -> dict[str, Any]:
+    found = total(checks)
+    sites = [
+        {
+            "name": check.name,
+            "op": check.op,
+            "fp8": asdict(check.values),
+            "scales": asdict(check.scales),
+            "other": asdict(check.others),
+        }
+        for check in checks
+    ]
+    return {"compared": found.compared, "differ": found.differ, "sites": sites}
+
+
+def _gpu(gpu: OnGpu) -> dict[str, Any]:
+    return {
+        "name": gpu.name,
+        "fp8_gemm": gpu.fp8_gemm,
+        "times": [
+            {
+                "tokens": times.tokens,
+                "stock": _timing(times.stock),
+                "normquant": _timing(times.fused),
+                "speedup": round(times.speedup, 3),
+            }
+            for times in gpu.times
+        ],
+        "empty_us": round(gpu.empty_us, 3),
+        "copy_gbps": round(gpu.copy_gbps, 1),
+        "exact": gpu.checks.holds,
+        "random_inputs": _checks(gpu.checks.random),
+        "exact_inputs": _checks(gpu.checks.exact),
+    }
+
+
+def _timing(timing: Timing) -> dict[str, float | int]:
+    return {name: round(value, 3) for name, value in asdict(timing).items()}

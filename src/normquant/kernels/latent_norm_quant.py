@@ -1,0 +1,183 @@
+"""The latents of multi-head latent attention, from the fused qkv_a projection, in one launch.
+
+A row of the projection is [q_a | kv_a | k_pe], 1536 + 512 + 64 values for DeepSeek-R1:
+
+    q_a   RMSNorm, quantized in groups               -> what q_b_proj reads
+    kv_a  RMSNorm in the activation dtype            -> what the kv cache holds
+          and, if asked for, quantized in groups     -> what kv_b_proj reads
+    k_pe  rotary position embedding                  -> what the kv cache holds beside kv_a
+
+Bytes moved per row in bf16, with Q, C and R the three widths, group 128, fp32 scales: read 2(Q + C + R) and 2R of cos
+and sin; written Q + Q/32 + 2C + 2R, and C + C/32 more with quantized kv_a.
+
+Grid: (M, split + 1). The last program of a row does kv_a and k_pe, the others share q_a as in `rms_norm_quant`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from normquant.kernels._device import norm_quant_row, row_offset, wait_for_predecessor
+from normquant.kernels.launch import Config, log2, on_device, own_groups, power_of_two, stride_unit, target
+from normquant.kernels.launch import config as choose_config
+from normquant.spec import QuantSpec, empty_scale
+
+
+@triton.jit(do_not_specialize=["m", "stride_xm", "stride_cos", "stride_sin", "scale_rows", "eps"])
+def latent_norm_quant_kernel(
+    x_ptr,  # [M, Q + C + R] bf16 or fp16, any row stride
+    q_weight_ptr,  # [Q]
+    kv_weight_ptr,  # [C]
+    cos_ptr,  # [positions, R/2], any row stride
+    sin_ptr,  # like cos
+    position_ptr,  # [M] int32 or int64, or None: row i is at position i
+    q_data_ptr,  # [M, Q] fp8
+    q_scale_ptr,
+    kv_norm_ptr,  # [M, C] like x
+    k_pe_ptr,  # [M, R] like x
+    kv_data_ptr,  # [M, C] fp8, or None
+    kv_scale_ptr,
+    m,
+    stride_xm,
+    stride_cos,
+    stride_sin,
+    scale_rows,
+    eps,
+    Q: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    ROPE: tl.constexpr,
+    SPEC: tl.constexpr,
+    Q_GROUPS: tl.constexpr,
+    LOG_Q_GROUPS: tl.constexpr,
+    C_GROUPS: tl.constexpr,
+    LOG_C_GROUPS: tl.constexpr,
+    LOG_GROUP: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # groups of q_a that a program writes
+    STRIDE_UNIT: tl.constexpr,
+    PDL: tl.constexpr,
+    ON_CUDA: tl.constexpr,
+):
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    x_ptr += row_offset(row, stride_xm, STRIDE_UNIT)
+    wait_for_predecessor(PDL)
+    if part < tl.num_programs(1) - 1:
+        norm_quant_row(
+            x_ptr, None, q_weight_ptr, q_data_ptr, q_scale_ptr, None, None, row, part * BLOCK_G, m, scale_rows, eps,
+            0.0, Q, SPEC, Q_GROUPS, LOG_Q_GROUPS, LOG_GROUP, BLOCK_G, PDL, ON_CUDA,
+        )  # fmt: skip
+    else:
+        rotate(
+            x_ptr + Q + C, cos_ptr, sin_ptr, position_ptr, k_pe_ptr, row, stride_cos, stride_sin, R, R_BLOCK, ROPE, SPEC
+        )
+        norm_quant_row(
+            x_ptr + Q, None, kv_weight_ptr, kv_data_ptr, kv_scale_ptr, None, kv_norm_ptr, row, 0, m, scale_rows, eps,
+            0.0, C, SPEC, C_GROUPS, LOG_C_GROUPS, LOG_GROUP, C_GROUPS, PDL, ON_CUDA,
+        )  # fmt: skip
+
+
+@triton.jit
+def rotate(
+    x_ptr, cos_ptr, sin_ptr, position_ptr, out_ptr, row, stride_cos, stride_sin,
+    R: tl.constexpr, R_BLOCK: tl.constexpr, ROPE: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    # Pairs (a, b) of R values turned by the row's angles; ROPE says where the pairs stand in the input and the output.
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    i = tl.arange(0, R_BLOCK)  # [R/2, padded]
+    mask = i < R // 2
+    position = row.to(tl.int64)
+    if position_ptr is not None:
+        position = tl.load(position_ptr + row).to(tl.int64)
+    if ROPE == "half":
+        first = i
+        second = i + R // 2
+    else:
+        first = 2 * i
+        second = 2 * i + 1
+    a = tl.load(x_ptr + first, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + second, mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + position * stride_cos + i, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + position * stride_sin + i, mask=mask, other=0.0).to(tl.float32)
+    if ROPE == "interleaved_to_half":
+        first = i
+        second = i + R // 2
+    out_ptr += row.to(tl.int64) * R
+    tl.store(out_ptr + first, (product(a, cos, SPEC, DTYPE) - product(b, sin, SPEC, DTYPE)).to(DTYPE), mask=mask)
+    tl.store(out_ptr + second, (product(b, cos, SPEC, DTYPE) + product(a, sin, SPEC, DTYPE)).to(DTYPE), mask=mask)
+
+
+@triton.jit
+def product(a, b, SPEC: tl.constexpr, DTYPE: tl.constexpr):
+    p = a * b
+    if SPEC.rounding == "inner" or SPEC.rounding == "twice":
+        p = p.to(DTYPE).to(tl.float32)
+    return p
+
+
+def latent_norm_quant(
+    x: torch.Tensor,
+    q_weight: torch.Tensor,
+    kv_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    eps: float,
+    rope: str,
+    spec: QuantSpec,
+    quantize_kv: bool = False,
+    config: Config | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Launch on checked inputs: -> q data, q scale, kv norm, k_pe, kv data, kv scale (these two None unless asked)."""
+    m, q, c = x.shape[0], q_weight.shape[0], kv_weight.shape[0]
+    r = x.shape[1] - q - c
+    where = target(x.device)
+    empty = lambda width, dtype: torch.empty((m, width), dtype=dtype, device=x.device)  # noqa: E731
+    q_data, kv_norm, k_pe = empty(q, spec.dtype), empty(c, x.dtype), empty(r, x.dtype)
+    q_scale = empty_scale(m, q, spec, x.device)
+    kv_data = empty(c, spec.dtype) if quantize_kv else None
+    kv_scale = empty_scale(m, c, spec, x.device) if quantize_kv else None
+    outputs = q_data, q_scale, kv_norm, k_pe, kv_data, kv_scale
+    if m == 0:
+        return outputs
+    config = config or choose_config("latent_norm_quant", q, m, where.capability)
+    block_g, programs = own_groups(q, spec, config)
+    q_groups = max(power_of_two(q // spec.group), block_g)
+    c_groups = own_groups(c, spec, Config(config.num_warps))[0]
+    unit = stride_unit(x)
+    with on_device(x.device):
+        latent_norm_quant_kernel[(m, programs + 1)](
+            x,
+            q_weight,
+            kv_weight,
+            cos,
+            sin,
+            positions,
+            *outputs,
+            m,
+            x.stride(0) // unit,
+            cos.stride(0),
+            sin.stride(0),
+            spec.scale_rows(m),
+            eps,
+            Q=q,
+            C=c,
+            R=r,
+            ROPE=rope,
+            SPEC=spec,
+            Q_GROUPS=q_groups,
+            LOG_Q_GROUPS=log2(q_groups),
+            C_GROUPS=c_groups,
+            LOG_C_GROUPS=log2(c_groups),
+            LOG_GROUP=log2(spec.group),
+            R_BLOCK=power_of_two(r // 2),
+            BLOCK_G=block_g,
+            STRIDE_UNIT=unit,
+            PDL=where.pdl,
+            ON_CUDA=where.on_cuda,
+            **where.options(config),
+        )
+    return outputs

@@ -1,0 +1,1 @@
+"""Formats what others found: tables, a page, annotations. Takes data in, gives text back; measures nothing."""

@@ -1,0 +1,123 @@
+"""An audit as text."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from normquant.report import units
+from normquant.report.table import shorten, table
+
+Report = Mapping[str, Any]
+_NAME_WIDTH = 56
+_WRAP = 110
+
+
+def render(reports: Sequence[Report], title: str) -> str:
+    """One audit, or the same code at several sizes: a summary first, then the launches and findings of each."""
+    parts = []
+    if len(reports) > 1:
+        parts.append(f"{title}, for {reports[0]['target']}\n\n{summary(reports)}")
+    parts.extend(one(report, title) for report in reports)
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(reports: Sequence[Report]) -> str:
+    """A line per size."""
+    rows = [
+        [
+            _sizes(report) or "-",
+            str(len(report["kernels"])),
+            str(sum(e["count"] for e in report["extern"])),
+            units.size(report["bytes"]),
+            units.size(report["wasted_bytes"]),
+            units.microseconds(report["est_us"]),
+            str(len(report["findings"])),
+        ]
+        for report in reports
+    ]
+    header = ["sizes", "kernels", "opaque", "DRAM", "wasted", "est. us", "findings"]
+    return table(header, rows, "<>>>>>>")
+
+
+def one(report: Report, title: str) -> str:
+    """Heading, launches, findings, notes."""
+    parts = [heading(report, title)]
+    for program in report["programs"]:
+        name = f"{program['name']}\n" if len(report["programs"]) > 1 else ""
+        parts.append(name + launches(program, report["findings"]))
+    parts.append(findings(report))
+    parts.extend(_remarks(report))
+    return "\n\n".join(part for part in parts if part)
+
+
+def heading(report: Report, title: str) -> str:
+    opaque = sum(e["count"] for e in report["extern"])
+    wasted = report["wasted_bytes"]
+    part = wasted / report["bytes"] if report["bytes"] else 0.0
+    sizes = _sizes(report)
+    lines = [
+        f"{title}, for {report['target']}" + (f", {sizes}" if sizes else ""),
+        f"  {units.count(len(report['kernels']), 'generated kernel')}, {units.count(opaque, 'opaque call')}, "
+        f"{units.size(report['bytes'])} through DRAM, about {units.microseconds(report['est_us'])} us"
+        " (every launch, and its bytes at copy speed)",
+        f"  {units.count(len(report['findings']), 'finding')}"
+        + (f": {_by_rule(report)}; {units.size(wasted)} wasted ({units.share(part)})" if report["findings"] else ""),
+    ]
+    return "\n".join(lines)
+
+
+def launches(program: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
+    """Every launch in order: what it is, what it moves."""
+    rows = []
+    for launch in program["launches"]:
+        here = (program["number"], launch["position"])
+        rules = [f["rule"] for f in found if (f["program"], f["position"]) == here]
+        moved = units.size(launch["bytes_read"]), units.size(launch["bytes_written"])
+        name, time = shorten(launch["name"], _NAME_WIDTH), units.microseconds(launch["est_us"])
+        rows.append([str(launch["position"]), name, launch["kind"], *moved, time, ", ".join(dict.fromkeys(rules))])
+    return table(["#", "launch", "kind", "reads", "writes", "est. us", "findings"], rows, "><<>>><", "  ")
+
+
+def findings(report: Report) -> str:
+    """Each finding with what to do about it; those that say the same about several launches together."""
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for finding in report["findings"]:
+        groups.setdefault((finding["rule"], finding["kernel"], finding["message"]), []).append(finding)
+    return "\n\n".join(_finding(group) for group in groups.values())
+
+
+def _finding(group: Sequence[Mapping[str, Any]]) -> str:
+    first = group[0]
+    size, time = sum(f["bytes"] for f in group), sum(f["est_us"] for f in group)
+    cost = f", {units.size(size)}, {units.share(sum(f['share'] for f in group))} of the bytes" if size else ""
+    cost += f", about {units.microseconds(time)} us" if time else ""
+    times = f" ({len(group)} times)" if len(group) > 1 else ""
+    lines = [f"{first['severity']}: {first['rule']} in {first['kernel']}{times}{cost}", *_wrapped(first["message"])]
+    lines += _wrapped(f"fix: {first['fix']}")
+    for origin in first["origins"][:2]:
+        lines += [f"    {origin['file']}:{origin['line']}: {shorten(origin['code'], 90)}"]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WRAP, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
+
+
+def _remarks(report: Report) -> list[str]:
+    parts = []
+    if report["notes"]:
+        parts.append("\n".join(f"note: {note}" for note in report["notes"]))
+    if report["skipped"]:
+        parts.append("\n".join(f"not read: {s['file']}: {s['reason']}" for s in report["skipped"]))
+    return parts
+
+
+def _by_rule(report: Report) -> str:
+    counts: dict[str, int] = {}
+    for finding in report["findings"]:
+        counts[finding["rule"]] = counts.get(finding["rule"], 0) + 1
+    return ", ".join(f"{count} {rule}" for rule, count in counts.items())
+
+
+def _sizes(report: Report) -> str:
+    return ", ".join(f"{name} = {size}" for name, size in report["sizes"].items())

@@ -1,0 +1,40 @@
+"""For the tests of a model: what the compiler generates for it must stay what it was."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from normquant.audit import audit, checks
+from normquant.audit.result import AuditReport
+
+
+def assert_generated(
+    fn: Callable[..., Any],
+    make_inputs: Callable[[], tuple[Any, ...]] | tuple[Any, ...],
+    *,
+    expect: Mapping[str, int] | None = None,
+    forbid: Sequence[str] = ("identity", "layout-copy"),
+    max_bytes: int | None = None,
+    target: str = "h100",
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+) -> AuditReport:
+    """Compile `fn` for `target`, which need not be present, and assert what was generated. Gives back the report.
+
+    Args:
+        fn, make_inputs, target, options, dynamic: as for `normquant.audit`.
+        expect: launches by name, e.g. {"rms_norm_quant": 3, "kernels": 5}: an operator with or without its namespace,
+            a generated kernel, a pattern with * and ?, or "kernels" for all that were generated.
+        forbid: ids of rules that must find nothing.
+        max_bytes: the most that may be read from and written to DRAM, bytes.
+
+    Raises:
+        AssertionError: naming all that does not hold, and every launch.
+        ValueError: an unknown rule, target or option.
+    """
+    checks.known_rules(forbid)
+    report = audit(fn, make_inputs, target, options, dynamic)
+    broken = checks.broken([report], forbid, expect, max_bytes)
+    if broken:
+        launches = (f"  {n.name}: reads {n.bytes_read}, writes {n.bytes_written} bytes" for n in report.launches)
+        raise AssertionError("\n".join([*broken, "launched:", *launches]))
+    return report

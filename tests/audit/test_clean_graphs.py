@@ -1,0 +1,48 @@
+"""No rule about needless copies finds anything in graphs that have none."""
+
+from __future__ import annotations
+
+import pytest
+
+from .graphs import GRAPHS, compiled
+
+COPIES = ("identity", "cast-round-trip", "layout-copy", "mutated-input-copy")
+# Where the scheduler's own count is the coarser one; that the code's is right is counted by hand in test_bytes.py.
+COUNTED_COARSELY = {
+    "attention_block": "the slices of q and k are two views of one buffer, counted as three",
+    "group_norm": "the reduction's own result counts as read",
+    "in_place_add": "the reduction's own result counts as read",
+    "kv_cache_update": "the whole cache counts as read and written, of which a few rows are written",
+}
+
+
+def test_there_are_at_least_thirty() -> None:
+    assert len(GRAPHS) >= 30
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_no_copy_is_found(name: str) -> None:
+    _, report = compiled(name)
+    assert report.launches, "nothing was generated"
+    assert [(f.rule, f.kernel, f.message) for f in report.findings if f.rule in COPIES] == []
+    assert report.to_dict()["notes"] == [], "everything in the generated code is understood"
+
+
+def counts(name: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, int, int]]]:
+    """(launch, bytes read, bytes written): from the text of the kernels, and as Inductor's scheduler counts."""
+    captured, report = compiled(name)
+    from_code = [(launch.name, launch.bytes_read, launch.bytes_written) for launch in report.launches]
+    return from_code, [(n.name, n.bytes_read, n.bytes_written) for n in captured.scheduled.launches]
+
+
+@pytest.mark.parametrize("name", sorted({*GRAPHS} - {*COUNTED_COARSELY}))
+def test_bytes_agree_with_the_scheduler(name: str) -> None:
+    from_code, scheduled = counts(name)
+    assert from_code == scheduled
+
+
+@pytest.mark.parametrize("name", COUNTED_COARSELY)
+def test_the_code_shows_less_than_the_scheduler_counts(name: str) -> None:
+    from_code, scheduled = counts(name)
+    assert [launch for launch, _, _ in from_code] == [launch for launch, _, _ in scheduled]
+    assert sum(read + written for _, read, written in from_code) < sum(r + w for _, r, w in scheduled)

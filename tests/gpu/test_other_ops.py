@@ -1,0 +1,79 @@
+"""group_quant, silu_mul_quant and latent_norm_quant on a GPU, against the reference there."""
+
+import pytest
+import torch
+from compare import assert_bitwise
+from inputs import activations, awkward, weights
+
+import normquant as nq
+from normquant import QuantSpec, reference, specs
+from normquant.kernels.latent_norm_quant import latent_norm_quant
+from normquant.kernels.launch import Config
+from normquant.kernels.silu_mul_quant import silu_mul_quant
+
+Q, C, R = 1536, 512, 64  # DeepSeek-R1
+SPECS = {
+    "row": QuantSpec(),
+    "twice": QuantSpec(layout="col", rounding="twice"),
+    "deepgemm": specs.DEEPGEMM,
+    "packed": specs.DEEPGEMM_PACKED,
+}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_group_quant(spec):
+    for m in (0, 1, 9, 257):
+        x = awkward(m, 2304).cuda()
+        q = nq.group_quant(x, spec=spec)
+        assert_bitwise((q.data, q.scale), reference.group_quant(x, spec))
+
+
+def test_group_quant_of_every_value():
+    # every finite positive bf16 value as the amax of a group and beside others: ties of the division, saturation
+    every = torch.arange(0x7F80, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)[: 32640 // 64 * 64]
+    x = torch.cat([every.view(-1, 64), every.flip(0).view(-1, 64)], 1).cuda()
+    for spec in (QuantSpec(), specs.FLASHINFER, specs.AITER, specs.DEEPGEMM_UE8M0):
+        q = nq.group_quant(x, spec=spec)
+        assert_bitwise((q.data, q.scale), reference.group_quant(x, spec))
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_silu_mul_quant(spec):
+    for m in (0, 1, 9, 257):
+        x = awkward(m, 2 * 2304).cuda()
+        assert_bitwise(silu_mul_quant(x, spec, Config(4)), reference.silu_mul_quant(x, spec))
+
+
+@pytest.mark.parametrize("config", [Config(4), Config(8, 2), Config(16), Config(32)], ids=str)
+def test_silu_mul_quant_of_every_gate(config):
+    every = torch.arange(0x10000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    gate = every[every.isfinite()][: 65280 // 2048 * 2048].view(-1, 2048).cuda()
+    x = torch.cat([gate, activations(len(gate), 2048).cuda()], 1)
+    for spec in (QuantSpec(), QuantSpec(rounding="twice")):
+        assert_bitwise(silu_mul_quant(x, spec, config), reference.silu_mul_quant(x, spec))
+
+
+def angles(rows: int, dtype: torch.dtype) -> torch.Tensor:
+    angle = torch.outer(torch.arange(rows), 10000.0 ** (-torch.arange(R // 2) / (R // 2)))
+    return torch.cat((angle.cos(), angle.sin()), 1).to(dtype).cuda()
+
+
+@pytest.mark.parametrize("rope", ["interleaved", "half", "interleaved_to_half"])
+@pytest.mark.parametrize("quantize_kv", [False, True])
+@pytest.mark.parametrize("spec", [SPECS["twice"], SPECS["deepgemm"]], ids=["twice", "deepgemm"])
+def test_latent_norm_quant(spec, quantize_kv, rope):
+    cos, sin = angles(512, torch.bfloat16).split(R // 2, dim=1)
+    for m in (0, 1, 9, 257):
+        x, positions = awkward(m, Q + C + R).cuda(), torch.arange(m, device="cuda").flip(0)
+        args = (x, weights(Q).cuda(), weights(C, seed=1).cuda(), cos, sin, positions, 1e-6, rope, spec)
+        expected = reference.latent_norm_quant(*args)
+        got = latent_norm_quant(*args, quantize_kv, Config(8))
+        assert_bitwise(got, expected if quantize_kv else (*expected[:4], None, None))
+
+
+@pytest.mark.parametrize("config", [Config(4, 2), Config(8, 4), Config(16)], ids=str)
+def test_latent_norm_quant_in_every_config(config):
+    cos, sin = angles(512, torch.float32).split(R // 2, dim=1)
+    x, spec = activations(257, Q + C + R).cuda(), SPECS["packed"]
+    args = (x, weights(Q).cuda(), weights(C, seed=1).cuda(), cos, sin, None, 1e-6, "interleaved", spec)
+    assert_bitwise(latent_norm_quant(*args, True, config), reference.latent_norm_quant(*args))

@@ -1,0 +1,250 @@
+"""What the kernels become on Hopper and Blackwell: wide accesses, no spills, one read, and PDL in its place."""
+
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+from machine_code import SM_90, SM_100, Code, compiling, machine_code
+
+from normquant import QuantSpec, specs
+from normquant.kernels import group_quant, latent_norm_quant, rms_norm_quant, silu_mul_quant
+from normquant.kernels.launch import Config
+
+CAPABILITIES = (SM_90, SM_100)
+CONFIGS = [Config(warps, split) for warps, split in product((4, 8, 16, 32), (1, 4))]
+NAMED = [name for name in vars(specs) if name.isupper()]
+
+
+def empty(m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(m, k, dtype=dtype)
+
+
+def norm(x, config, *, residual=None, spec=specs.HF, normed=False, weight_dtype=torch.bfloat16, eps=1e-6):
+    weight = torch.empty(x.shape[1], dtype=weight_dtype)
+    return rms_norm_quant.rms_norm_quant(x, residual, weight, eps, spec, 0.0, normed, config)
+
+
+def add_norm(x, config, **kwargs):
+    return norm(x, config, residual=torch.empty_like(x), **kwargs)
+
+
+def quant(x, config, *, spec=specs.HF):
+    return group_quant.group_quant(x, spec, config)
+
+
+def silu(x, config, *, spec=specs.HF):
+    return silu_mul_quant.silu_mul_quant(torch.cat((x, x), dim=1), spec, config)
+
+
+# A new kernel needs a line in each of these three.
+LAUNCHES = {
+    "norm": (rms_norm_quant, norm),
+    "add_norm": (rms_norm_quant, add_norm),
+    "add_norm_normed": (rms_norm_quant, lambda x, config: add_norm(x, config, normed=True)),
+    "quant": (group_quant, quant),
+    "silu": (silu_mul_quant, silu),
+}
+
+# name -> tiles of 16-bit values that a program loads and stores: (whole row, its own part of it). With a split row a
+# program reads the whole row for the sum of squares and its own part again; without, they are the same tile.
+LOADS = {
+    "norm": lambda whole, own: [whole, own] if whole == own else [whole, own, own],
+    "add_norm": lambda whole, own: [whole, whole, own] if whole == own else [whole, whole, own, own, own],
+    "add_norm_normed": lambda whole, own: LOADS["add_norm"](whole, own),
+    "quant": lambda whole, own: [own],
+    "silu": lambda whole, own: [own, own],
+}
+STORES = {"norm": 0, "add_norm": 1, "add_norm_normed": 2, "quant": 0, "silu": 0}  # 16-bit tiles; the fp8 data comes on top
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def tiles(k: int, split: int) -> tuple[int, int]:
+    """Values of a row, and of a program's part of it, in blocks of a power of two of groups."""
+    groups = k // 128
+    return 128 * power_of_two(groups), 128 * power_of_two(-(-groups // split))
+
+
+def accesses(tile: int, bits: int, threads: int, exist: int | None = None) -> Counter:
+    """How a tile is moved: each thread takes its share in the widest pieces that exist, 128 bits.
+
+    `exist`: values of the tile that are in the row at all; no piece is needed that only has values past its end.
+    """
+    width = min(128, max(1, tile // threads) * bits)
+    at_once = threads * width // bits
+    return Counter({width: max(1, -(-(tile if exist is None else exist) // at_once))})
+
+
+def assert_moved(widths: list[int], least: Counter, most: Counter) -> None:
+    """Accesses of the widths in `most`, no more than those and no fewer than `least`."""
+    got = Counter(widths)
+    assert got.keys() == most.keys() and least <= got <= most, f"{got} is not between {least} and {most}"
+
+
+def compiled(name: str, k: int, config: Config, capability) -> Code:
+    module, launch = LAUNCHES[name]
+    return machine_code(module, lambda: launch(empty(4, k), config), capability)
+
+
+def assert_clean(code: Code) -> None:
+    """No local memory of any kind, and a launch that fits the register file."""
+    assert (code.stack, code.local) == (0, 0)
+    assert not code.places("LDL") and not code.places("STL")
+    assert code.registers * code.threads <= 65536, f"{code.registers} registers in each of {code.threads} threads"
+
+
+def assert_pdl_in_place(code: Code) -> None:
+    """Wait before the first load, release after the last load and before the first store, in PTX and in SASS."""
+    for text, wait, load, release, store in (
+        (code.sass, "ACQBULK", "LDG.", "PREEXIT", "STG."),
+        (code.ptx.splitlines(), "griddepcontrol.wait", "ld.global", "griddepcontrol.launch_dependents", "st.global"),
+    ):
+        waits, loads, releases, stores = (
+            [i for i, line in enumerate(text) if what in line] for what in (wait, load, release, store)
+        )
+        assert len(waits) == len(releases) == 1
+        assert waits[0] < loads[0] and stores
+        # The compiler may move a release up, never a load above the wait: what it may not do is delay the release.
+        assert releases[0] < stores[0], f"dependents are released after the first store: {text[releases[0]]}"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"warps{c.num_warps}-split{c.split}")
+@pytest.mark.parametrize("k", [1536, 7168])
+@pytest.mark.parametrize("name", ["add_norm_normed", "quant"])
+def test_every_access_is_wide_and_nothing_is_read_twice(name, k, config, capability):
+    code = compiled(name, k, config, capability)
+    assert_clean(code)
+    assert_pdl_in_place(code)
+    whole, own = tiles(k, config.split)
+    loads, stores = LOADS[name](whole, own), STORES[name]
+    least, most = (
+        sum((accesses(tile, 16, code.threads, exist and min(exist, tile)) for tile in loads), Counter())
+        for exist in (k, None)
+    )
+    assert_moved(code.widths("LDG"), least, most)
+    scales = Counter({32: 1})  # at most 64 groups: one for a thread
+    least, most = (
+        sum((accesses(own, bits, code.threads, exist) for bits in (*[16] * stores, 8)), scales)
+        for exist in (min(k, own), None)
+    )
+    assert_moved(code.widths("STG"), least, most)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", ["norm", "add_norm", "silu"])
+def test_what_is_not_asked_for_is_not_moved(name, capability):
+    code = compiled(name, 7168, Config(8), capability)
+    assert_clean(code)
+    assert_pdl_in_place(code)
+    whole, own = tiles(7168, 1)
+    assert sum(code.widths("LDG")) * code.threads == 16 * sum(LOADS[name](whole, own))
+    assert sum(code.widths("STG")[:-1]) * code.threads == (16 * STORES[name] + 8) * own
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_named_spec_is_clean(name):
+    spec = getattr(specs, name)
+    capability = SM_100 if spec.scale == "ue8m0_packed" else SM_90
+    for module, launch in (LAUNCHES["add_norm"], LAUNCHES["quant"], LAUNCHES["silu"]):
+        code = machine_code(module, lambda launch=launch: launch(empty(4, 7168), Config(8), spec=spec), capability)
+        assert_clean(code)
+        assert_pdl_in_place(code)
+        assert set(code.widths("LDG")) == {128}
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])
+def test_other_weights_are_read_wide(weight_dtype):
+    launch = lambda: norm(empty(4, 7168), Config(8), weight_dtype=weight_dtype)  # noqa: E731
+    code = machine_code(rms_norm_quant, launch, SM_90)
+    assert_clean(code)
+    assert set(code.widths("LDG")) == {128}
+    assert sum(code.widths("LDG")) * code.threads == 8192 * (16 + 8 * weight_dtype.itemsize)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_multiply_add_of_the_compilers_choice(capability):
+    # Written in the source: two for each value where q = y / s, none where q = y * (448 / amax).
+    for spec, each in ((QuantSpec(), 2), (QuantSpec(divide="amax"), 0)):
+        launch = lambda spec=spec: add_norm(empty(4, 7168), Config(8), spec=spec)  # noqa: E731
+        code = machine_code(rms_norm_quant, launch, capability)
+        assert code.options.enable_fp_fusion is False
+        assert code.ptx.count("fma.") == each * 8192 // code.threads
+
+
+def test_no_pdl_before_hopper():
+    code = compiled("add_norm", 7168, Config(8), (8, 9))
+    assert_clean(code)
+    assert "griddepcontrol" not in code.ptx
+    assert not code.options.launch_pdl
+    assert set(code.widths("LDG")) == {128}
+
+
+def latent(x, config, *, spec=QuantSpec(layout="col_tma"), eps=1e-6, angles=64):
+    q_weight, kv_weight = torch.empty(1536, dtype=x.dtype), torch.empty(512, dtype=x.dtype)
+    cos = torch.empty(x.shape[0], angles, dtype=x.dtype)[:, :32]
+    positions = torch.empty(x.shape[0], dtype=torch.int64)
+    latent_norm_quant.latent_norm_quant(
+        x, q_weight, kv_weight, cos, cos, positions, eps, "interleaved_to_half", spec, True, config
+    )
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("config", [Config(4, 4), Config(8, 1), Config(16, 2)], ids=str)
+def test_latent_norm_quant(config, capability):
+    x = empty(4, 1536 + 512 + 64)
+    code = machine_code(latent_norm_quant, lambda: latent(x, config), capability)
+    assert_clean(code)
+    waits, loads = code.places("ACQBULK"), code.places("LDG")
+    assert len(waits) == 1 and waits[0] < loads[0]
+    assert code.places("PREEXIT")
+    # k_pe is short and turned pair by pair, its position one number; everything else comes in the widest pieces
+    whole, own = tiles(1536, config.split)
+    parts = [*([whole, own] if whole == own else [whole, own, own]), 512, 512]
+    wide = sum((accesses(tile, 16, code.threads) for tile in parts), Counter())
+    got = Counter(code.widths("LDG"))
+    assert sum(((got - wide) + (wide - got)).values()) <= 5, f"{got} instead of {wide} and the five of k_pe"
+
+
+M_AND_WIDTH = ((1, 0), (2, 8), (16, 512), (17, 8192), (4096, 24))  # Triton tells 1, multiples of 16 and others apart
+
+
+@pytest.mark.parametrize(
+    ("module", "k", "launch"),
+    [
+        (rms_norm_quant, 512, lambda x, i: norm(x, Config(4), eps=10.0**-i)),
+        (rms_norm_quant, 512, lambda x, i: norm(x, Config(4), eps=10.0**-i, residual=x, normed=True)),
+        (group_quant, 512, lambda x, i: quant(x, Config(4), spec=QuantSpec(layout="col_tma"))),
+        (silu_mul_quant, 1024, lambda x, i: silu_mul_quant.silu_mul_quant(x, QuantSpec(layout="col_tma"), Config(4))),
+        (latent_norm_quant, 2112, lambda x, i: latent(x, Config(4), eps=10.0**-i, angles=32 + 8 * i)),
+    ],
+    ids=["norm", "add_norm", "quant", "silu", "latent"],
+)
+def test_one_binary_for_every_m_and_aligned_stride(module, k, launch):
+    with compiling(module, SM_90) as kernels:
+        for i, (m, gap) in enumerate(M_AND_WIDTH):
+            launch(empty(m, k + gap)[:, :k], i)
+    assert len(kernels) == len(M_AND_WIDTH)
+    assert len(set(map(id, kernels))) == 1, "an M, a stride or an eps had a binary of its own"
+
+
+@pytest.mark.parametrize(
+    "x", [empty(4, 7171)[:, :7168], empty(4, 7176)[:, 1:7169]], ids=["odd row stride", "misaligned start"]
+)
+def test_rows_that_are_not_aligned(x):
+    code = machine_code(rms_norm_quant, lambda: norm(x, Config(16)), SM_90)
+    assert_clean(code)
+    assert_pdl_in_place(code)
+    # x comes value by value, what is ours still in 128 bits
+    assert Counter(code.widths("LDG")) == Counter({16: 8192 // code.threads}) + accesses(8192, 16, code.threads)
+    assert Counter(code.widths("STG")) == accesses(8192, 8, code.threads) + Counter({32: 1})
+
+
+def test_the_checks_here_can_fail():
+    # A launch with too few threads for its row spills; the checks must see it.
+    code = machine_code(rms_norm_quant, lambda: add_norm(empty(4, 16384), Config(4)), SM_90)
+    with pytest.raises(AssertionError):
+        assert_clean(code)

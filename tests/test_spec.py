@@ -1,0 +1,229 @@
+"""QuantSpec: what it refuses, its string form, and the tensors it describes."""
+
+from dataclasses import FrozenInstanceError, replace
+from itertools import product
+from typing import get_args
+
+import pytest
+import torch
+from compare import bits, pad_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import activations
+
+from normquant import QuantizedActivation, QuantSpec, reference, specs
+from normquant.spec import GROUPS, Divide, Layout, Rounding, ScaleBy, ScaleEncoding, Sum, empty_scale
+
+MS = (0, 1, 2, 3, 4, 5, 8, 257)
+KS = (128, 384, 512, 2304, 7168)
+FORMATS = [
+    QuantSpec(group=group, scale=scale, layout=layout)
+    for group, scale, layout in product(GROUPS, get_args(ScaleEncoding), get_args(Layout))
+    if scale != "ue8m0_packed" or layout == "col_tma"
+]
+
+
+def describe(spec: QuantSpec) -> str:
+    return f"{spec.group}-{spec.scale}-{spec.layout}"
+
+
+@pytest.mark.parametrize(
+    ("field", "given_", "accepted"),
+    [
+        ("dtype", torch.float8_e5m2, "torch.float8_e4m3fn"),
+        ("group", 96, "128"),
+        ("group", 0, "32, 64, 128"),
+        ("scale", "fp16", "'fp32', 'ue8m0', 'ue8m0_packed'"),
+        ("layout", "column", "'row', 'col', 'col_tma'"),
+        ("rounding", "never", "'none', 'inner', 'once', 'twice'"),
+        ("sum", "bf16", "'fp32', 'rounded'"),
+        ("scale_by", "shift", "'scalar', 'divide', 'multiply'"),
+        ("divide", "s", "'scale', 'reciprocal', 'amax'"),
+    ],
+)
+def test_an_unknown_choice_is_named_with_the_known_ones(field, given_, accepted):
+    with pytest.raises(ValueError) as error:
+        QuantSpec(**{field: given_})
+    assert field in str(error.value) and str(given_) in str(error.value) and accepted in str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["row", "col"])
+def test_packed_scales_are_column_major(layout):
+    with pytest.raises(ValueError, match=rf"layout='{layout}'.*'col_tma'"):
+        QuantSpec(scale="ue8m0_packed", layout=layout)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scale": "ue8m0"}, {"scale": "ue8m0_packed", "layout": "col_tma"}, {"scale_floor": 1e-6}]
+)
+def test_dividing_by_amax_needs_a_scale_that_is_amax_over_448(changes):
+    with pytest.raises(ValueError, match=r"divide='amax'.*fp32"):
+        QuantSpec(divide="amax", **changes)
+
+
+@pytest.mark.parametrize(
+    ("floor", "scale_floor"),
+    [(0.0, 0.0), (-1.0, 0.0), (1e-30, 0.0), (448 * 2.0**-65, 2.0**-65), (float("nan"), 0.0), (0.0, float("nan"))],
+)
+def test_a_scale_is_never_zero_or_denormal(floor, scale_floor):
+    with pytest.raises(ValueError, match="floor"):
+        QuantSpec(floor=floor, scale_floor=scale_floor)
+
+
+@pytest.mark.parametrize("field", ["floor", "scale_floor"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_floors_are_finite(field, value):
+    with pytest.raises(ValueError, match=f"{field}.*{value}"):
+        QuantSpec(**{field: value})
+
+
+@pytest.mark.parametrize(("floor", "scale_floor"), [(448 * 2.0**-64, 0.0), (0.0, 2.0**-64)])
+def test_the_smallest_floor_is_accepted(floor, scale_floor):
+    spec = QuantSpec(floor=floor, scale_floor=scale_floor)
+    zeros = torch.zeros(1, 128)
+    data, scale = reference.quantize(zeros, spec)
+    assert scale.item() == 2.0**-64 and not data.float().any()
+
+
+def test_a_spec_is_a_value():
+    with pytest.raises(FrozenInstanceError):
+        QuantSpec().group = 64
+    assert QuantSpec() == QuantSpec() and hash(QuantSpec()) == hash(QuantSpec())
+    assert QuantSpec().but(group=64) == QuantSpec(group=64) != QuantSpec()
+    with pytest.raises(ValueError, match="group is 5"):
+        QuantSpec().but(group=5)
+
+
+def all_choices():
+    """Every combination of choices that QuantSpec accepts: those refused are refused by one of the rules above."""
+    choices = (get_args(t) for t in (ScaleEncoding, Layout, Rounding, Sum, ScaleBy, Divide))
+    for group, (scale, layout, rounding, sum_, by, divide) in product(GROUPS, product(*choices)):
+        if (scale == "ue8m0_packed" and layout != "col_tma") or (divide == "amax" and scale != "fp32"):
+            continue
+        yield QuantSpec(
+            group=group, scale=scale, layout=layout, rounding=rounding, sum=sum_, scale_by=by, divide=divide
+        )
+
+
+def test_every_combination_survives_its_string():
+    every = list(all_choices())
+    texts = {spec.encode() for spec in every}
+    assert len(texts) == len(every) == 3 * (3 * 3 + 2 * 4) * 4 * 2 * 3  # no two share a string
+    assert all(QuantSpec.decode(spec.encode()) == spec for spec in every)
+
+
+@given(
+    floor=st.floats(0.0, 3e38),
+    scale_floor=st.floats(2.0**-64, 3e38),
+    spec=st.sampled_from([spec for spec in all_choices() if spec.divide != "amax"]),
+)
+def test_floors_survive_to_the_last_bit(floor, scale_floor, spec):
+    spec = replace(spec, floor=floor, scale_floor=scale_floor)
+    decoded = QuantSpec.decode(spec.encode())
+    assert decoded == spec and decoded.encode() == spec.encode()
+
+
+@pytest.mark.parametrize("name", [name for name in vars(specs) if name.isupper()])
+def test_named_specs_survive_their_string(name):
+    assert QuantSpec.decode(getattr(specs, name).encode()) == getattr(specs, name)
+
+
+@given(st.text())
+def test_any_other_text_is_a_value_error(text):
+    try:
+        spec = QuantSpec.decode(text)
+    except ValueError:
+        return
+    assert QuantSpec.decode(spec.encode()) == spec
+
+
+@pytest.mark.parametrize("position", range(len(QuantSpec().encode().split(","))))
+def test_a_damaged_field_is_a_value_error(position):
+    parts = QuantSpec().encode().split(",")
+    parts[position] = "nn"  # also an attribute of torch, though no dtype
+    with pytest.raises(ValueError):
+        QuantSpec.decode(",".join(parts))
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=describe)
+def test_shape_stride_and_bytes_are_those_of_the_tensors(spec):
+    for m, k in product(MS, KS):
+        scale = empty_scale(m, k, spec, torch.device("cpu"))
+        assert tuple(scale.shape) == spec.scale_shape(m, k), (m, k)
+        assert scale.stride() == spec.scale_stride(m, k), (m, k)
+        assert scale.dtype == spec.scale_dtype
+        assert m * k + scale.untyped_storage().nbytes() == spec.bytes(m, k), (m, k)
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=describe)
+def test_sizes_by_hand(spec):
+    groups = 2304 // spec.group
+    columns = {"fp32": groups, "ue8m0": groups, "ue8m0_packed": {128: 5, 64: 9, 32: 18}[spec.group]}[spec.scale]
+    assert spec.scale_shape(5, 2304) == (5, columns)
+    assert spec.scale_stride(5, 2304) == {"row": (columns, 1), "col": (1, 5), "col_tma": (1, 8)}[spec.layout]
+    assert spec.bytes(5, 2304) == 5 * 2304 + 4 * columns * {"row": 5, "col": 5, "col_tma": 8}[spec.layout]
+
+
+@pytest.mark.parametrize("spec", [s for s in FORMATS if s.layout == "col_tma"], ids=describe)
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8])
+def test_tma_padding_is_memory_of_the_scale_and_zero(spec, m):
+    _, scale = reference.group_quant(activations(m, 2304), spec)
+    rows = spec.scale_rows(m)
+    assert rows % 4 == 0 and 0 <= rows - m < 4 and scale.stride(1) * 4 % 16 == 0
+    padding = pad_rows(scale, rows)  # as_strided raises where the storage is too small
+    assert padding.shape == (rows - m, scale.shape[1]) and not padding.any()
+
+
+def quantized(m: int, k: int, spec: QuantSpec) -> QuantizedActivation:
+    return QuantizedActivation(*reference.group_quant(activations(m, k), spec), spec)
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=describe)
+def test_scales_are_the_ones_that_were_stored(spec):
+    for m, k in ((1, 128), (3, 384), (5, 2304)):
+        q = quantized(m, k, spec)
+        _, expected = reference.quantize(activations(m, k).float(), spec)
+        assert q.scales().dtype == torch.float32 and q.scales().shape == (m, k // spec.group)
+        assert torch.equal(q.scales(), expected)
+        assert q.shape == (m, k)
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=describe)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantize_is_a_product_rounded_once(spec, dtype):
+    q = quantized(5, 2304, spec)
+    exact = q.data.double() * q.scales().double().repeat_interleave(spec.group, dim=1)
+    # the fp32 product is rounded from the exact one, then to dtype
+    assert torch.equal(q.dequantize(dtype), exact.float().to(dtype))
+    assert q.dequantize(dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=describe)
+def test_leading_dimensions(spec):
+    data, scale = reference.group_quant(activations(6, 384), spec)
+    q = QuantizedActivation(data.view(2, 3, 384), scale.view(2, 3, -1), spec)
+    flat = QuantizedActivation(data, scale, spec)
+    assert q.shape == (2, 3, 384)
+    assert torch.equal(q.scales(), flat.scales().view(2, 3, -1))
+    assert torch.equal(bits(q.dequantize()), bits(flat.dequantize().view(2, 3, 384)))
+
+
+def test_packed_exponents_by_hand():
+    # 2304 = 18 groups: four int32 and a half. 2**e is stored as e + 127, the first group in the lowest byte.
+    spec = QuantSpec(scale="ue8m0_packed", layout="col_tma")
+    exponents = torch.tensor([[0, 1, -1, 127, -64, 5, 6, 7, 0, 0, 0, 0, 1, 2, 3, 4, -20, 20]])
+    scale = reference.store_scale(torch.exp2(exponents.float()), 2304, spec)
+    words = [127 | 128 << 8 | 126 << 16 | 254 << 24, 63 | 132 << 8 | 133 << 16 | 134 << 24, 0x7F7F7F7F]
+    words += [128 | 129 << 8 | 130 << 16 | 131 << 24, 107 | 147 << 8]
+    unsigned = [word & 0xFFFFFFFF for word in scale[0].tolist()]
+    assert unsigned == words
+    q = QuantizedActivation(torch.zeros(1, 2304, dtype=torch.float8_e4m3fn), scale, spec)
+    assert torch.equal(q.scales(), torch.exp2(exponents.float()))
+
+
+def test_packed_inf_and_nan_scales_decode_to_inf():
+    # eight exponent bits hold no NaN; the data beside such a scale is NaN
+    spec = QuantSpec(scale="ue8m0_packed", layout="col_tma")
+    scale = reference.store_scale(torch.tensor([[float("inf"), float("nan"), 1.0]]), 384, spec)
+    q = QuantizedActivation(torch.zeros(1, 384, dtype=torch.float8_e4m3fn), scale, spec)
+    assert q.scales().tolist() == [[float("inf"), float("inf"), 1.0]]
