@@ -88,6 +88,7 @@ def compiling(module: ModuleType, capability: tuple[int, int]) -> Iterator[list]
 
     A launch that Triton's in-memory cache serves adds the same object again.
     """
+    assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET is set: kernels are interpreted, not compiled"
     stock, compiled, number = JITFunction.run, [], 10 * capability[0] + capability[1]
 
     def compile_only(self, *args, grid, warmup, **kwargs):

@@ -63,7 +63,7 @@ def test_every_op_has_a_case():
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("op", CASES)
 def test_opcheck(op, spec):
-    for m, strided in ((5, False), (5, True), (8, False), (1, False), (0, False)):
+    for m, strided in ((5, True), (1, False), (0, False)):
         args = (*CASES[op](m, strided), spec.encode())
         torch.library.opcheck(getattr(OPS, op).default, args)
 
@@ -183,8 +183,13 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *product(FUNCTIONS, ["aot_eager"]),
+        *product(["add_rms_norm_quant normed", "silu_mul_quant", "latent_norm_quant kv"], ["inductor"]),
+    ],
+)
 def test_compiled_is_eager(name, backend, fresh_dynamo):
     run, width = FUNCTIONS[name]
     spec = QuantSpec(layout="col_tma", scale="ue8m0_packed" if "silu" in name else "fp32")

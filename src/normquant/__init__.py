@@ -6,12 +6,16 @@ __version__ = VERSION
 
 __all__ = [
     "BlockFP8Linear",
+    "FusionReport",
     "QuantSpec",
     "QuantizedActivation",
     "add_rms_norm_quant",
     "audit",
+    "block_fp8",
     "block_fp8_linear",
+    "explain",
     "group_quant",
+    "inductor_options",
     "latent_norm_quant",
     "quantize_weight",
     "rms_norm_quant",
@@ -32,6 +36,7 @@ except Exception as _error:  # `normquant env` must say what is wrong with torch
 else:
     from normquant import specs
     from normquant.audit import audit
-    from normquant.linear import BlockFP8Linear, block_fp8_linear, quantize_weight
+    from normquant.compile import FusionReport, explain, inductor_options
+    from normquant.linear import BlockFP8Linear, block_fp8, block_fp8_linear, quantize_weight
     from normquant.ops import add_rms_norm_quant, group_quant, latent_norm_quant, rms_norm_quant, silu_mul_quant
     from normquant.spec import QuantizedActivation, QuantSpec

@@ -1,7 +1,8 @@
 """A linear layer on block-quantized activations: [M, K] fp8 with 1x128 scales times [N, K] fp8 with 128x128 scales.
 
-Weights are in the layout of DeepSeek checkpoints. On Hopper the product is `torch.nn.functional.scaled_mm` (cuBLASLt);
-elsewhere both operands are dequantized to fp32 and multiplied, which is right and slow.
+Weights are in the layout of DeepSeek checkpoints. On Hopper, with N a multiple of 16, the product is
+`torch.nn.functional.scaled_mm` (cuBLASLt); elsewhere both operands are dequantized to fp32 and multiplied, which is
+right and slow.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from normquant.spec import FP8_MAX, TMA_ALIGN, QuantizedActivation, QuantSpec
 
 BLOCK = 128
 HOPPER = (9, 0)
+CUBLASLT_COLUMNS = 16  # N must be a multiple of it
 LINEAR_SPEC = QuantSpec(layout="col_tma")  # the scale layout that scaled_mm takes without a copy
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -85,6 +87,19 @@ class BlockFP8Linear(torch.nn.Module):
         if isinstance(x, QuantizedActivation):
             return block_fp8_linear(x, self.weight, self.weight_scale, self.bias)
         return block_fp8_linear(group_quant(x, spec=self.spec), self.weight, self.weight_scale, self.bias, x.dtype)
+
+
+def block_fp8(module: torch.nn.Module, spec: QuantSpec = LINEAR_SPEC) -> torch.nn.Module:
+    """Replace every `nn.Linear` inside `module`, in place, by its block-quantized form; returns `module`.
+
+    Linears whose K is not a multiple of 128 stay as they are.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.Linear) and child.in_features % BLOCK == 0:
+            setattr(module, name, BlockFP8Linear.from_linear(child, spec))
+        else:
+            block_fp8(child, spec)
+    return module
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,7 +184,8 @@ def dequantized_linear(data, scale, weight, weight_scale, out_dtype):
 
 
 def _scaled_mm(data, scale, weight, weight_scale, out_dtype):
-    if torch.cuda.get_device_capability(data.device) != HOPPER or data.shape[0] == 0:
+    takes = torch.cuda.get_device_capability(data.device) == HOPPER and weight.shape[0] % CUBLASLT_COLUMNS == 0
+    if not takes or data.shape[0] == 0:
         return dequantized_linear(data, scale, weight, weight_scale, out_dtype)
     _check(data, scale, weight, weight_scale, out_dtype)
     from torch.nn.functional import ScalingType, scaled_mm

@@ -137,6 +137,8 @@ _register_latent("latent_norm_quant_with_kv", quantize_kv=True)
 
 def _activation(lead: torch.Size, quantized: tuple[torch.Tensor, ...], spec: QuantSpec) -> QuantizedActivation:
     data, scale = quantized
+    if len(lead) == 1:  # a view would restride a single row
+        return QuantizedActivation(data, scale, spec)
     return QuantizedActivation(data.view(*lead, data.shape[-1]), scale.view(*lead, scale.shape[-1]), spec)
 
 

@@ -131,7 +131,8 @@ GRAPHS: dict[str, Graph] = {
     "router": (router, lambda: (empty(64, 512), empty(32, 512))),
     # convolutions
     "convolution": (
-        lambda x, w: F.conv2d(x, w, padding=1).relu(), lambda: (channels_last(2, 16, 32, 32), channels_last(32, 16, 3, 3)),
+        lambda x, w: F.conv2d(x, w, padding=1).relu(),
+        lambda: (channels_last(2, 16, 32, 32), channels_last(32, 16, 3, 3)),
     ),
     "max_pool": (lambda x: F.max_pool2d(x, 2), lambda: (empty(2, 16, 32, 32),)),
     "upsample": (lambda x: F.interpolate(x, scale_factor=2), lambda: (empty(2, 16, 32, 32),)),

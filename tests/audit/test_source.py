@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
+import subprocess
 import sys
 import time
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,9 @@ COPY = "tmp0 = tl.load(in_ptr0 + (x0 + 64*x1), xmask)\ntl.store(out_ptr0 + (xind
 @given(st.integers(1, 10_000), st.integers(1, 64))
 def test_expressions_are_evaluated(rows: int, by: int) -> None:
     for text, expected in (
-        ("s0*7168", rows * 7168), ("(-4)*(s0 // (-4))", -4 * (rows // -4)), (f"s0 // {by} + s0 % {by}", rows // by + rows % by),
-        ("max(1, s0)", max(1, rows)), ("(s0 + 3)//4*4", (rows + 3) // 4 * 4), ("s0**2", rows**2),
+        ("s0*7168", rows * 7168), ("(-4)*(s0 // (-4))", -4 * (rows // -4)), ("s0**2", rows**2),
+        (f"s0 // {by} + s0 % {by}", rows // by + rows % by), ("max(1, s0)", max(1, rows)),
+        ("(s0 + 3)//4*4", (rows + 3) // 4 * 4),
     ):  # fmt: skip
         assert sizes.evaluate(ast.parse(text, mode="eval").body, {"s0": rows}) == expected
 
@@ -109,22 +111,27 @@ def test_bounds_limit_what_counts() -> None:
 # ---- kernels
 
 
-@pytest.mark.parametrize(
-    ("body", "kind"),
-    [
-        (COPY, "same"),
-        ("tmp0 = tl.load(in_ptr0 + (xindex), xmask)\ntl.store(out_ptr0 + (x0 + 64*x1), tmp0, xmask)", "same"),
-        ("tmp0 = tl.load(in_ptr0 + (x1 + 64*x0), xmask)\ntl.store(out_ptr0 + (xindex), tmp0, xmask)", "layout"),
-        ("tmp0 = tl.load(in_ptr0 + (x0), xmask)\ntl.store(out_ptr0 + (xindex), tmp0, xmask)", None),  # a broadcast
-        ("tmp0 = tl.load(in_ptr0 + (63 + (-1)*x0 + 64*x1), xmask)\ntl.store(out_ptr0 + (xindex), tmp0, xmask)", None),  # a flip
-        ("tmp0 = tl.load(in_ptr0 + (x0 + x1), xmask)\ntl.store(out_ptr0 + (xindex), tmp0, xmask)", None),  # overlapping windows
-        ("tmp0 = tl.load(in_ptr0 + (((x0 + 3) % 64) + 64*x1), xmask)\ntl.store(out_ptr0 + (xindex), tmp0, xmask)", None),  # a roll
-        ("tmp0 = tl.load(in_ptr0 + (xindex), xmask)\ntmp1 = tmp0 * 2\ntl.store(out_ptr0 + (xindex), tmp1, xmask)", None),
-        ("tmp0 = tl.load(in_ptr0 + (xindex), (x0 < 32) & xmask, other=0.0)\ntl.store(out_ptr0 + (xindex), tmp0, xmask)", None),
-        ("tmp0 = tl.load(in_ptr0 + (xindex), xmask)\ntl.atomic_add(out_ptr0 + (xindex), tmp0, xmask)", None),
-    ],
-)  # fmt: skip
-def test_copies_are_told_from_work(body: str, kind: str | None) -> None:
+STORE = "tl.store(out_ptr0 + (xindex), tmp0, xmask)"
+MOVES = {
+    "the same place": (COPY, "same"),
+    "the same place, written otherwise": (
+        "tmp0 = tl.load(in_ptr0 + (xindex), xmask)\ntl.store(out_ptr0 + (x0 + 64*x1), tmp0, xmask)",
+        "same",
+    ),
+    "a transpose": (f"tmp0 = tl.load(in_ptr0 + (x1 + 64*x0), xmask)\n{STORE}", "layout"),
+    "a broadcast": (f"tmp0 = tl.load(in_ptr0 + (x0), xmask)\n{STORE}", None),
+    "a flip": (f"tmp0 = tl.load(in_ptr0 + (63 + (-1)*x0 + 64*x1), xmask)\n{STORE}", None),
+    "overlapping windows": (f"tmp0 = tl.load(in_ptr0 + (x0 + x1), xmask)\n{STORE}", None),
+    "a roll": (f"tmp0 = tl.load(in_ptr0 + (((x0 + 3) % 64) + 64*x1), xmask)\n{STORE}", None),
+    "arithmetic": (f"tmp1 = tl.load(in_ptr0 + (xindex), xmask)\ntmp0 = tmp1 * 2\n{STORE}", None),
+    "a part": (f"tmp0 = tl.load(in_ptr0 + (xindex), (x0 < 32) & xmask, other=0.0)\n{STORE}", None),
+    "an addition in memory": (COPY.replace("tl.store", "tl.atomic_add"), None),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_copies_are_told_from_work(name: str) -> None:
+    body, kind = MOVES[name]
     (kernel,) = program(module(body)).kernels
     assert [copy.kind for copy in kernel.copies] == ([kind] if kind else [])
 
@@ -143,9 +150,15 @@ def test_passes_over_a_row_are_counted() -> None:
 
 
 def test_memory_that_is_reused_is_another_tensor() -> None:
-    calls = (
-        "triton_poi_fused_0.run(arg0_1, buf0, 4096, stream=stream0)\n    buf1 = buf0; del buf0  # reuse\n"
-        "    torch.ops.some.op.default(arg0_1, buf1)\n    buf2 = buf1\n    torch.ops.some.other.default(buf2)\n    buf0 = buf2"
+    calls = "\n    ".join(
+        (
+            "triton_poi_fused_0.run(arg0_1, buf0, 4096, stream=stream0)",
+            "buf1 = buf0; del buf0  # reuse",
+            "torch.ops.some.op.default(arg0_1, buf1)",
+            "buf2 = buf1",
+            "torch.ops.some.other.default(buf2)",
+            "buf0 = buf2",
+        )
     )
     first, op, other = program(module(COPY, calls)).launches
     assert [a.buffer for a in op.writes] == ["buf1"] and [a.buffer for a in op.reads] == ["arg0_1"]
@@ -316,18 +329,25 @@ def test_one_file_of_ten_megabytes(tmp_path: Path) -> None:
     path = tmp_path / "large.py"
     path.write_text(head + "".join(kernels) + "def call(args):" + body)
     assert path.stat().st_size > 10_000_000
-    tracemalloc.start()
-    (report,) = audit_path(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(report.kernels) == 5_000 and peak < 1 << 30
-    with pytest.raises(NotGenerated, match="more than"):
-        wrappercode.read_module(path.read_text().replace("".join(calls), "".join(calls) * 41), "too many")
+    code = (
+        "import json, resource, sys, time\nfrom normquant.audit.disk import audit_path\nbegan = time.perf_counter()\n"
+        "(report,) = audit_path(sys.argv[1])\nspent = time.perf_counter() - began\n"
+        "print(json.dumps([len(report.kernels), spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
+    kernels_read, spent, peak_kib = json.loads(done.stdout)
+    assert kernels_read == 5_000 and spent < 10 and peak_kib < 1 << 20, (spent, peak_kib)
+
+
+def test_more_launches_than_any_program_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrappercode, "_MOST_CALLS", 100)
+    call = "triton_poi_fused_0.run(arg0_1, buf0, 4096, stream=stream0)"
+    assert len(program(module(COPY, "\n    ".join([call] * 100))).launches) == 100
+    with pytest.raises(NotGenerated, match="more than 100 launches"):
+        wrappercode.read_module(module(COPY, "\n    ".join([call] * 101)), "too many")
 
 
 def test_reports_are_plain_data() -> None:
-    import json
-
     (report,) = audit_path(ON, rows=(64,))
     data = json.loads(report.to_json())
     assert set(data) >= {"kernels", "extern", "findings", "bytes", "wasted_bytes"}

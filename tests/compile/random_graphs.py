@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compile_harness import exact
 
 import normquant as nq
 from normquant.spec import QuantSpec
+
+from .harness import exact
 
 Tensor = torch.Tensor
 
@@ -191,7 +192,7 @@ def _quant(c: Chooser, k: int, dtype: torch.dtype, takes_any: bool) -> Callable[
     floor = c.random.choice([1e-10, 1e-4])
     where = c.pick("floor", ["amax", "scale", "both"], ["add"], 0.02)
     encoding = c.pick("encoding", ["fp32", "fp32", "exp2", "pow"] if not takes_any else ["fp32"])
-    divide = c.pick("divide", ["scale", "reciprocal", "amax"], ["python amax"], 0.02)
+    divide = c.pick("divide", ["scale", "reciprocal", "amax"], ["true amax"], 0.02)
     if divide == "amax":
         where, encoding = "amax", "fp32"
     layout = c.pick("layout", ["row", "row", "col", "padded"])
@@ -225,9 +226,9 @@ def _quant(c: Chooser, k: int, dtype: torch.dtype, takes_any: bool) -> Callable[
     def divided(v: Tensor, amax: Tensor, s: Tensor) -> Tensor:
         if divide == "reciprocal":
             return fp8(v * s.reciprocal())
-        if divide == "amax":
+        if divide == "true amax":
             return fp8(v * (torch.full((), 448.0) / amax))
-        if divide == "python amax":
+        if divide == "amax":
             return fp8(v * (448.0 / amax))
         return fp8(v / s)
 
@@ -244,10 +245,10 @@ def _quant(c: Chooser, k: int, dtype: torch.dtype, takes_any: bool) -> Callable[
         m = y2.shape[0]
         f = y2.float()
         if shape == "groups":
-            g = f.view(-1, group)
+            g = f.reshape(-1, group)
             amax, s = scale_of(g.abs().amax(-1, keepdim=True))
             return divided(g, amax, s).view(m, k), laid_out(s.view(m, k // group))
-        g = f.unflatten(-1, (-1, group)) if shape == "unflatten" else f.view(m, k // group, group)
+        g = f.unflatten(-1, (-1, group)) if shape == "unflatten" else f.reshape(m, k // group, group)
         if shape == "transposed":
             amax, s = scale_of(g.transpose(0, 1).abs().amax(-1))  # [G, M]
             return divided(g, amax.t().unsqueeze(-1), s.t().unsqueeze(-1)).view(m, k), s.t()

@@ -44,7 +44,7 @@ def _packed(x, output_q, output_s_packed, group_size, eps, fp8_min, fp8_max):
 
 def _norm(h, weight, epsilon, dtype):
     n = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon)).to(dtype)
-    return n if weight is None else n * weight
+    return n if weight is None else (n * weight).to(dtype)
 
 
 def _rms_norm(x, weight, epsilon, variance_size=None):

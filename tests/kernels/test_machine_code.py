@@ -1,7 +1,9 @@
 """What the kernels become on Hopper and Blackwell: wide accesses, no spills, one read, and PDL in its place."""
 
+import re
 from collections import Counter
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from machine_code import SM_90, SM_100, Code, compiling, machine_code
 
 from normquant import QuantSpec, specs
 from normquant.kernels import group_quant, latent_norm_quant, rms_norm_quant, silu_mul_quant
-from normquant.kernels.launch import Config
+from normquant.kernels.launch import Config, Target
 
 CAPABILITIES = (SM_90, SM_100)
 CONFIGS = [Config(warps, split) for warps, split in product((4, 8, 16, 32), (1, 4))]
@@ -55,7 +57,7 @@ LOADS = {
     "quant": lambda whole, own: [own],
     "silu": lambda whole, own: [own, own],
 }
-STORES = {"norm": 0, "add_norm": 1, "add_norm_normed": 2, "quant": 0, "silu": 0}  # 16-bit tiles; the fp8 data comes on top
+STORES = {"norm": 0, "add_norm": 1, "add_norm_normed": 2, "quant": 0, "silu": 0}  # 16-bit tiles, beside the fp8 data
 
 
 def power_of_two(n: int) -> int:
@@ -166,13 +168,16 @@ def test_other_weights_are_read_wide(weight_dtype):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_no_multiply_add_of_the_compilers_choice(capability):
-    # Written in the source: two for each value where q = y / s, none where q = y * (448 / amax).
-    for spec, each in ((QuantSpec(), 2), (QuantSpec(divide="amax"), 0)):
-        launch = lambda spec=spec: add_norm(empty(4, 7168), Config(8), spec=spec)  # noqa: E731
-        code = machine_code(rms_norm_quant, launch, capability)
-        assert code.options.enable_fp_fusion is False
-        assert code.ptx.count("fma.") == each * 8192 // code.threads
+@pytest.mark.parametrize("name", ["add_norm", "quant", "silu"])
+def test_no_multiply_add_of_the_compilers_choice(name, capability):
+    # "mul.rn" and "add.rn" are what ptxas must not contract; without the suffix it may.
+    free = re.compile(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32")
+    code = compiled(name, 7168, Config(8), capability)
+    assert code.options.enable_fp_fusion is False
+    assert not free.search(code.ptx) and "mul.rn.f32" in code.ptx
+    stock = Target.options
+    with mock.patch.object(Target, "options", lambda self, config: stock(self, config) | {"enable_fp_fusion": True}):
+        assert free.search(compiled(name, 7168, Config(8), capability).ptx)
 
 
 def test_no_pdl_before_hopper():
@@ -183,13 +188,12 @@ def test_no_pdl_before_hopper():
     assert set(code.widths("LDG")) == {128}
 
 
-def latent(x, config, *, spec=QuantSpec(layout="col_tma"), eps=1e-6, angles=64):
+def latent(x, config, *, eps=1e-6, angles=64):
     q_weight, kv_weight = torch.empty(1536, dtype=x.dtype), torch.empty(512, dtype=x.dtype)
     cos = torch.empty(x.shape[0], angles, dtype=x.dtype)[:, :32]
     positions = torch.empty(x.shape[0], dtype=torch.int64)
-    latent_norm_quant.latent_norm_quant(
-        x, q_weight, kv_weight, cos, cos, positions, eps, "interleaved_to_half", spec, True, config
-    )
+    spec, rope = QuantSpec(layout="col_tma"), "interleaved_to_half"
+    latent_norm_quant.latent_norm_quant(x, q_weight, kv_weight, cos, cos, positions, eps, rope, spec, True, config)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -78,7 +78,7 @@ class _Builder:
             return None
         strides = [self.number(step) for step in tensor.stride or ()] or [None] * len(tensor.size)
         extents = [self.number(e) for e, step in zip(tensor.size, strides, strict=False) if step != 0]
-        known = [extent for extent in extents if extent is not None]
+        known = [extent for extent in extents if extent is not None and extent >= 0]
         return math.prod(known) if len(known) == len(extents) else None
 
     def tensor(self, tensor: Tensor) -> Tensor:

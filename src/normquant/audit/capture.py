@@ -103,18 +103,25 @@ def _on_gpu(module: torch.nn.Module) -> Iterator[None]:
     """Within: every parameter and buffer of `module` is a fake tensor on the GPU; its own are put back after."""
     kept = [(owner, dict(owner._parameters), dict(owner._buffers)) for owner in module.modules()]
     try:
-        for owner, parameters, buffers in kept:
-            for name, parameter in parameters.items():
-                if parameter is not None:
-                    owner._parameters[name] = torch.nn.Parameter(_like_on_gpu(parameter), requires_grad=False)
-            for name, buffer in buffers.items():
-                if buffer is not None:
-                    owner._buffers[name] = _like_on_gpu(buffer)
+        to_gpu(module)
         yield
     finally:
         for owner, parameters, buffers in kept:
             owner._parameters.update(parameters)
             owner._buffers.update(buffers)
+
+
+def to_gpu(module: torch.nn.Module) -> None:
+    """Replace every parameter and buffer by a fake tensor on the GPU; shared ones stay shared. Needs a fake mode."""
+    made: dict[int, torch.Tensor] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                fresh = torch.nn.Parameter(_like_on_gpu(parameter), requires_grad=False)
+                owner._parameters[name] = made.setdefault(id(parameter), fresh)  # type: ignore[assignment]
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = made.setdefault(id(buffer), _like_on_gpu(buffer))
 
 
 def _backend(captured: list[Captured], graph_module: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:

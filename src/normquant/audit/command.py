@@ -108,7 +108,7 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Se
     if args.json:
         text = json.dumps(data[0] if len(data) == 1 else data, indent=2)
         _write(args.json, text)
-    elif not args.github:
+    if not args.github and args.json != "-":
         print(audit_text.render(data, title), end="")
     if args.html:
         print(f"page: {args.html}", file=sys.stderr)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from normquant.audit import capture
+
 
 def builder(
     config_file: str | os.PathLike[str], tokens: int, layers: int | None = None
@@ -26,7 +28,7 @@ def builder(
         raise ImportError("auditing a model by its config needs transformers: pip install 'normquant[hf]'") from error
     try:
         config = AutoConfig.from_pretrained(config_file, local_files_only=True)
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{config_file}: not a transformers config file ({' '.join(str(error).split())[:200]})"
         ) from None
@@ -38,10 +40,10 @@ def builder(
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)  # weights are made in it: a fake module cannot be converted afterwards
         try:
-            with torch.device("cuda"):
-                model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         finally:
             torch.set_default_dtype(dtype)
+        capture.to_gpu(model)  # transformers makes real tensors on the default device to look at it
         return model, torch.zeros(1, tokens, dtype=torch.int64, device="cuda")
 
     return build

@@ -7,6 +7,7 @@ once, however often it is loaded; `Access.loads` says how often.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 DTYPE_BYTES: dict[str, int] = {
     "float64": 8, "int64": 8, "uint64": 8, "complex64": 8, "complex128": 16,
@@ -139,19 +140,19 @@ class Program:
     name: str = ""
     notes: tuple[str, ...] = ()  # what could not be read, and what was assumed
 
-    @property
+    @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
         return tuple(launch for launch in self.launches if isinstance(launch, Kernel))
 
-    @property
+    @cached_property
     def externs(self) -> tuple[Extern, ...]:
         return tuple(launch for launch in self.launches if isinstance(launch, Extern))
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         return sum(launch.bytes for launch in self.launches)
 
-    @property
+    @cached_property
     def edges(self) -> tuple[Edge, ...]:
         return tuple(self._edges())
 
@@ -170,7 +171,11 @@ class Program:
 
     def is_output(self, name: str) -> bool:
         """Whether the program returns this memory."""
-        return self.storage(name) in {self.storage(output) for output in self.outputs}
+        return self.storage(name) in self._returned
+
+    @cached_property
+    def _returned(self) -> frozenset[str]:
+        return frozenset(self.storage(output) for output in self.outputs)
 
     def role(self, name: str) -> str:
         buffer = self.buffers.get(name)

@@ -28,12 +28,18 @@ def identity(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
             yield Draft(
                 kernel,
                 kernel.bytes,
-                f"copies {copy.source} to {copy.destination} unchanged{_on_the_way(copy)}",
+                _what_is_copied(flow, copy) + _on_the_way(copy),
                 "let the consumer read the source: after your own graph pass run Inductor's no-op removal, and use a "
                 "functional op where an in-place one asked for the copy",
                 copy.destination,
                 1,
             )
+
+
+def _what_is_copied(flow: Flow, copy: Copy) -> str:
+    if flow.program.storage(copy.source) == flow.program.storage(copy.destination):
+        return f"loads {copy.destination} and stores it again, in place and unchanged"
+    return f"copies {copy.source} to {copy.destination} unchanged"
 
 
 def layout_copy(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:

@@ -137,7 +137,8 @@ def fp32_spill(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
             count = access.bytes // 4
             narrow_in = max((_count(flow, a) for a in kernel.reads if _width(flow, a) <= 2), default=0)
             consumers = [flow.program.launches[edge.consumer] for edge in edges]
-            if narrow_in >= count >= _MAIN_SHARE * narrow_in and all(_writes_narrow(flow, consumer, count) for consumer in consumers):
+            is_the_data = narrow_in >= count >= _MAIN_SHARE * narrow_in > 0
+            if is_the_data and all(_writes_narrow(flow, consumer, count) for consumer in consumers):
                 yield Draft(
                     kernel,
                     (access.bytes + sum(edge.bytes for edge in edges)) // 2,

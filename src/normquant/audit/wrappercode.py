@@ -17,7 +17,7 @@ _IGNORED = frozenset({
 _ENTRY_POINTS = ("call", "inductor_entry", "forward")
 _DEEPEST_CALL = 16
 _MOST_CALLS = 200_000
-_MOST_STATEMENTS = 2_000_000  # functions that call each other many times over are no generated code
+_MOST_STATEMENTS = 500_000  # functions that call each other many times over are no generated code
 
 
 def read_module(text: str, name: str) -> Module:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from normquant.bench.cases import MS, OPS, Case, kernel_cases
-from normquant.bench.records import KernelRecord, write
+from normquant.bench.records import KernelRecord, Record, write
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels = suites.add_parser("kernels", help="each op on the shapes of DeepSeek, Qwen and Llama, beside its peers")
     add_grid(kernels)
     kernels.add_argument("--providers", help="comma-separated, of those that are installed (default: all)")
-    kernels.add_argument("--output", type=Path, metavar="FILE", help="write the records here, one JSON object a line")
+    layer = suites.add_parser("layer", help="whole decoder layers of transformers, compiled stock and fused")
+    layer.add_argument("--models", help="comma-separated (default: all)")
+    layer.add_argument("--m", type=integers, metavar="M,...", help="tokens (default: 1,16,64,1024,8192)")
+    layer.add_argument("--samples", type=int, default=21, help="samples of each timing (default: 21)")
+    for suite in (kernels, layer):
+        suite.add_argument("--output", type=Path, metavar="FILE", help="write the records here, one JSON object a line")
 
 
 def add_grid(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +46,7 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
 
 
 def grid_cases(args: argparse.Namespace) -> list[Case]:
-    """The cases that the arguments ask for; raises ValueError where there are none or no GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError("there is no CUDA GPU here; kernels are measured on one")
+    """The cases that the arguments ask for; raises ValueError where there are none."""
     ops = tuple(args.ops.split(",")) if args.ops else OPS
     if unknown := set(ops) - set(OPS):
         raise ValueError(f"unknown ops {', '.join(sorted(unknown))}; accepted: {', '.join(OPS)}")
@@ -56,7 +57,37 @@ def grid_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, write the records."""
+    """Measure, print a line a case, write the records."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("there is no CUDA GPU here; everything is measured on one")
+    start = time.monotonic()
+    records: list[Record] = []
+    for new, text in {"kernels": kernel_suite, "layer": layer_suite}[args.suite](args):
+        records += new
+        print(text, flush=True)
+    if args.output:
+        write(args.output, records)
+        print(f"{len(records)} records in {args.output}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return 0
+
+
+def layer_suite(args: argparse.Namespace) -> Iterator[tuple[list[Record], str]]:
+    """Each model at each M: its records and a line about them."""
+    from normquant.bench.layer import MS, measure
+    from normquant.bench.models import MODELS
+
+    names = args.models.split(",") if args.models else list(MODELS)
+    if unknown := set(names) - set(MODELS):
+        raise ValueError(f"unknown models {', '.join(sorted(unknown))}; accepted: {', '.join(MODELS)}")
+    for name in names:
+        for record in measure(name, args.m or MS, args.samples):
+            yield [record], f"{name} m={record.m} {record.setting}: {record.us:.1f} us, {record.kernels} kernels"
+
+
+def kernel_suite(args: argparse.Namespace) -> Iterator[tuple[list[Record], str]]:
+    """Each case: the records of all providers and a line about them."""
     from normquant.bench.kernels import measure
     from normquant.bench.providers import PROVIDERS
 
@@ -69,16 +100,9 @@ def run(args: argparse.Namespace) -> int:
         if p.name in names and p.missing:
             print(f"{p.name}: left out, {p.missing} is not installed", file=sys.stderr)
     providers = [p for p in PROVIDERS if p.name in names and not p.missing]
-    records: list[KernelRecord] = []
-    start = time.monotonic()
     for case in grid_cases(args):
         new = list(measure(case, providers, args.samples))
-        records += new
-        print(line(new), flush=True)
-    if args.output:
-        write(args.output, records)
-        print(f"{len(records)} records in {args.output}, {time.monotonic() - start:.0f} s", file=sys.stderr)
-    return 0
+        yield [*new], line(new)
 
 
 def line(records: Sequence[KernelRecord]) -> str:

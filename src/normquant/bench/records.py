@@ -60,6 +60,30 @@ class KernelRecord:
     command: str
 
 
+@dataclass(frozen=True)
+class LayerRecord:
+    """One setting of one model's decoder layer: microseconds a call over n samples, and its GPU kernels."""
+
+    suite: str
+    model: str
+    setting: str
+    m: int
+    us: float
+    us_p10: float
+    us_p90: float
+    n: int
+    kernels: int
+    gpu: str
+    torch: str
+    triton: str
+    version: str
+    command: str
+
+
+Record = KernelRecord | LayerRecord
+SUITES: dict[str, type[Record]] = {"kernels": KernelRecord, "layer": LayerRecord}
+
+
 def current_run(version: str) -> Run:
     """The run that this process is."""
     import triton
@@ -80,7 +104,7 @@ def timing_fields(timing: Timing, moved: int) -> dict[str, float | int]:
     }
 
 
-def write(path: Path, records: Iterable[KernelRecord]) -> None:
+def write(path: Path, records: Iterable[Record]) -> None:
     """Replace `path` by the records, all or nothing."""
     scratch = path.with_suffix(path.suffix + ".part")
     scratch.write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
@@ -100,8 +124,10 @@ def read(path: Path) -> Iterator[dict]:
 
 
 def problems(record: dict) -> list[str]:
-    """What is wrong with a kernel record: fields missing, unknown or mistyped, figures that contradict each other."""
-    types = {f.name: f.type for f in fields(KernelRecord)}
+    """What is wrong with a record: fields missing, unknown or mistyped, figures that contradict each other."""
+    if record["suite"] not in SUITES:
+        return [f"unknown suite {record['suite']!r}; known: {', '.join(SUITES)}"]
+    types = {f.name: f.type for f in fields(SUITES[record["suite"]])}
     found = [f"missing {name}" for name in types if name not in record]
     found += [f"unknown {name}" for name in record if name not in types]
     if found:
@@ -110,6 +136,10 @@ def problems(record: dict) -> list[str]:
     found += [f"{n} is {record[n]!r}" for n, t in types.items() if not isinstance(record[n], python[t])]
     if not found and not record["us_p10"] <= record["us"] <= record["us_p90"]:
         found.append("us is outside of us_p10 .. us_p90")
-    if not found and abs(record["bytes"] / record["us"] / 1e3 - record["gbps"]) > 0.01 * record["gbps"] + 0.1:
+    if (
+        not found
+        and "gbps" in record
+        and abs(record["bytes"] / record["us"] / 1e3 - record["gbps"]) > 0.01 * record["gbps"] + 0.1
+    ):
         found.append("gbps is not bytes / us")
     return found

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
-TARGET_US = 1000.0  # length of one sample: long beside a graph's launch of some 10 microseconds
+SAMPLE_US = 1000.0  # length of one sample: long beside a graph's launch of some 10 microseconds
 MAX_SETS = 64
 MAX_CALLS = 1024  # in one graph
 
@@ -35,9 +35,14 @@ def sets_needed(bytes_read: int, device: torch.device | str = "cuda") -> int:
     return max(2, min(MAX_SETS, -(-5 * l2 // bytes_read)))
 
 
-def time_calls(providers: Mapping[str, Sequence[Call]], samples: int = 21) -> dict[str, Timing]:
-    """Time each provider, a list of calls that do the same work on different input sets, the providers interleaved."""
-    graphs = {name: capture(calls) for name, calls in providers.items()}
+def time_calls(
+    providers: Mapping[str, Sequence[Call]], samples: int = 21, sample_us: float = SAMPLE_US
+) -> dict[str, Timing]:
+    """Time each provider, a list of calls that do the same work on different input sets, the providers interleaved.
+
+    sample_us: length of one sample, in microseconds.
+    """
+    graphs = {name: capture(calls, sample_us) for name, calls in providers.items()}
     raw: dict[str, list[float]] = {name: [] for name in graphs}
     for graph, _ in graphs.values():  # a first replay uploads the graph
         graph.replay()
@@ -48,8 +53,8 @@ def time_calls(providers: Mapping[str, Sequence[Call]], samples: int = 21) -> di
     return {name: summary(values) for name, values in raw.items()}
 
 
-def capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A CUDA graph of the calls in turn, repeated to about TARGET_US, and how many calls it holds."""
+def capture(calls: Sequence[Call], sample_us: float = SAMPLE_US) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A CUDA graph of the calls in turn, repeated to about `sample_us`, and how many calls it holds."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -58,7 +63,7 @@ def capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
         once = _record(calls, 1, stream)
         once.replay()
         us = min(replay_us(once) for _ in range(3))
-        repeats = max(1, min(MAX_CALLS // len(calls), round(TARGET_US / us)))
+        repeats = max(1, min(MAX_CALLS // len(calls), round(sample_us / us)))
         graph = _record(calls, repeats, stream)
     torch.cuda.current_stream().wait_stream(stream)
     return graph, repeats * len(calls)

@@ -19,10 +19,11 @@ from normquant.kernels.launch import Config
 Table = dict[str, dict[str, list[list[int]]]]
 NOISE = 0.01  # a config must win by more than this to displace a neighbour's, so that the table stays short
 SPLIT_UP_TO = 128  # rows: above, there are more rows than multiprocessors and a split only reads a row twice
+SAMPLE_US = 300.0
 
 
 def candidates(case: Case) -> Iterator[Config]:
-    """The configs worth measuring: 4 to 32 values a thread at least, rows split only where they are few."""
+    """The configs worth measuring: from 4 to 64 values a thread, and rows split only where they are few."""
     groups = case.k // case.spec.group
     independent = case.op in ("group_quant", "silu_mul_quant")
     for split in (1, 2, 4, 8, 16):
@@ -30,7 +31,7 @@ def candidates(case: Case) -> Iterator[Config]:
             continue
         for num_warps in (1, 2, 4, 8, 16, 32):
             per_thread = (case.k // split if independent else case.k) / (32 * num_warps)
-            if 4 <= per_thread <= 128:
+            if 4 <= per_thread <= 64:
                 yield Config(num_warps, split)
 
 
@@ -59,7 +60,7 @@ def measure(case: Case, samples: int) -> dict[Config, Timing]:
     data = inputs(case, sets_needed(case.traffic[0]))
     configs = list(candidates(case))
     work = {str(n): [lambda i=i, c=c: launch(i, c) for i in data] for n, c in enumerate(configs)}
-    timings = time_calls(work, samples)
+    timings = time_calls(work, samples, SAMPLE_US)
     return {config: timings[str(n)] for n, config in enumerate(configs)}
 
 

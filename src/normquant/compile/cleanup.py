@@ -12,6 +12,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
+from normquant.compile.build import shaped
 from normquant.compile.graph import (
     PERMUTES,
     aten,
@@ -25,8 +26,6 @@ from normquant.compile.graph import (
     keeps_order,
     op_name,
     peel,
-    same_shape,
-    value,
 )
 
 
@@ -49,7 +48,8 @@ def clean(graph: Graph) -> int:
         if node.op == "call_function" and is_tensor(node):
             source = _round_trip(node) or _needless_layout(node)
             if source is not None and _may_alias(node, source):
-                node.replace_all_uses_with(source)
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(shaped(graph, source, node))
     graph.eliminate_dead_code()
     remove_noop_ops(graph)
     return before - len(graph.nodes)
@@ -62,8 +62,7 @@ def _round_trip(node: Node) -> Node | None:
     wide = peel(first_arg(node), keeps_order)
     if not is_widening(wide) or dtype(first_arg(wide)) != dtype(node):
         return None
-    x = first_arg(wide)
-    return x if same_shape(value(x).shape, value(node).shape) else None
+    return first_arg(wide)
 
 
 def _needless_layout(node: Node) -> Node | None:

@@ -97,7 +97,7 @@ def _treat(match: Match, rewriter: Rewriter, rules: Rules, strict: bool) -> Site
         "dtype": str(norm.dtype)[6:],
     }
     op_name = fused_op(match, add)._opname
-    opaque_norm = any(is_norm_op(node) for node in norm.inner)
+    opaque_norm = any(is_norm_op(node) for node in (norm.y, *norm.inner))
     decision = rules.decide(name, Facts(x.device, op_name, m, hint(rows), norm.k, opaque_norm))
     if decision.strategy == "stock":
         return Site(name, where, "stock", decision.reason, **facts)

@@ -88,7 +88,7 @@ def _divided(new: Any, grouped: Node, amax: Node, scale: Node, spec: QuantSpec) 
     if spec.divide == "reciprocal":
         factor = new(aten.reciprocal.default, scale)
     else:
-        factor = new(aten.div.Tensor, _constant(new, amax, FP8_MAX), amax)
+        factor = new(aten.mul.Tensor, new(aten.reciprocal.default, amax), FP8_MAX)
     return new(aten.mul.Tensor, grouped, new(aten.unsqueeze.default, factor, -1))
 
 

@@ -23,7 +23,8 @@ from normquant.compile.graph import (
     peel,
     value,
 )
-from normquant.compile.norms import Addition, Norm, check_roundings, read_decomposed, source, static_int, step_in
+from normquant.compile.norms import Addition, Norm, check_roundings, read_decomposed, source, static_int
+from normquant.compile.rms import step_in
 from normquant.spec import ACTIVATION_DTYPES
 
 VLLM_NORM, VLLM_ADD_NORM = "vllm_ir.rms_norm", "vllm_ir.fused_add_rms_norm"

@@ -143,14 +143,19 @@ def _division(quotient: Node) -> tuple[Node, Divide, Node]:
             if is_call(inverse, aten.div.Tensor) and number(arguments(inverse)[0]) == 1:
                 return y, "reciprocal", factor
             if is_call(inverse, aten.div.Tensor) and number(arguments(inverse)[0]) == FP8_MAX:
-                return y, "amax", factor
+                raise Unsupported("the data is y * (448 / amax); the kernels have y * (448 * (1 / amax))")
             if is_call(inverse, aten.mul.Tensor) and is_call(arguments(inverse)[0], aten.reciprocal.default):
-                if number(arguments(inverse)[1]) == 1:
-                    return y, "reciprocal", factor
-                raise Unsupported(
-                    f"the data is y * ({arguments(inverse)[1]} * (1 / amax)); the kernels have y * (448 / amax)"
-                )
+                return y, _divide_of(number(arguments(inverse)[1])), factor
     raise NotFound
+
+
+def _divide_of(factor: float | None) -> Divide:
+    """What torch makes of `factor / x` with a Python number: factor * (1 / x)."""
+    if factor == 1:
+        return "reciprocal"
+    if factor == FP8_MAX:
+        return "amax"
+    raise Unsupported(f"the data is y * ({factor} * (1 / x)); the kernels have 1 and 448 for the factor")
 
 
 def _group(amax: Node) -> int:

@@ -73,7 +73,7 @@ def read_scale(use: Node, divide: Divide) -> tuple[Node, Scale]:
         inverted = arguments(node)[1] if is_call(node, aten.div.Tensor) else arguments(node)[0]
         scale = peel(inverted, is_view, is_expand)
         return scale, _scale_arithmetic(scale)
-    floored = peel(arguments(node)[1], is_view, is_expand)
+    floored = peel(arguments(node)[0], is_view, is_expand)
     for candidate in _scales_of(floored):
         facts = _scale_arithmetic(candidate)
         if facts.scale_floor or facts.ue8m0:

@@ -141,19 +141,14 @@ def _norm_of(y: Node, norms: dict[Node, Norm | Unsupported | NotFound]) -> Norm:
 def _follows_norm(anchor: Node) -> bool:
     """Whether an rsqrt or sqrt is among the last few operations before a quantization that could not be read."""
     pending, seen = [anchor], {anchor}
-    for _ in range(24):
-        if not pending:
-            break
-        node = pending.pop(0)
-        if op_name(node) in ("aten.rsqrt", "aten.sqrt", *norm_ops.NAMES):
-            return True
-        fresh = [
-            n
-            for n in node.all_input_nodes
-            if n not in seen and (n.op != "call_function" or "aten" in op_name(n) or "prims" in op_name(n))
-        ]
-        seen.update(fresh)
-        pending.extend(fresh)
+    while pending and len(seen) < 64:
+        for node in pending.pop(0).all_input_nodes:
+            name = op_name(node)
+            if name in ("aten.rsqrt", "aten.sqrt", *norm_ops.NAMES):
+                return True
+            if node not in seen and name.startswith(("aten.", "prims.")):
+                seen.add(node)
+                pending.append(node)
     return False
 
 

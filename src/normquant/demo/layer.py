@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from normquant.linear import BlockFP8Linear, dequantize_weight
+from normquant.linear import BlockFP8Linear, block_fp8, dequantize_weight
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -55,16 +55,6 @@ def build(dims: Dims, device: str, seed: int = 0) -> torch.nn.Module:
 def build_fake(dims: Dims) -> torch.nn.Module:
     """As `build` on a CUDA device, without values: for a caller under a fake tensor mode."""
     return block_fp8(_decoder_layer(dims, "cuda"))
-
-
-def block_fp8(module: torch.nn.Module) -> torch.nn.Module:
-    """Replace every `nn.Linear` inside `module`, in place, by its block-quantized form; returns `module`."""
-    for name, child in module.named_children():
-        if isinstance(child, torch.nn.Linear):
-            setattr(module, name, BlockFP8Linear.from_linear(child))
-        else:
-            block_fp8(child)
-    return module
 
 
 def float64_twin(layer: torch.nn.Module) -> torch.nn.Module:

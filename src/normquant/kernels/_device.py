@@ -74,12 +74,14 @@ def sum_pairs(s, N: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def sum_of_squares(h, GROUPS: tl.constexpr, GROUP: tl.constexpr, LOG_GROUPS: tl.constexpr, LOG_GROUP: tl.constexpr):
-    # h [GROUPS, GROUP] fp32 -> the scalar sum, in the order of reference.sum_of_squares.
-    s = sum_pairs(tl.reshape(h * h, (GROUPS * GROUP,)), GROUPS * GROUP, LOG_GROUP)  # [GROUPS]
-    # A gather over its own axis brings all group sums into each warp: one exchange instead of one for each level.
-    s = tl.gather(s, tl.arange(0, GROUPS), axis=0)
-    return tl.sum(sum_pairs(s, GROUPS, LOG_GROUPS), axis=0)
+def sum_of_squares(h, N: tl.constexpr, LOG_N: tl.constexpr, LOG_WARP: tl.constexpr):
+    # h with N = 2**LOG_N values, fp32 -> the scalar sum, in the order of reference.sum_of_squares.
+    # 2**LOG_WARP neighbours lie in one warp, whose levels of the tree need no exchange. A gather over its own axis then
+    # brings what is left into every warp at once: one exchange instead of one for each level that is still to come.
+    LEFT: tl.constexpr = N >> LOG_WARP
+    s = sum_pairs(tl.reshape(h * h, (N,)), N, LOG_WARP)  # [LEFT]
+    s = tl.gather(s, tl.arange(0, LEFT), axis=0)
+    return tl.sum(sum_pairs(s, LEFT, LOG_N - LOG_WARP), axis=0)
 
 
 @triton.jit
@@ -169,8 +171,9 @@ def store_scale(scale_ptr, s, row, first, m, scale_rows, K: tl.constexpr, SPEC: 
         at = scale_ptr + column.to(tl.int64) * scale_rows + row
         tl.store(at, value, mask=mask)
         if SPEC.layout == "col_tma":
-            for pad in tl.static_range(1, 4):  # the last row zeroes the at most three rows of padding below it
-                tl.store(at + pad, tl.zeros_like(value), mask=mask & (row == m - 1) & (row + pad < scale_rows))
+            if row == m - 1:  # the last row zeroes the at most three rows of padding below it
+                for pad in tl.static_range(1, 4):
+                    tl.store(at + pad, tl.zeros_like(value), mask=mask & (row + pad < scale_rows))
 
 
 @triton.jit
@@ -199,8 +202,8 @@ def norm_quant_row(
     K: tl.constexpr,
     SPEC: tl.constexpr,
     GROUPS: tl.constexpr,  # groups of a row, rounded up to a power of two
-    LOG_GROUPS: tl.constexpr,
-    LOG_GROUP: tl.constexpr,
+    LOG_N: tl.constexpr,  # log2 of GROUPS times the group
+    LOG_WARP: tl.constexpr,  # log2 of the neighbours that one warp holds
     BLOCK_G: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
@@ -226,7 +229,7 @@ def norm_quant_row(
             h_own = h_own.to(DTYPE).to(tl.float32)
     if weight_offset != 0.0:
         w += weight_offset
-    mean = divide_by_constant(sum_of_squares(h, GROUPS, SPEC.group, LOG_GROUPS, LOG_GROUP), K, ON_CUDA)
+    mean = divide_by_constant(sum_of_squares(h, GROUPS * SPEC.group, LOG_N, LOG_WARP), K, ON_CUDA)
     y = scale_by_weight(h_own * tl.rsqrt(mean + eps), w, SPEC, DTYPE, ON_CUDA)
     if norm_ptr is not None:
         tl.store(norm_ptr + out, y.to(DTYPE), mask=own < K)

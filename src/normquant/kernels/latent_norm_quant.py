@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import norm_quant_row, row_offset, wait_for_predecessor
-from normquant.kernels.launch import Config, log2, on_device, own_groups, power_of_two, stride_unit, target
+from normquant.kernels.launch import Config, log2, log_warp, on_device, own_groups, power_of_two, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -51,10 +51,11 @@ def latent_norm_quant_kernel(
     ROPE: tl.constexpr,
     SPEC: tl.constexpr,
     Q_GROUPS: tl.constexpr,
-    LOG_Q_GROUPS: tl.constexpr,
+    LOG_Q: tl.constexpr,
+    LOG_Q_WARP: tl.constexpr,
     C_GROUPS: tl.constexpr,
-    LOG_C_GROUPS: tl.constexpr,
-    LOG_GROUP: tl.constexpr,
+    LOG_C: tl.constexpr,
+    LOG_C_WARP: tl.constexpr,
     R_BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,  # groups of q_a that a program writes
     STRIDE_UNIT: tl.constexpr,
@@ -68,7 +69,7 @@ def latent_norm_quant_kernel(
     if part < tl.num_programs(1) - 1:
         norm_quant_row(
             x_ptr, None, q_weight_ptr, q_data_ptr, q_scale_ptr, None, None, row, part * BLOCK_G, m, scale_rows, eps,
-            0.0, Q, SPEC, Q_GROUPS, LOG_Q_GROUPS, LOG_GROUP, BLOCK_G, PDL, ON_CUDA,
+            0.0, Q, SPEC, Q_GROUPS, LOG_Q, LOG_Q_WARP, BLOCK_G, PDL, ON_CUDA,
         )  # fmt: skip
     else:
         rotate(
@@ -76,7 +77,7 @@ def latent_norm_quant_kernel(
         )
         norm_quant_row(
             x_ptr + Q, None, kv_weight_ptr, kv_data_ptr, kv_scale_ptr, None, kv_norm_ptr, row, 0, m, scale_rows, eps,
-            0.0, C, SPEC, C_GROUPS, LOG_C_GROUPS, LOG_GROUP, C_GROUPS, PDL, ON_CUDA,
+            0.0, C, SPEC, C_GROUPS, LOG_C, LOG_C_WARP, C_GROUPS, PDL, ON_CUDA,
         )  # fmt: skip
 
 
@@ -169,10 +170,11 @@ def latent_norm_quant(
             ROPE=rope,
             SPEC=spec,
             Q_GROUPS=q_groups,
-            LOG_Q_GROUPS=log2(q_groups),
+            LOG_Q=log2(q_groups * spec.group),
+            LOG_Q_WARP=log_warp(q_groups * spec.group, block_g == q_groups, config),
             C_GROUPS=c_groups,
-            LOG_C_GROUPS=log2(c_groups),
-            LOG_GROUP=log2(spec.group),
+            LOG_C=log2(c_groups * spec.group),
+            LOG_C_WARP=log_warp(c_groups * spec.group, True, config),
             R_BLOCK=power_of_two(r // 2),
             BLOCK_G=block_g,
             STRIDE_UNIT=unit,

@@ -92,6 +92,16 @@ def _rule(op: str, k: int, m: int) -> Config:
     return Config(num_warps, 4 if m <= 16 and k >= 4096 and op.endswith("rms_norm_quant") else 1)
 
 
+def log_warp(n: int, stores: bool, config: Config) -> int:
+    """log2 of how many neighbours of a tile of n values one warp holds, in the layout that Triton gives the tile.
+
+    A thread has 16 neighbours, the width of an fp8 store, or 8 where the tile is only loaded or there are more threads.
+    A wrong answer costs time and no bit of the result.
+    """
+    per_thread = max(1, min(16 if stores else 8, n // (32 * config.num_warps)))
+    return min(log2(n), log2(32 * power_of_two(per_thread)))
+
+
 def stride_unit(*tensors: torch.Tensor | None) -> int:
     """8 where every row stride is a multiple of 8 elements, so that rows may be read 16 bytes at a time, else 1."""
     return 8 if all(t is None or t.stride(0) % 8 == 0 for t in tensors) else 1

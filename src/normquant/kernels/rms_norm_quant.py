@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import norm_quant_row, row_offset, wait_for_predecessor
-from normquant.kernels.launch import Config, log2, on_device, own_groups, power_of_two, stride_unit, target
+from normquant.kernels.launch import Config, log2, log_warp, on_device, own_groups, power_of_two, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -40,8 +40,8 @@ def rms_norm_quant_kernel(
     K: tl.constexpr,
     SPEC: tl.constexpr,
     GROUPS: tl.constexpr,  # groups of a row, rounded up to a power of two
-    LOG_GROUPS: tl.constexpr,
-    LOG_GROUP: tl.constexpr,
+    LOG_N: tl.constexpr,  # log2 of GROUPS times the group
+    LOG_WARP: tl.constexpr,  # log2 of the neighbouring values that one warp holds
     BLOCK_G: tl.constexpr,  # groups that a program writes, a power of two
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
@@ -69,8 +69,8 @@ def rms_norm_quant_kernel(
         K,
         SPEC,
         GROUPS,
-        LOG_GROUPS,
-        LOG_GROUP,
+        LOG_N,
+        LOG_WARP,
         BLOCK_G,
         PDL,
         ON_CUDA,
@@ -124,8 +124,8 @@ def rms_norm_quant(
             K=k,
             SPEC=spec,
             GROUPS=groups,
-            LOG_GROUPS=log2(groups),
-            LOG_GROUP=log2(spec.group),
+            LOG_N=log2(groups * spec.group),
+            LOG_WARP=log_warp(groups * spec.group, block_g == groups, config),
             BLOCK_G=block_g,
             STRIDE_UNIT=unit,
             PDL=where.pdl,

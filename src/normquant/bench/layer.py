@@ -1,0 +1,91 @@
+"""`normquant bench layer`: whole decoder layers compiled stock, with nested reductions where torch has them, fused."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from normquant.bench import models
+from normquant.bench.records import LayerRecord, current_run
+from normquant.bench.timing import Timing, sets_needed, time_calls
+from normquant.compile import inductor_options
+from normquant.version import VERSION
+
+MS = (1, 16, 64, 1024, 8192)
+Call = Callable[[], Any]
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """Inductor options by setting."""
+    import torch._inductor.config as inductor
+
+    found: dict[str, dict[str, Any]] = {"stock": {}, "normquant": inductor_options(policy="always")}
+    if hasattr(inductor.triton, "nested_reduction"):
+        found["nested"] = {"triton.nested_reduction": True}
+    return found
+
+
+def measure(name: str, ms: Sequence[int], samples: int) -> Iterator[LayerRecord]:
+    """Records of a model at each M, the settings interleaved; one compile a setting serves every M above one."""
+    layers = [models.build(name, "cuda")]
+    weights = sum(t.nbytes for t in (*layers[0].parameters(), *layers[0].buffers()))
+    layers += [models.build(name, "cuda", seed) for seed in range(1, sets_needed(weights))]
+    compiled = {setting: compile_layer(options) for setting, options in settings().items()}
+    for m in ms:
+        with torch.no_grad(), no_recompile_limit():
+            work = {setting: calls(run, layers, name, m) for setting, run in compiled.items()}
+            counts = {setting: kernels(run[0]) for setting, run in work.items()}
+            timings = time_calls(work, samples)
+        for setting, timing in timings.items():
+            yield record(name, setting, m, timing, counts[setting])
+
+
+def compile_layer(options: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    """The layer's forward, compiled; a function of its own, so that settings do not share what dynamo caches."""
+
+    def forward(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return models.forward(layer, x, cos, sin)
+
+    return torch.compile(forward, fullgraph=True, options=options)
+
+
+def calls(run: Callable[..., torch.Tensor], layers: Sequence[torch.nn.Module], name: str, m: int) -> list[Call]:
+    """One call a layer, each with inputs of its own, compiled."""
+    found: list[Call] = []
+    for seed, layer in enumerate(layers):
+        sample = models.inputs(name, m, "cuda", seed)
+        for t in sample:
+            if m > 1:
+                torch._dynamo.mark_dynamic(t, 1)
+        found.append(functools.partial(run, layer, *sample))
+        found[-1]()
+    return found
+
+
+def kernels(call: Call) -> int:
+    """GPU kernels of one call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return sum(e.count for e in seen.key_averages() if not e.key.startswith(("Memcpy", "Memset", "cuda")))
+
+
+@contextlib.contextmanager
+def no_recompile_limit() -> Iterator[None]:
+    """Dynamo keeps a compile for every layer and M; its limit of eight would silently fall back to eager."""
+    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+        yield
+
+
+def record(name: str, setting: str, m: int, timing: Timing, count: int) -> LayerRecord:
+    """One record."""
+    times = {"us": round(timing.us, 2), "us_p10": round(timing.us_p10, 2), "us_p90": round(timing.us_p90, 2)}
+    return LayerRecord("layer", name, setting, m, **times, n=timing.n, kernels=count, **asdict(current_run(VERSION)))

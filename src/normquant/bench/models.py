@@ -1,0 +1,113 @@
+"""Decoder layers of transformers at serving dimensions, their linears block-FP8, to be compiled and timed."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from normquant.linear import block_fp8
+
+LIBRARY = torch.library.Library("normquant_bench", "DEF")
+LIBRARY.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")  # opaque, as a serving engine's attention is
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder layer of transformers: module and class prefix, its configuration, and the width of cos and sin."""
+
+    module: str
+    prefix: str
+    rope: int
+    config: dict[str, Any] = field(hash=False)
+
+
+MODELS = {
+    # one of eight tensor-parallel shards, but for Gemma, which one GPU holds
+    "deepseek-r1": Model(
+        "deepseek_v3",
+        "DeepseekV3",
+        64,
+        dict(
+            hidden_size=7168,
+            intermediate_size=2304,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            q_lora_rank=1536,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            first_k_dense_replace=1,
+        ),
+    ),
+    "qwen3-32b": Model(
+        "qwen3",
+        "Qwen3",
+        128,
+        dict(hidden_size=5120, intermediate_size=3200, num_attention_heads=8, num_key_value_heads=1, head_dim=128),
+    ),
+    "llama-3-70b": Model(
+        "llama",
+        "Llama",
+        128,
+        dict(hidden_size=8192, intermediate_size=3584, num_attention_heads=8, num_key_value_heads=1, head_dim=128),
+    ),
+    "gemma-7b": Model(
+        "gemma",
+        "Gemma",
+        256,
+        dict(hidden_size=3072, intermediate_size=24576, num_attention_heads=16, num_key_value_heads=16, head_dim=256),
+    ),
+}
+
+
+def build(name: str, device: str, seed: int = 0) -> torch.nn.Module:
+    """A layer of the model in bfloat16 with random weights, its linears block-FP8."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register("normquant_bench", _attention)
+    model = MODELS[name]
+    configuration = importlib.import_module(f"transformers.models.{model.module}.configuration_{model.module}")
+    modeling = importlib.import_module(f"transformers.models.{model.module}.modeling_{model.module}")
+    config = getattr(configuration, f"{model.prefix}Config")(
+        **model.config, num_hidden_layers=1, attn_implementation="normquant_bench"
+    )
+    torch.manual_seed(seed)
+    with torch.device(device):
+        layer: Any = getattr(modeling, f"{model.prefix}DecoderLayer")(config, 0)
+    return block_fp8(layer.to(torch.bfloat16).eval().requires_grad_(False))
+
+
+def inputs(name: str, tokens: int, device: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states [1, M, hidden], cos and sin [1, M, rope]; bfloat16."""
+    model, generator = MODELS[name], torch.Generator(device).manual_seed(seed)
+    shapes = (1, tokens, model.config["hidden_size"]), (1, tokens, model.rope), (1, tokens, model.rope)
+    x, cos, sin = (torch.randn(s, generator=generator, device=device, dtype=torch.bfloat16) for s in shapes)
+    return x, cos, sin
+
+
+def forward(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The function that is compiled."""
+    return layer(x, position_embeddings=(cos, sin), attention_mask=None)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[1, H, M, D] -> [1, M, H, D] contiguous, as serving kernels leave it; causal."""
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).contiguous()
+
+
+LIBRARY.impl("attention", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "normquant_bench::attention",
+    lambda q, k, v: q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]),
+    lib=LIBRARY,
+)
+
+
+def _attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+    return torch.ops.normquant_bench.attention(query, key, value), None

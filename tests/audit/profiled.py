@@ -1,0 +1,93 @@
+"""The auditor's bytes and times beside a profiler's. Needs a CUDA GPU and Nsight Compute (ncu); run as a script:
+
+    python -m tests.audit.profiled
+
+Every graph is compiled and run at a size that the L2 cache does not hold; ncu reads the DRAM counters of each kernel.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from normquant.audit import audit
+from tests.audit.graphs import BF16, F32, FP8, I64, Graph, add_norm_quant, empty, quantize, rms_norm
+
+M, K = 16384, 7168
+METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
+CASES: dict[str, Graph] = {
+    "add": (lambda x, y: x + y, lambda: (empty(M, K), empty(M, K))),
+    "cast to fp32": (lambda x: x.to(F32), lambda: (empty(M, K),)),
+    "clamp to fp8": (lambda x: x.clamp(-448, 448).to(FP8), lambda: (empty(M, K),)),
+    "silu and mul": (lambda x: torch.nn.functional.silu(x[:, :2304]) * x[:, 2304:], lambda: (empty(M, 4608),)),
+    "sum of rows": (lambda x: x.float().sum(-1), lambda: (empty(M, K),)),
+    "softmax": (lambda x: x.softmax(-1), lambda: (empty(M, 8192),)),
+    "rms_norm": (rms_norm, lambda: (empty(M, K), empty(K))),
+    "rms_norm of a slice": (lambda x, w: rms_norm(x[:, :1536], w), lambda: (empty(4 * M, 2112), empty(1536))),
+    "quantize": (quantize, lambda: (empty(M, K),)),
+    "add, norm, quantize": (add_norm_quant, lambda: (empty(M, K), empty(M, K), empty(K))),
+    "transpose copy": (lambda x: x.t().contiguous(), lambda: (empty(M, K),)),
+    "embedding": (torch.nn.functional.embedding, lambda: (torch.arange(M, device="cuda", dtype=I64), empty(2 * M, K))),
+}
+
+
+def run(names: list[str]) -> None:
+    """Compile each graph, and run it once where the profiler looks."""
+    for name in names:
+        function, inputs = CASES[name]
+        torch._dynamo.reset()
+        made = tuple(t.normal_() if t.dtype == BF16 else t for t in inputs())
+        compiled = torch.compile(function)
+        with torch.no_grad():
+            compiled(*made)
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            compiled(*made)
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+
+
+def measured() -> list[dict[str, float]]:
+    """ncu's counters of every kernel that `run` launched, in order: bytes read, bytes written, ns."""
+    command = ["ncu", "--csv", "--profile-from-start", "off", "--clock-control", "none", "--metrics", METRICS]
+    command += [sys.executable, "-m", "tests.audit.profiled", "--run"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    start = done.stdout.find('"ID"')
+    if start < 0:
+        raise SystemExit(f"ncu gave no table: {done.stdout[-500:]} {done.stderr[-500:]}")
+    kernels: dict[str, dict[str, float]] = {}
+    scale = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "ns": 1e-3, "us": 1.0, "ms": 1e3}
+    for row in csv.DictReader(io.StringIO(done.stdout[start:])):
+        value = float(row["Metric Value"].replace(",", "")) * scale[row["Metric Unit"]]
+        kernels.setdefault(row["ID"], {})[row["Metric Name"]] = value
+    return list(kernels.values())
+
+
+def main() -> None:
+    rows: list[tuple[Any, ...]] = []
+    for name, (function, inputs) in CASES.items():
+        report, remote = audit(function, inputs, target="here"), audit(function, inputs, target="h100")
+        same = [(k.kind, k.bytes_read, k.bytes_written) for k in report.kernels] == [
+            (k.kind, k.bytes_read, k.bytes_written) for k in remote.kernels
+        ]
+        rows += [(name, kernel, same, report.target) for kernel in report.kernels]
+    found = measured()
+    print(
+        f"{'graph':22s} {'kernel':12s} {'read MB':>8s} {'ncu':>8s} {'wrote MB':>8s} {'ncu':>8s} {'est us':>7s} {'ncu':>7s} same"
+    )
+    for (name, kernel, same, target), counters in zip(rows, found, strict=True):
+        read, wrote, time = (counters[metric] for metric in METRICS.split(","))
+        estimate = target.launch_us + kernel.bytes / (target.dram_gbps * 1e3)
+        print(
+            f"{name:22s} {kernel.kind[:12]:12s} {kernel.bytes_read / 1e6:8.1f} {read / 1e6:8.1f} "
+            f"{kernel.bytes_written / 1e6:8.1f} {wrote / 1e6:8.1f} {estimate:7.1f} {time:7.1f} {same}"
+        )
+
+
+if __name__ == "__main__":
+    run([*CASES]) if sys.argv[1:] == ["--run"] else main()

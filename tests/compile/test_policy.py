@@ -1,0 +1,129 @@
+"""Who decides, and by what."""
+
+from __future__ import annotations
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+
+from normquant.compile import inductor_options
+from normquant.compile.policy import Facts, Rules
+from normquant.compile.table import measured, parse
+
+GPU = torch.device("cuda", 0)
+
+
+def facts(device=GPU, op="rms_norm_quant", m=64, k=7168, opaque=False):
+    return Facts(device, op, m, m or 64, k, opaque)
+
+
+def on(capability):
+    return mock.patch("torch.cuda.get_device_capability", lambda device=None: capability)
+
+
+def table(tmp_path, *entries, capability="9.0"):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"capability": capability, "source": "test", "entries": list(entries)}))
+    return str(path)
+
+
+def entry(m, op="rms_norm_quant", k=7168, **us):
+    return {"op": op, "k": k, "m": m, "us": us}
+
+
+@pytest.mark.parametrize(
+    ("policy", "strategy"), [("always", "fused"), ("never", "stock"), ("native", "native"), ("opaque-norm", "stock")]
+)
+def test_fixed_policies(policy: str, strategy: str) -> None:
+    assert Rules(policy).decide("a", facts()).strategy == strategy  # type: ignore[arg-type]
+
+
+def test_a_site_has_the_first_rule_that_names_it() -> None:
+    rules = Rules("never", {"layers.0.*": "always", "*.norm": "native"})
+    chosen = [rules.decide(name, facts()).strategy for name in ("layers.0.norm", "layers.1.norm", "head")]
+    assert chosen == ["fused", "native", "stock"]
+
+
+def test_auto_on_hardware_without_measurements_keeps_stock_and_says_so() -> None:
+    with on((10, 0)):
+        decision = Rules().decide("a", facts())
+    assert decision.strategy == "stock" and "no measurements on sm_100" in decision.reason
+    decision = Rules().decide("a", facts(torch.device("cpu")))
+    assert decision.strategy == "stock" and "no measurements on cpu" in decision.reason
+
+
+def test_auto_on_sm90_without_an_entry_goes_by_the_rule() -> None:
+    with on((9, 0)):
+        assert Rules().decide("a", facts(k=1280)).strategy == "fused"
+        assert Rules().decide("a", facts(op="group_quant")).strategy == "stock"
+
+
+def test_auto_takes_the_fastest_that_was_measured(tmp_path) -> None:
+    path = table(tmp_path, entry([1, 64], fused=1.5, native=3.0, stock=4.0), entry([65, 4096], fused=9.0, stock=8.0))
+    with on((9, 0)):
+        rules = Rules(table=path)
+        assert rules.decide("a", facts(m=64)).strategy == "fused"
+        assert rules.decide("a", facts(m=65)).strategy == "stock"
+        assert "fused 9 us, stock 8 us" in rules.decide("a", facts(m=65)).reason
+        assert rules.decide("a", facts(m=None)).strategy == "stock"
+        assert "for every number of rows" in rules.decide("a", facts(m=None)).reason
+        assert "no measurement of this shape" in rules.decide("a", facts(m=9999)).reason
+    with on((10, 0)):
+        assert rules.decide("a", facts(m=64)).strategy == "stock"
+
+
+def one(entry: str) -> str:
+    return f'{{"capability": "9.0", "source": "", "entries": [{{"op": "a", "k": 1, {entry}}}]}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"capability": "9", "source": "", "entries": []}',
+        one('"m": [1, 2], "us": {"fused": 1}'),
+        one('"m": [1], "us": {"fused": 1, "stock": 2}'),
+        one('"m": [1, 2], "us": {"quick": 1, "stock": 2}'),
+    ],
+)
+def test_what_is_no_table_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"t\.json is not a table of measurements"):
+        parse(text, "t.json")
+
+
+def test_the_tables_of_the_package_can_be_read() -> None:
+    assert measured((9, 0)) is not None and measured((9, 0)).capability == (9, 0)  # type: ignore[union-attr]
+    assert measured((3, 5)) is None
+
+
+def test_wrong_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="policy is 'sometimes'; accepted: 'auto', 'always'"):
+        inductor_options("sometimes")
+    with pytest.raises(ValueError, match=r"sites\['a'\] is 'fast'; accepted: 'fused'"):
+        inductor_options(sites={"a": "fast"})
+    with pytest.raises(OSError):
+        inductor_options(table="/nowhere/table.json")
+    with pytest.raises(ValueError, match="mode is 'warp'"):
+        inductor_options(mode="warp")
+
+
+def test_options_of_inductor_and_of_modes_come_along() -> None:
+    options = inductor_options(mode="reduce-overhead", triton__unique_kernel_names=True)
+    assert options["triton.cudagraphs"] and options["triton.unique_kernel_names"]
+    assert "triton.nested_reduction" not in options
+    assert all(name in inductor_options("native") for name in ("post_grad_custom_pre_pass", "triton.nested_reduction"))
+
+
+def test_every_option_changes_the_key_of_the_compile_caches(tmp_path) -> None:
+    def key(*args, **kwargs):
+        return inductor_options(*args, **kwargs)["post_grad_custom_pre_pass"].uuid()
+
+    path = table(tmp_path)
+    keys = [key(), key("always"), key(strict=True), key(sites={"a": "stock"}), key(table=path)]
+    table(tmp_path, entry([1, 2], fused=1, stock=2))
+    keys.append(key(table=path))
+    assert len(set(keys)) == len(keys) and key() == keys[0]
