@@ -1,7 +1,7 @@
 """Triton's interpreter on CPU, repaired so that it rounds as the hardware does.
 
-The stock interpreter rounds some casts to fp8 and bf16 wrongly and rounds the product inside `fma`. Here casts and exp go
-through torch, and an fma is computed in float64, where the product of two fp32 is exact.
+The stock interpreter rounds some casts to fp8 and bf16 wrongly and rounds the product inside `fma`. Here casts and exp
+go through torch, and an fma is computed in float64, where the product of two fp32 is exact.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import os
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import cache
 from multiprocessing import get_context
 from unittest import mock
 
@@ -98,7 +98,7 @@ def _call(kernel: str, args: tuple, kwargs: dict):
         return launch(*args, **kwargs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _worker() -> ProcessPoolExecutor:
     # Triton reads TRITON_INTERPRET when it is imported, so interpreted kernels need a process of their own.
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_interpret)

@@ -27,7 +27,7 @@ IMPORTS: dict[str, set[str]] = {
     "compile": {"ops", "traffic"},
     "integrations": {"compile", "linear"},
     "audit": set(),
-    "bench": {"ops", "specs", "traffic", "version"},
+    "bench": {"ops", "specs", "traffic", "version", "compile", "linear"},
     "report": set(),
     "version": set(),
     "env": {"version"},

@@ -94,8 +94,10 @@ RULES = {
     "FLASHINFER": Rule("the sum as fp32", ONCE, amax_448(1e-4), by_amax(1e-4), "col_tma"),
     # per_token_group_fp8_quant after the norm: "amax floor 1e-10; s = amax/448; q = y/s"
     "VLLM": Rule("the sum as fp32", TWICE, amax_448(1e-10), by_scale),
-    # after the CUDA op fused_add_rms_norm, which adds in the activation dtype and reads what it stored
-    "VLLM_EAGER": Rule("the sum as stored", TWICE, amax_448(1e-10), by_scale),
+    # after the CUDA op fused_add_rms_norm, which adds in the activation dtype, reads what it stored and rounds once
+    "VLLM_OPS": Rule("the sum as stored", ONCE, amax_448(1e-10), by_scale),
+    # silu_and_mul_per_block_quant: "the same scale; the product is never rounded"
+    "VLLM_FUSED_SILU": Rule("no residual", NEVER, lambda a: at_least(1.0 / (448.0 * 512.0))(a / FP32_448), by_scale),
     # with scale_ue8m0: "s = 2^ceil(log2(max(s, 1e-10)))"
     "VLLM_UE8M0": Rule("no residual", TWICE, lambda a: power_of_two(at_least(1e-10)(amax_448(1e-10)(a))), by_scale),
     # "unrounded sum; y = bf16(bf16(x*rstd)*w); s = max(amax/448, 1/(448*512)); q = y/s"

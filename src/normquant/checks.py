@@ -65,7 +65,17 @@ def check_silu_mul(x: torch.Tensor, spec: QuantSpec) -> None:
         )
 
 
-def check_latent(x, q_weight, kv_weight, cos, sin, positions, eps, rope, spec) -> None:
+def check_latent(
+    x: torch.Tensor,
+    q_weight: torch.Tensor,
+    kv_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    eps: float,
+    rope: str,
+    spec: QuantSpec,
+) -> None:
     """x must be [M, Q + C + R], Q and C multiples of spec.group, R even; cos and sin [positions, R/2 or more]."""
     if x.dim() != 2 or q_weight.dim() != 1 or kv_weight.dim() != 1:
         raise ValueError(

@@ -7,6 +7,8 @@ right and slow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -44,7 +46,9 @@ def block_fp8_linear(
             f"the activation has group {q.spec.group} and scale {q.spec.scale!r}; accepted: 128, fp32 or ue8m0"
         )
     _check_bias(bias, weight)
-    data, scale = q.data.view(-1, q.shape[-1]), q.scale.view(-1, q.scale.shape[-1])
+    data, scale = q.data, q.scale
+    if data.dim() != 2:  # a view would restride the scales of a single row
+        data, scale = data.view(-1, data.shape[-1]), scale.view(-1, scale.shape[-1])
     out = torch.ops.normquant.block_fp8_linear(data, scale, weight, weight_scale, out_dtype)
     out = out.view(*q.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias.to(out_dtype)
@@ -72,7 +76,9 @@ class BlockFP8Linear(torch.nn.Module):
         self.register_buffer("weight_scale", pad_weight_scale(weight_scale))
         self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
 
-    def _apply(self, fn, recurse: bool = True):
+    weight_scale: torch.Tensor
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> BlockFP8Linear:
         super()._apply(fn, recurse)
         self.weight_scale = pad_weight_scale(self.weight_scale)  # .to() and .cuda() close the gaps between rows
         return self
@@ -152,7 +158,7 @@ def _check_bias(bias: torch.Tensor | None, weight: torch.Tensor) -> None:
 
 
 def _check(
-    data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype
+    data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
 ) -> None:
     _check_weight(weight, weight_scale)
     m, k = data.shape

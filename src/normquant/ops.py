@@ -7,6 +7,9 @@ same shapes, strides and dtypes. Ops take x as [M, K]; the functions below take 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from normquant import reference
@@ -18,13 +21,16 @@ DEFAULT = QuantSpec()
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
-def _register(schema: str, check, fake, cpu, cuda) -> None:
+Impl = Callable[..., Any]
+
+
+def _register(schema: str, check: Impl, fake: Impl, cpu: Impl, cuda: Impl) -> None:
     """Define an op; each implementation sees checked inputs and, as its last argument, the decoded spec."""
     LIBRARY.define(schema, tags=TAGS)
     name = schema.partition("(")[0]
 
-    def decoded(run):
-        def call(*args):
+    def decoded(run: Impl) -> Impl:
+        def call(*args: Any) -> Any:
             args = (*args[:-1], QuantSpec.decode(args[-1]))
             check(*args)
             return run(*args)
@@ -36,7 +42,7 @@ def _register(schema: str, check, fake, cpu, cuda) -> None:
     LIBRARY.impl(name, decoded(cuda), "CUDA")
 
 
-def _fake_quant(x: torch.Tensor, m, k, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_quant(x: torch.Tensor, m: Any, k: Any, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
     scale = x.new_empty_strided(spec.scale_shape(m, k), spec.scale_stride(m, k), dtype=spec.scale_dtype)
     return x.new_empty((m, k), dtype=spec.dtype), scale
 
@@ -56,7 +62,7 @@ def _register_norm(name: str, with_residual: bool, with_norm: bool) -> None:
         check_norm(x, residual, weight, spec)
 
     def fake(x, *args):
-        return *_fake_quant(x, *x.shape, args[-1]), *(x.new_empty(x.shape) for _ in outputs[2:])
+        return *_fake_quant(x, x.shape[0], x.shape[1], args[-1]), *(x.new_empty(x.shape) for _ in outputs[2:])
 
     def cpu(*args):
         x, residual, weight, eps, offset, spec = split(args)
@@ -87,7 +93,7 @@ def _group_quant_cuda(x, spec):
 _register(
     "group_quant(Tensor x, str spec) -> (Tensor data, Tensor scale)",
     check_quant,
-    lambda x, spec: _fake_quant(x, *x.shape, spec),
+    lambda x, spec: _fake_quant(x, x.shape[0], x.shape[1], spec),
     reference.group_quant,
     _group_quant_cuda,
 )
@@ -120,13 +126,13 @@ def _register_latent(name: str, quantize_kv: bool) -> None:
         kv = _fake_quant(x, m, c, spec) if quantize_kv else ()
         return *_fake_quant(x, m, q, spec), x.new_empty((m, c)), x.new_empty((m, x.shape[1] - q - c)), *kv
 
-    def cpu(*args):
+    def cpu(*args: Any) -> Any:
         return reference.latent_norm_quant(*args)[: 6 if quantize_kv else 4]
 
-    def cuda(*args):
+    def cuda(*args: Any) -> Any:
         from normquant.kernels.latent_norm_quant import latent_norm_quant
 
-        return latent_norm_quant(*args, quantize_kv)[: 6 if quantize_kv else 4]
+        return latent_norm_quant(*args, quantize_kv)[: 6 if quantize_kv else 4]  # type: ignore[call-arg]
 
     _register(schema, check_latent, fake, cpu, cuda)
 
@@ -244,7 +250,8 @@ def latent_norm_quant(
     q_weight [Q], kv_weight [C]: weights of the two RMSNorms, which share `eps`; the rest of x is k_pe.
     cos, sin: [positions, R/2] or wider, of which the first R/2 values of a row are read; rows may be any distance
         apart. vLLM: the halves of cos_sin_cache. transformers: the rows of position_embeddings, `positions` None.
-    positions: [...] int32 or int64, which row of cos and sin belongs to which row of x; None: row i to row i.
+    positions: [...] int32 or int64, which row of cos and sin belongs to which row of x; None: row i to row i. They are
+        not looked at before they are used: on a GPU one out of range reads beyond cos and sin.
     rope: "interleaved" turns the pairs (2i, 2i+1), "half" the pairs (i, i + R/2), "interleaved_to_half" reads the first
         and writes the second, as transformers' DeepSeek does. Rounded to x's dtype once, or after each product too
         where `spec.rounding` is "inner" or "twice", as an eager model does.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -128,7 +128,7 @@ class QuantSpec:
         defaults = (f.default for f in names)
         return QuantSpec(**{f.name: _parse(part, d) for f, part, d in zip(names, parts, defaults, strict=True)})
 
-    def but(self, **changes) -> QuantSpec:
+    def but(self, **changes: Any) -> QuantSpec:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
@@ -184,7 +184,7 @@ def _short(value: object) -> str:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else str(value)
 
 
-def _parse(text: str, like: object) -> object:
+def _parse(text: str, like: Any) -> Any:
     if isinstance(like, torch.dtype):
         return getattr(torch, text, text)
     return type(like)(text)

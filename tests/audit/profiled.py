@@ -3,6 +3,25 @@
     python -m tests.audit.profiled
 
 Every graph is compiled and run at a size that the L2 cache does not hold; ncu reads the DRAM counters of each kernel.
+`same`: the code generated for this GPU and, with `target="h100"`, without looking at it move the same bytes.
+
+On an H100 80GB HBM3 (torch 2.11.0, triton 3.6.0) the bytes read agree within 0.1 %. Of the bytes written ncu counts 12
+to 25 MB less than the kernels write, whatever their size: lines still in the 50 MB L2 cache when a kernel ends.
+
+    graph                  kernel        read MB      ncu wrote MB      ncu   ncu us
+    add                    pointwise       469.8    469.8    234.9    218.6    226.1
+    cast to fp32           pointwise       234.9    234.9    469.8    445.8    245.5
+    clamp to fp8           pointwise       234.9    234.9    117.4     98.3    109.8
+    silu and mul           pointwise       151.0    151.0     75.5     62.9     81.8
+    sum of rows            reduction       234.9    234.9      0.1      0.1     75.2
+    softmax                reduction       268.4    268.4    268.4    248.5    311.9
+    rms_norm               reduction       234.9    235.0    234.9    210.7    152.6
+    rms_norm of a slice    reduction       201.3    201.4    201.3    183.5    150.8
+    quantize               persistent_r    234.9    234.9    121.1    107.3    116.3
+    add, norm, quantize    reduction       469.8    469.8    234.9    215.3    235.7
+    add, norm, quantize    persistent_r    235.0    235.0    121.1    109.0    124.7
+    transpose copy         pointwise       234.9    234.9    234.9    217.2    180.4
+    embedding              pointwise       235.0    235.0    234.9    215.6    160.4
 """
 
 from __future__ import annotations
@@ -77,9 +96,8 @@ def main() -> None:
         ]
         rows += [(name, kernel, same, report.target) for kernel in report.kernels]
     found = measured()
-    print(
-        f"{'graph':22s} {'kernel':12s} {'read MB':>8s} {'ncu':>8s} {'wrote MB':>8s} {'ncu':>8s} {'est us':>7s} {'ncu':>7s} same"
-    )
+    header = f"{'graph':22s} {'kernel':12s} {'read MB':>8s} {'ncu':>8s} {'wrote MB':>8s} {'ncu':>8s}"
+    print(header + f" {'est us':>7s} {'ncu':>7s} same")
     for (name, kernel, same, target), counters in zip(rows, found, strict=True):
         read, wrote, time = (counters[metric] for metric in METRICS.split(","))
         estimate = target.launch_us + kernel.bytes / (target.dram_gbps * 1e3)

@@ -42,8 +42,14 @@ BY_HAND: dict[str, list[tuple[int, int]]] = {
 }  # fmt: skip
 
 
+SPLIT_EARLIER = {"add_norm_quant", "attention_block", "group_norm"}  # which kernels there are depends on the version
+BEFORE_2_13 = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+
+
 @pytest.mark.parametrize("name", BY_HAND)
 def test_bytes_by_hand(name: str) -> None:
+    if name in SPLIT_EARLIER and BEFORE_2_13:
+        pytest.skip(f"counted for the kernels of torch 2.13 and later, this is {torch.__version__}")
     _, report = compiled(name)
     assert [(launch.bytes_read, launch.bytes_written) for launch in report.launches] == BY_HAND[name]
     assert report.bytes == sum(read + written for read, written in BY_HAND[name])

@@ -193,3 +193,13 @@ def test_importing_the_package_imports_no_compiler() -> None:
         "assert not {'triton', 'torch._inductor'} & sys.modules.keys(), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch chooses the attention kernel")
+def test_attention_that_cannot_be_chosen_here_is_noted() -> None:
+    def heads() -> tuple[torch.Tensor, ...]:
+        return (empty(2, 8, 64, 64),) * 3
+
+    (program,) = audit(torch.nn.functional.scaled_dot_product_attention, heads).programs
+    assert any("scaled_dot_product_attention is written out" in note for note in program.notes)
+    assert audit(double, rows_of_ones).programs[0].notes == ()

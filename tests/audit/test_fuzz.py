@@ -1,6 +1,6 @@
 """Damaged and hostile input never crashes the parser: it is audited, or refused with one line.
 
-The number of inputs is set by NORMQUANT_FUZZ_INPUTS; 100,000 take about ten minutes on one core:
+The number of inputs is set by NORMQUANT_FUZZ_INPUTS; 100,000 take two to three minutes on one core:
 
     NORMQUANT_FUZZ_INPUTS=100000 pytest tests/audit/test_fuzz.py
 """

@@ -97,6 +97,10 @@ def test_graph_breaks_and_several_graphs() -> None:
     assert [len(report.fused) for report in reports()] == [1, 1]
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13),
+    reason="before 2.13 AOTInductor loses outputs of custom ops written in Python",
+)
 def test_export_and_aot_inductor(tmp_path) -> None:
     block = Block().eval()
     rows = torch.export.Dim("m", min=2, max=4096)

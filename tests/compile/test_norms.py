@@ -213,12 +213,14 @@ def part_of_the_row(x, w):
     return (h * rstd(h[:, :128])).to(BF16) * w
 
 
+# Before 2.13 Inductor itself drops a rounding that is widened again at once, so there the graph has none.
+ROUNDED_RSTD = {rounded_rstd: "rstd is rounded"} if torch.__version__ >= (2, 13) else {}
 REJECTED = {
     bf16_throughout: "bfloat16",
     root: "square root",
     reciprocal_root: "reciprocal",
     weight_first: "rstd first",
-    rounded_rstd: "rstd is rounded",
+    **ROUNDED_RSTD,
     other_dtype: "float16",
     other_tensor: "another tensor",
     first_dim: "last dimensions",

@@ -84,6 +84,32 @@ def amax_in_bf16(y):
     return (y.view(y.shape[0], -1, 128) / s.unsqueeze(-1)).to(FP8).view(y.shape), s
 
 
+def max_values(y):
+    g = y.view(y.shape[0], -1, 128).float()
+    s = g.abs().max(dim=-1).values.clamp(min=1e-10) / 448.0
+    return (g / s[..., None]).to(FP8).view(y.shape), s
+
+
+def infinity_norm(y):
+    g = y.view(y.shape[0], -1, 128).float()
+    s = torch.linalg.vector_norm(g, float("inf"), dim=-1, keepdim=True).clamp(min=1e-10) / 448.0
+    return (g / s).to(FP8).view(y.shape), s.squeeze(-1)
+
+
+def floor_of_the_scale(y):
+    limits = torch.finfo(FP8)
+    g = y.view(y.shape[0], -1, 128).float()
+    s = torch.clamp(g.abs().amax(-1, keepdim=True) / limits.max, min=1 / (limits.max * 512))
+    return (g / s).clamp(limits.min, limits.max).to(FP8).view(y.shape), s.squeeze(-1)
+
+
+def deep_gemm(y):
+    """As DeepGEMM casts: the bf16 values times 1/s."""
+    v = y.view(y.shape[0], -1, 128)
+    s = v.abs().float().amax(dim=2).view(y.shape[0], -1).clamp(1e-4) / 448.0
+    return (v * (1.0 / s.unsqueeze(2))).to(FP8).view(y.shape), s
+
+
 SPELLINGS = {
     "rows": (rows, {}),
     "group 64": (lambda y: rows(y, 64), {"group": 64}),
@@ -94,6 +120,10 @@ SPELLINGS = {
     "repeated": (repeated, {}),
     "amax in bf16": (amax_in_bf16, {}),
     "transposed": (transposed, {"layout": "col"}),
+    "max": (max_values, {}),
+    "infinity norm": (infinity_norm, {}),
+    "floor of the scale": (floor_of_the_scale, {"floor": 0.0, "scale_floor": 1 / (448.0 * 512)}),
+    "DeepGEMM": (deep_gemm, {"floor": 1e-4, "divide": "reciprocal"}),
     "copied to columns": (copied_to_columns, {"layout": "col"}),
 }
 
@@ -108,10 +138,29 @@ def test_spelling_is_fused(name: str, dynamic: bool) -> None:
     assert outcome.ops("aten.amax", "aten.clone", "aten.rsqrt") == []
 
 
-@pytest.mark.parametrize("m", [1, 3, 4, 8])
-def test_tma_padding_is_recognised(m: int) -> None:
-    outcome, _ = check(padded, m)
-    assert outcome.site.fused
+def copied_into_columns(y):
+    """Into a padded column-major tensor, as TMA descriptors want the scales."""
+    data, s = rows(y)
+    m, groups = s.shape
+    columns = torch.empty((groups, (m + 3) // 4 * 4), dtype=torch.float32).transpose(0, 1)
+    columns[:m, :] = s
+    return data, columns[:m, :]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("m", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("quant", [padded, copied_into_columns])
+def test_tma_padding_comes_out_of_the_kernel(quant: Callable, m: int, dynamic: bool) -> None:
+    outcome, spec = check(quant, m, dynamic and m > 1)
+    assert spec is not None, outcome.site.reason
+    if m % 4:
+        assert spec.layout == "col_tma"
+    elif quant is padded:
+        assert spec.layout == "row", "a pad by nothing keeps the strides"
+    else:
+        assert spec.layout == ("col_tma" if dynamic else "col")
+    if spec.layout != "row":
+        assert outcome.ops("aten.clone", "aten.constant_pad", "aten.copy", "aten.slice_scatter", "aten.empty") == []
 
 
 def scaled(by: Callable, divide: Callable) -> Callable:

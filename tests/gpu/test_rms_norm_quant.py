@@ -65,7 +65,7 @@ def test_every_size(i, ms, k):
     ("dtype", "with_residual", "layout"), list(product((torch.bfloat16, torch.float16), (False, True), LAYOUTS))
 )
 def test_every_form(dtype, with_residual, layout):
-    for m, apart in product((1, 9, 16), (False, True)):
+    for m, apart in product((9, 11, 16), (False, True)):  # one launch config; three, one and no rows of padding
         x, residual = awkward(m, 1536, dtype), awkward(m, 1536, dtype, seed=3)
         x, residual = (strided(x), strided(residual)) if apart else (x, residual)
         check(x, residual if with_residual else None, weights(1536, dtype), QuantSpec(layout=layout))

@@ -1,11 +1,11 @@
 """The quantization kernel, interpreted on CPU, against the reference: equal to the bit."""
 
+import interpreter
 import pytest
 import torch
-
-import interpreter
 from compare import assert_bitwise, pad_rows
 from inputs import awkward
+
 from normquant import QuantSpec, reference, specs
 from normquant.kernels.launch import Config
 

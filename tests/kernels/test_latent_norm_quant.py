@@ -1,11 +1,11 @@
 """The latent kernel, interpreted on CPU, against the reference: equal to the bit."""
 
+import interpreter
 import pytest
 import torch
-
-import interpreter
 from compare import assert_bitwise
 from inputs import activations, awkward, weights
+
 from normquant import QuantSpec, reference, specs
 from normquant.kernels.launch import Config
 

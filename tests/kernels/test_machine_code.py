@@ -11,7 +11,7 @@ from machine_code import SM_90, SM_100, Code, compiling, machine_code
 
 from normquant import QuantSpec, specs
 from normquant.kernels import group_quant, latent_norm_quant, rms_norm_quant, silu_mul_quant
-from normquant.kernels.launch import Config, Target
+from normquant.kernels.launch import Config, Target, config
 
 CAPABILITIES = (SM_90, SM_100)
 CONFIGS = [Config(warps, split) for warps, split in product((4, 8, 16, 32), (1, 4))]
@@ -114,14 +114,14 @@ def assert_pdl_in_place(code: Code) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"warps{c.num_warps}-split{c.split}")
+@pytest.mark.parametrize("choice", CONFIGS, ids=lambda c: f"warps{c.num_warps}-split{c.split}")
 @pytest.mark.parametrize("k", [1536, 7168])
 @pytest.mark.parametrize("name", ["add_norm_normed", "quant"])
-def test_every_access_is_wide_and_nothing_is_read_twice(name, k, config, capability):
-    code = compiled(name, k, config, capability)
+def test_every_access_is_wide_and_nothing_is_read_twice(name, k, choice, capability):
+    code = compiled(name, k, choice, capability)
     assert_clean(code)
     assert_pdl_in_place(code)
-    whole, own = tiles(k, config.split)
+    whole, own = tiles(k, choice.split)
     loads, stores = LOADS[name](whole, own), STORES[name]
     least, most = (
         sum((accesses(tile, 16, code.threads, exist and min(exist, tile)) for tile in loads), Counter())
@@ -145,6 +145,16 @@ def test_what_is_not_asked_for_is_not_moved(name, capability):
     whole, own = tiles(7168, 1)
     assert sum(code.widths("LDG")) * code.threads == 16 * sum(LOADS[name](whole, own))
     assert sum(code.widths("STG")[:-1]) * code.threads == (16 * STORES[name] + 8) * own
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [("rms_norm_quant", "norm"), ("add_rms_norm_quant_with_norm", "add_norm_normed")]
+)
+def test_no_config_of_the_table_spills(op, name):
+    table = {config(op, 7168, m, SM_90) for m in (*range(1, 1025), 2048, 4096, 8192, 16384)}
+    assert len(table) > 1  # the table, or the rule where there is none, knows small and large M
+    for choice in table:
+        assert_clean(compiled(name, 7168, choice, SM_90))
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -197,16 +207,16 @@ def latent(x, config, *, eps=1e-6, angles=64):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("config", [Config(4, 4), Config(8, 1), Config(16, 2)], ids=str)
-def test_latent_norm_quant(config, capability):
+@pytest.mark.parametrize("choice", [Config(4, 4), Config(8, 1), Config(16, 2)], ids=str)
+def test_latent_norm_quant(choice, capability):
     x = empty(4, 1536 + 512 + 64)
-    code = machine_code(latent_norm_quant, lambda: latent(x, config), capability)
+    code = machine_code(latent_norm_quant, lambda: latent(x, choice), capability)
     assert_clean(code)
     waits, loads = code.places("ACQBULK"), code.places("LDG")
     assert len(waits) == 1 and waits[0] < loads[0]
     assert code.places("PREEXIT")
     # k_pe is short and turned pair by pair, its position one number; everything else comes in the widest pieces
-    whole, own = tiles(1536, config.split)
+    whole, own = tiles(1536, choice.split)
     parts = [*([whole, own] if whole == own else [whole, own, own]), 512, 512]
     wide = sum((accesses(tile, 16, code.threads) for tile in parts), Counter())
     got = Counter(code.widths("LDG"))

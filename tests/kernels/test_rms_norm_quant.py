@@ -2,12 +2,12 @@
 
 from itertools import product
 
+import interpreter
 import pytest
 import torch
-
-import interpreter
 from compare import assert_bitwise, pad_rows
 from inputs import activations, awkward, weights
+
 from normquant import QuantSpec, reference, specs
 from normquant.kernels.launch import Config
 

@@ -1,12 +1,12 @@
 """The gated-product kernel, interpreted on CPU, against the reference: equal to the bit."""
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
-
-import interpreter
 from compare import assert_bitwise
 from inputs import activations, awkward
+
 from normquant import QuantSpec, reference, specs
 from normquant.kernels.launch import Config
 

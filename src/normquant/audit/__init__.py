@@ -37,6 +37,10 @@ def audit(
         RuntimeError: target "here" without a GPU; no triton; no C++ compiler where torch was built without CUDA.
         Whatever `make_inputs`, or the compile of `fn`, raises.
 
+    For a target that is not this machine's GPU, Inductor's patterns for attention written out in PyTorch and for
+    padding matrix products are left out, because it makes them on a GPU; the notes of `report.programs` say what else
+    differs.
+
     Compiled functions of this process are compiled anew when they are next called: the compiler's state is reset.
     """
     from normquant.audit import disk, wrappercode

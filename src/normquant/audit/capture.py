@@ -21,6 +21,8 @@ from normquant.audit.program import Program
 # A cache hit would skip the code generation that is to be seen; a pool of compile workers would wait for a GPU.
 _UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "compile_threads": 1}
 
+_IS_CPU_BUILD = torch.version.cuda is None  # asked before a fake GPU changes the answer
+
 MakeInputs = Callable[[], tuple[Any, ...]] | tuple[Any, ...]
 
 
@@ -127,10 +129,24 @@ def to_gpu(module: torch.nn.Module) -> None:
 def _backend(captured: list[Captured], graph_module: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph_module, example_inputs, inner_compile=functools.partial(_inner_compile, captured))
+    compile_inner = functools.partial(_inner_compile, captured, _notes(graph_module))
+    return compile_fx(graph_module, example_inputs, inner_compile=compile_inner)
 
 
-def _inner_compile(captured: list[Captured], graph_module: Any, example_inputs: Any, **kwargs: Any) -> Any:
+def _notes(graph_module: torch.fx.GraphModule) -> tuple[str, ...]:
+    """Where the code is known to differ from what a GPU would get."""
+    called = {node.target for node in graph_module.graph.nodes if node.op == "call_function"}
+    if _IS_CPU_BUILD and torch.nn.functional.scaled_dot_product_attention in called:
+        return (
+            "scaled_dot_product_attention is written out as matrix products and a softmax: this torch was built "
+            "without CUDA and cannot choose the attention kernel that the GPU would run",
+        )
+    return ()
+
+
+def _inner_compile(
+    captured: list[Captured], notes: tuple[str, ...], graph_module: Any, example_inputs: Any, **kwargs: Any
+) -> Any:
     """Generate the code, keep it, and hand back the graph itself, which then runs on fake tensors.
 
     Running it gives the code after a graph break its inputs, so that every graph of the function is seen.
@@ -148,7 +164,8 @@ def _inner_compile(captured: list[Captured], graph_module: Any, example_inputs: 
             if not _ended_on_purpose(error):
                 raise
     if recorder.captured is not None:  # None: a graph without any computation is never generated
-        captured.append(recorder.captured)
+        scheduled = dataclasses.replace(recorder.captured.scheduled, notes=notes)
+        captured.append(dataclasses.replace(recorder.captured, scheduled=scheduled))
 
     def run(inputs: list[Any]) -> Any:
         return runnable(*inputs)

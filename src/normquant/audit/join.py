@@ -21,7 +21,7 @@ def joined(program: Program, scheduled: Program) -> Program:
         if isinstance(launch, Kernel) and isinstance(known, Kernel):
             launch = replace(launch, why_not_fused=known.why_not_fused)
         launches.append(launch)
-    return replace(program, launches=tuple(launches))
+    return replace(program, launches=tuple(launches), notes=(*program.notes, *scheduled.notes))
 
 
 def _with_mutations(launch: Extern, known: Extern) -> Extern:

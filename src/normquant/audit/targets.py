@@ -1,8 +1,8 @@
 """The GPUs that code can be generated for, and what an estimate needs to know of each.
 
-`dram_gbps` is what a copy kernel reaches, not the data sheet's peak: 2.7 TB/s was measured on an H100 80GB HBM3 (peak
-3.35), and the other rows scale that share of the peak by their own data sheet. `launch_us` is an empty kernel's share
-of a replayed CUDA graph, measured on the same H100.
+`dram_gbps` is what generated kernels reach on large tensors, not the data sheet's peak: 2.6 to 3.1 TB/s were measured
+on an H100 80GB HBM3 (peak 3.35; `python -m tests.audit.profiled` prints them), and the other rows scale that share
+of the peak by their own data sheet. `launch_us` is an empty kernel's share of a replayed CUDA graph on the same H100.
 """
 
 import types
@@ -60,9 +60,9 @@ class Target:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("h100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 80, 50, 2700.0),
-        Target("h200", "NVIDIA H200", (9, 0), 132, 141, 50, 3870.0),
-        Target("b200", "NVIDIA B200", (10, 0), 148, 180, 126, 6450.0),
+        Target("h100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 80, 50, 2900.0),
+        Target("h200", "NVIDIA H200", (9, 0), 132, 141, 50, 4170.0),
+        Target("b200", "NVIDIA B200", (10, 0), 148, 180, 126, 6930.0),
     )
 }
 

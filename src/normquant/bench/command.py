@@ -6,10 +6,11 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from normquant.bench.cases import MS, OPS, Case, kernel_cases
-from normquant.bench.records import KernelRecord, Record, write
+from normquant.bench.records import KernelRecord, Record, writing
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -45,6 +46,14 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=21, help="samples of each timing (default: 21)")
 
 
+def need_gpu() -> None:
+    """Raise ValueError where nothing can be measured."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("there is no CUDA GPU here; everything is measured on one")
+
+
 def grid_cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the arguments ask for; raises ValueError where there are none."""
     ops = tuple(args.ops.split(",")) if args.ops else OPS
@@ -58,18 +67,14 @@ def grid_cases(args: argparse.Namespace) -> list[Case]:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a line a case, write the records."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError("there is no CUDA GPU here; everything is measured on one")
-    start = time.monotonic()
-    records: list[Record] = []
-    for new, text in {"kernels": kernel_suite, "layer": layer_suite}[args.suite](args):
-        records += new
-        print(text, flush=True)
-    if args.output:
-        write(args.output, records)
-        print(f"{len(records)} records in {args.output}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    need_gpu()
+    start, count = time.monotonic(), 0
+    with writing(args.output) if args.output else nullcontext(len) as add:
+        for new, text in {"kernels": kernel_suite, "layer": layer_suite}[args.suite](args):
+            add(new)
+            count += len(new)
+            print(text, flush=True)
+    print(f"{count} records in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return 0
 
 

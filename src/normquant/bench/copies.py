@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -19,7 +20,7 @@ def empty_kernel():
 
 
 @triton.jit(do_not_specialize=["n"])
-def copy_kernel(src_ptr, dst_ptr, n, ROWS: tl.constexpr):
+def copy_kernel(src_ptr, dst_ptr, n, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     # [n, 4] int32: a mask that is one for four neighbours leaves the accesses 16 bytes wide
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     at = row * 4 + tl.arange(0, 4)[None, :]
@@ -28,12 +29,12 @@ def copy_kernel(src_ptr, dst_ptr, n, ROWS: tl.constexpr):
 
 def empty() -> Sequence[Call]:
     """A launch of a kernel that does nothing: the floor of every time."""
-    return [lambda: empty_kernel[(1,)](num_warps=1)]
+    return [partial(empty_kernel[(1,)], num_warps=1)]
 
 
 def torch_copy(moved: int, sets: int) -> Sequence[Call]:
     """`copy_` of moved/2 bytes, so that `moved` bytes are read and written."""
-    return [lambda s=s, d=d: d.copy_(s) for s, d in _buffers(moved, sets)]
+    return [partial(d.copy_, s) for s, d in _buffers(moved, sets)]
 
 
 def triton_copy(moved: int, sets: int) -> Sequence[Call]:
@@ -42,7 +43,7 @@ def triton_copy(moved: int, sets: int) -> Sequence[Call]:
     def call(src: torch.Tensor, dst: torch.Tensor) -> None:
         copy_kernel[(triton.cdiv(len(src), ROWS),)](src, dst, len(src), ROWS=ROWS, num_warps=8)
 
-    return [lambda s=s, d=d: call(s, d) for s, d in _buffers(moved, sets)]
+    return [partial(call, s, d) for s, d in _buffers(moved, sets)]
 
 
 def _buffers(moved: int, sets: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -12,7 +12,7 @@ from normquant.bench import copies
 from normquant.bench.cases import LATENT, Case, Inputs, inputs
 from normquant.bench.providers import EPS, Provider, Run, calls
 from normquant.bench.records import KernelRecord, current_run, timing_fields
-from normquant.bench.timing import Timing, sets_needed, time_calls
+from normquant.bench.timing import Call, Timing, sets_needed, time_calls
 from normquant.spec import QuantSpec
 from normquant.version import VERSION
 
@@ -25,7 +25,7 @@ def measure(case: Case, providers: Sequence[Provider], samples: int) -> Iterator
     matches = {p.name: check(case, p, run) for p, run in runs.items()}
     sets = sets_needed(case.traffic[0])
     data = inputs(case, sets)
-    work = {p.name: calls(run, data) for p, run in runs.items()}
+    work: dict[str, Sequence[Call]] = {p.name: calls(run, data) for p, run in runs.items()}
     work |= {"torch copy_": copies.torch_copy(case.bytes, sets), "triton copy": copies.triton_copy(case.bytes, sets)}
     work["empty kernel"] = copies.empty()
     timings = time_calls(work, samples)

@@ -87,5 +87,9 @@ def no_recompile_limit() -> Iterator[None]:
 
 def record(name: str, setting: str, m: int, timing: Timing, count: int) -> LayerRecord:
     """One record."""
-    times = {"us": round(timing.us, 2), "us_p10": round(timing.us_p10, 2), "us_p90": round(timing.us_p90, 2)}
+    times: dict[str, Any] = {
+        "us": round(timing.us, 2),
+        "us_p10": round(timing.us_p10, 2),
+        "us_p90": round(timing.us_p90, 2),
+    }
     return LayerRecord("layer", name, setting, m, **times, n=timing.n, kernels=count, **asdict(current_run(VERSION)))

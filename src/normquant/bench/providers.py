@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -12,9 +12,11 @@ import torch.nn.functional as F
 
 from normquant import specs
 from normquant.bench.cases import LATENT, Case, Inputs
+from normquant.bench.timing import Call
 from normquant.spec import QuantSpec
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # data, scale, norm, sum
 Run = Callable[[Inputs], Quantized]
 EPS = 1e-6
 
@@ -39,9 +41,9 @@ class Provider:
         return self.package if self.package and find_spec(self.package) is None else None
 
 
-def calls(run: Run, sets: Sequence[Inputs]) -> list[Callable[[], Quantized]]:
+def calls(run: Run, sets: Sequence[Inputs]) -> Sequence[Call]:
     """One call for each set of inputs."""
-    return [lambda i=i: run(i) for i in sets]
+    return [partial(run, i) for i in sets]
 
 
 def normquant(case: Case) -> Run:
@@ -116,14 +118,14 @@ def _aten_quant(y: torch.Tensor) -> Quantized:
     return (grouped / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
 
 
-def _norm_quant(x: torch.Tensor, weight: torch.Tensor, normed: bool):
+def _norm_quant(x: torch.Tensor, weight: torch.Tensor, normed: bool) -> Outputs:
     y = _norm(x, weight)
-    return *_aten_quant(y), y if normed else None
+    return *_aten_quant(y), (y if normed else None), None
 
 
-def _add_norm_quant(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, normed: bool):
-    h = x + residual
-    return *_norm_quant(h, weight, normed), h
+def _add_norm_quant(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, normed: bool) -> Outputs:
+    h = x if residual is None else x + residual
+    return *_norm_quant(h, weight, normed)[:3], h
 
 
 def vllm_fused(case: Case) -> Run | None:
@@ -192,13 +194,21 @@ def flashinfer(pdl: bool) -> Callable[[Case], Run | None]:
     return build
 
 
+def _vllm_fused_spec(case: Case) -> QuantSpec:
+    return specs.VLLM_FUSED_SILU if case.op == "silu_mul_quant" else specs.VLLM_FUSED
+
+
+def _vllm_unfused_spec(case: Case) -> QuantSpec:
+    return specs.VLLM if case.op == "silu_mul_quant" else specs.VLLM_OPS
+
+
 PROVIDERS = (
     Provider("normquant", normquant, lambda case: case.spec),
     Provider("normquant q_a alone", q_a_alone, lambda case: case.spec),
     Provider("torch eager", eager, lambda case: specs.HF),
     Provider("torch.compile", compiled, None),
-    Provider("vllm fused", vllm_fused, lambda case: specs.VLLM_FUSED, "vllm"),
-    Provider("vllm unfused", vllm_unfused, lambda case: specs.VLLM_EAGER, "vllm"),
+    Provider("vllm fused", vllm_fused, _vllm_fused_spec, "vllm"),
+    Provider("vllm unfused", vllm_unfused, _vllm_unfused_spec, "vllm"),
     Provider("flashinfer", flashinfer(False), lambda case: specs.FLASHINFER, "flashinfer"),
     Provider("flashinfer pdl", flashinfer(True), lambda case: specs.FLASHINFER, "flashinfer"),
 )

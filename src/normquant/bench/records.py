@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,11 +90,12 @@ def current_run(version: str) -> Run:
     """The run that this process is."""
     import triton
 
-    command = " ".join(["normquant", *sys.argv[1:]])
+    words = iter(sys.argv[1:])
+    command = " ".join(["normquant", *(w for w in words if not (w == "--output" and next(words, "")))])
     return Run(torch.cuda.get_device_name(), torch.__version__, triton.__version__, version, command)
 
 
-def timing_fields(timing: Timing, moved: int) -> dict[str, float | int]:
+def timing_fields(timing: Timing, moved: int) -> dict[str, Any]:
     """The fields of a record that come from a timing; `moved` is in bytes."""
     return {
         "us": round(timing.us, 3),
@@ -104,11 +107,21 @@ def timing_fields(timing: Timing, moved: int) -> dict[str, float | int]:
     }
 
 
-def write(path: Path, records: Iterable[Record]) -> None:
-    """Replace `path` by the records, all or nothing."""
-    scratch = path.with_suffix(path.suffix + ".part")
-    scratch.write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
-    os.replace(scratch, path)
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Callable[[Iterable[Record]], None]]:
+    """A function that appends records to `path`.part, which becomes `path` at the end.
+
+    What was measured before an interruption stays in the .part file, and `path` stays as it was.
+    """
+    part = path.with_suffix(path.suffix + ".part")
+    with part.open("w") as file:
+
+        def add(records: Iterable[Record]) -> None:
+            file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
+            file.flush()
+
+        yield add
+    os.replace(part, path)
 
 
 def read(path: Path) -> Iterator[dict]:
@@ -132,7 +145,13 @@ def problems(record: dict) -> list[str]:
     found += [f"unknown {name}" for name in record if name not in types]
     if found:
         return found
-    python = {"str": str, "int": int, "bool": bool, "float": (int, float), "float | None": (int, float, type(None))}
+    python: dict[Any, Any] = {
+        "str": str,
+        "int": int,
+        "bool": bool,
+        "float": (int, float),
+        "float | None": (int, float, type(None)),
+    }
     found += [f"{n} is {record[n]!r}" for n, t in types.items() if not isinstance(record[n], python[t])]
     if not found and not record["us_p10"] <= record["us"] <= record["us_p90"]:
         found.append("us is outside of us_p10 .. us_p90")

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from normquant.bench.command import add_grid, grid_cases
+from normquant.bench.command import add_grid, grid_cases, need_gpu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and write the table; an (op, K) that was not measured keeps its rows."""
+    need_gpu()
     cases = grid_cases(args)
     import torch
 

@@ -19,7 +19,7 @@ from normquant.compile.norm_ops import is_norm_op
 from normquant.compile.opaque import is_quant, quantized
 from normquant.compile.policy import Facts, Rules
 from normquant.compile.report import FusionReport, Site
-from normquant.compile.rewrite import Rewriter, fused_op, op_spec
+from normquant.compile.rewrite import Rewriter, fused_op, in_memory, op_spec
 from normquant.compile.sites import Match, Rejected, anchor_of, find
 
 SOURCES = (*sorted(map(str, Path(__file__).parent.rglob("*.[pj][ys]*"))), spec.__file__, ops.__file__)
@@ -72,7 +72,7 @@ def _treat_other(other: Rejected, graph: Graph, rules: Rules) -> Site:
         return site
     x = value(quantized(other.anchor))
     k = x.shape[-1]
-    facts = Facts(x.device, "group_quant", None, 0, k if isinstance(k, int) else 0, False)
+    facts = Facts(x.device, "group_quant", None, k if isinstance(k, int) else 0, False)
     decision = rules.decide(site.name, facts)
     if decision.strategy != "native":
         return site
@@ -98,7 +98,7 @@ def _treat(match: Match, rewriter: Rewriter, rules: Rules, strict: bool) -> Site
     }
     op_name = fused_op(match, add)._opname
     opaque_norm = any(is_norm_op(node) for node in (norm.y, *norm.inner))
-    decision = rules.decide(name, Facts(x.device, op_name, m, hint(rows), norm.k, opaque_norm))
+    decision = rules.decide(name, Facts(x.device, op_name, m, norm.k, opaque_norm, _takes_extra_kernel(match)))
     if decision.strategy == "stock":
         return Site(name, where, "stock", decision.reason, **facts)
     try:
@@ -112,6 +112,12 @@ def _treat(match: Match, rewriter: Rewriter, rules: Rules, strict: bool) -> Site
             raise
         return Site(name, where, "stock", f"the rewrite failed: {type(error).__name__}: {error}", **facts)
     return Site(name, where, "fused", decision.reason, op=op_name, **facts, **_traffic(match, add, rows))
+
+
+def _takes_extra_kernel(match: Match) -> bool:
+    """Whether the weight is computed in the graph, and nothing opaque in the site has a kernel that goes in return."""
+    computed = match.norm.weight.op == "call_function" and not in_memory(match.norm.weight)
+    return computed and not any(is_quant(node) for node in match.inner)
 
 
 def _make_native(match: Match, rewriter: Rewriter, reason: str) -> str:

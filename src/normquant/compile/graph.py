@@ -153,6 +153,15 @@ def same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
+def asks_shape(node: object, like: Node) -> bool:
+    """Whether node asks for the shape of its argument, and `like` or a view of it has the same one."""
+    if not is_call(node, aten.sym_size.int, aten.sym_numel.default):
+        return False
+    asked, shape = value(first_arg(node)), value(like).shape
+    one_unknown = sum(not isinstance(size, int) for size in asked.shape) <= 1
+    return same_shape(asked.shape, shape) or (one_unknown and same_size(asked.numel(), value(like).numel()))
+
+
 def mutation_regions(graph: Graph) -> dict[Node, int]:
     """For each node, how many operations before it change a tensor in place: values may be moved inside one region."""
     from torch._inductor.pattern_matcher import is_mutation_op

@@ -86,7 +86,9 @@ def layout_of(scale: torch.Tensor) -> Layout:
 
 def layout_of_strides(rows: Any, stride_m: Any, stride_g: Any) -> Layout:
     """The layout of scales of so many rows; symbolic rows are tried with several values."""
-    if not (isinstance(stride_m, int) and stride_m == 1) or (isinstance(rows, int) and rows == 1):
+    if isinstance(rows, int) and rows == 1:  # the stride of the rows says nothing
+        return "col_tma" if isinstance(stride_g, int) and stride_g == TMA_ALIGN else "row"
+    if not (isinstance(stride_m, int) and stride_m == 1):
         return "row"
     if _equal_for_all_rows(stride_g, rows, lambda m: m):
         return "col"

@@ -24,14 +24,18 @@ SM90_RULE = "no measurement of this shape; one kernel was never slower on sm_90"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a decision may depend on. m: rows, None where they are symbolic; m_hint: rows seen while compiling."""
+    """What a decision may depend on.
+
+    m: rows, None where they are symbolic. opaque_norm: the norm is one operation that the compiler calls.
+    extra_kernel: fusing takes a kernel that the site does not have now, for a weight that the graph computes.
+    """
 
     device: torch.device
     op: str
     m: int | None
-    m_hint: int
     k: int
     opaque_norm: bool
+    extra_kernel: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Rules:
     def _automatic(self, facts: Facts) -> Decision:
         """The fastest strategy where it was measured, the rule for hardware that was, and stock everywhere else."""
         device = facts.device
+        if facts.extra_kernel:
+            return Decision("stock", "policy auto: the graph computes the weight, which would take one more kernel")
         if device.type != "cuda" or torch.version.hip:
             kind = "ROCm" if torch.version.hip else device.type
             return Decision("stock", f"policy auto: no measurements on {kind}; policy='always' fuses anyway")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -34,7 +33,7 @@ from normquant.compile.graph import (
     peel,
     value,
 )
-from normquant.compile.scale_arithmetic import ABSOLUTE, Scale, bounds_of, check_log2, is_expand, read_scale
+from normquant.compile.scale_arithmetic import ABSOLUTE, Scale, bounds_of, check_log2, is_expand, read_scale, reduction
 from normquant.spec import FP8_MAX, GROUPS, Divide, QuantSpec
 
 
@@ -86,9 +85,10 @@ def read_arithmetic(cast: Node) -> Arithmetic:
     if dtype(quotient) != torch.float32:
         raise Unsupported("the division by the scale is not in float32")
     y = peel(dividend, is_view, is_widening)
-    if peel(first_arg(facts.amax), is_view, is_widening, lambda n: is_call(n, *ABSOLUTE)) is not y:
+    reduced, dims, _ = reduction(facts.amax) or (facts.amax, [], False)
+    if peel(reduced, is_view, is_widening, lambda n: is_call(n, *ABSOLUTE)) is not y:
         raise Unsupported("the amax is taken of another tensor than the one that is quantized")
-    return Arithmetic(cast, quotient, dividend, scale_use, scale, facts, divide, y, _group(facts.amax))
+    return Arithmetic(cast, quotient, dividend, scale_use, scale, facts, divide, y, _group(reduced, dims))
 
 
 def complete(found: Arithmetic, k: int) -> Quant:
@@ -158,10 +158,9 @@ def _divide_of(factor: float | None) -> Divide:
     raise Unsupported(f"the data is y * ({factor} * (1 / x)); the kernels have 1 and 448 for the factor")
 
 
-def _group(amax: Node) -> int:
+def _group(reduced: Node, dims: list[int]) -> int:
     """The number of values that amax reduces to one."""
-    shape = value(first_arg(amax)).shape
-    dims: Any = arguments(amax)[1] if len(arguments(amax)) > 1 else range(len(shape))
+    shape = value(reduced).shape
     if len(dims) != 1:
         raise Unsupported(
             "the scale is one of the whole tensor or of several dimensions; the kernels have one per group"
@@ -202,11 +201,11 @@ class _Forms:
         return self.of(varying[0]) if len(varying) == 1 else None  # elementwise, the others are constants
 
     def _reduced(self, node: Node) -> Form | None:
-        form = self.of(first_arg(node))
-        dim = arguments(node)[1][0] % len(form)
+        reduced, dims, keep = reduction(node) or (node, [], False)
+        form = self.of(reduced)
+        dim = dims[0] % len(form)
         if form[dim] != self.lanes:
             return None
-        keep = len(arguments(node)) > 2 and arguments(node)[2]
         return without(form, "l") if keep else (*form[:dim], *form[dim + 1 :])
 
 

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from normquant.compile import runtime_eps as runtime_eps  # registers the ops that a run-time epsilon needs
 from normquant.compile.build import as_row, as_rows, call, shaped
-from normquant.compile.graph import Unsupported, is_view, op_name, peel
+from normquant.compile.graph import Unsupported, asks_shape, is_view, op_name, peel
 from normquant.compile.scales import rebuild, sinks
 from normquant.compile.sites import Match
 from normquant.spec import QuantSpec
@@ -96,12 +96,22 @@ class Rewriter:
             op = call(self.graph, fused_op(match, add), (*args, op_spec(match, add).encode()))
             outputs = [call(self.graph, operator.getitem, (op, i)) for i in range(len(op.meta["val"]))]
             replacements = self._replacements(match, add, outputs)
+        self._ask_input_for_shape(match)
         _copy_meta(match.norm.y, [op, *outputs])
         for old, new in replacements:
             old.replace_all_uses_with(new)
             self.replaced[old] = new
         self.gone |= match.inner
         return op
+
+    def _ask_input_for_shape(self, match: Match) -> None:
+        """A value that is asked for nothing but its shape must not be computed for that."""
+        source = self.now(match.norm.sources[0])
+        inside = match.inner | match.results
+        asking = [(user, node) for node in inside for user in node.users if asks_shape(user, source)]
+        for user, node in asking:
+            with self.graph.inserting_before(user):
+                user.replace_input_with(node, shaped(self.graph, source, node))
 
     def _replacements(self, match: Match, add: bool, outputs: list[Node]) -> list[tuple[Node, Node]]:
         data, scale, *rest = outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log2
@@ -32,6 +33,8 @@ LOWER = (aten.clamp_min.default, aten.clamp_min.Tensor, aten.maximum.default)
 UPPER = (aten.clamp_max.default, aten.clamp_max.Tensor, aten.minimum.default)
 CLAMPS = (aten.clamp.default, aten.clamp.Tensor)
 ABSOLUTE = (aten.abs.default,)
+PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
+SCALINGS = (*PRODUCTS, aten.div.Tensor, aten.div.Scalar)
 
 
 @dataclass
@@ -89,16 +92,27 @@ def _scales_of(amax: Node) -> Iterator[Node]:
         for user in pending.pop().users:
             if is_view(user):
                 pending.append(user)
-            elif is_call(user, aten.div.Tensor, aten.mul.Tensor) and number(arguments(user)[1]) is not None:
+            elif is_call(user, *SCALINGS) and number(arguments(user)[1]) is not None:
                 yield user
+
+
+def reduction(node: Node) -> tuple[Node, list[int], bool] | None:
+    """What a maximum reduces, its dimensions, and whether they stay with size 1; None for any other operation."""
+    if is_call(node, operator.getitem) and is_call(arguments(node)[0], aten.max.dim) and arguments(node)[1] == 0:
+        tensor, dim, *keep = arguments(arguments(node)[0])
+        return tensor, [dim], bool(keep and keep[0])
+    if not is_call(node, aten.amax.default):
+        return None
+    tensor, dims, keep = [*arguments(node), None, None][:3]
+    return tensor, list(dims or range(value(tensor).dim())), bool(keep)
 
 
 def _scale_arithmetic(scale: Node) -> Scale:
     """Read s back to its amax. Steps come from the outside in: power of two, scale floor, division, amax floor."""
     node, facts = scale, Scale(scale)
-    while not is_call(node, aten.amax.default):
+    while reduction(node) is None:
         node = peel(node, is_view, is_widening)
-        if is_call(node, aten.amax.default):
+        if reduction(node) is not None:
             break
         if node.op != "call_function" or not arguments(node):
             raise NotFound
@@ -121,11 +135,11 @@ def _step_back(node: Node, facts: Scale) -> Node:
     bounds = bounds_of(node)
     if bounds is not None:
         return _floor(node, bounds, facts)
-    if is_call(node, aten.div.Tensor, aten.mul.Tensor):
+    if is_call(node, *SCALINGS):
         return _scale_by(node, facts)
     if is_call(node, *ABSOLUTE):
         return first_arg(node)  # a scale is not negative
-    if is_call(node, aten.where.self, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor):
+    if is_call(node, aten.where.self, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.view.dtype):
         raise Unsupported(f"the scale passes through {op_name(node)}; the kernels have amax / 448 with floors")
     raise NotFound
 
@@ -150,12 +164,12 @@ def _scale_by(node: Node, facts: Scale) -> Node:
     if facts.scale_by is not None:
         raise Unsupported("the amax is scaled twice")
     amax, constant = arguments(node)[:2]
-    if is_call(node, aten.mul.Tensor) and number(amax) is not None:
+    if is_call(node, *PRODUCTS) and number(amax) is not None:
         amax, constant = constant, amax
     factor = number(constant)
     if factor is None or not is_tensor(amax):
         raise NotFound
-    if is_call(node, aten.mul.Tensor):
+    if is_call(node, *PRODUCTS):
         facts.scale_by = "multiply"
         exact = bool(torch.tensor(factor, dtype=torch.float32) == torch.tensor(1 / FP8_MAX, dtype=torch.float32))
     else:

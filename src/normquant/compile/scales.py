@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from normquant.compile.build import call, shape_arg
 from normquant.compile.forms import Form, names, through
-from normquant.compile.graph import aten, is_view, value
+from normquant.compile.graph import arguments, aten, dtype, is_call, is_view, same_shape, value
 from normquant.compile.opaque import layout_of_strides
 from normquant.spec import Layout
 
@@ -25,13 +25,34 @@ def sinks(scale: Node, form: Form, inner: Collection[Node]) -> Sinks:
         read = False
         for user in node.users:
             moved = through(user, form) if is_view(user) else None
+            same = _same_scales(node, user)
             if moved is not None:
                 pending.append((user, moved))
+            elif same:
+                pending += [(copy, form) for copy in same]
             elif user not in inner:
                 read = True
         if read:
             found.append((node, form))
     return found
+
+
+def _same_scales(node: Node, user: Node) -> list[Node]:
+    """The nodes that hold exactly node's values again, after a copy, or a copy into a padded tensor and back out."""
+    if is_call(user, aten.copy.default) and arguments(user)[1] is node:
+        return [user] if dtype(user) == dtype(node) else []
+    into = is_call(user, aten.slice_scatter.default) and arguments(user)[1] is node and _from_start(user, 2)
+    if not into and not (is_call(user, aten.constant_pad_nd.default) and all(n == 0 for n in arguments(user)[1][::2])):
+        return []
+    back = [reader for reader in user.users if is_call(reader, aten.slice.Tensor) and _from_start(reader, 1)]
+    same = [reader for reader in back if same_shape(value(reader).shape, value(node).shape)]
+    return same if len(same) == len(user.users) else []
+
+
+def _from_start(node: Node, at: int) -> bool:
+    """Whether a slice, whose dimension is argument `at`, begins at 0 and leaves nothing out."""
+    _, start, _, step = [*arguments(node)[at:], None, None, None, None][:4]
+    return start in (None, 0) and step in (None, 1)
 
 
 def choose_layout(scale: Node, form: Form, inner: Collection[Node]) -> Layout:
@@ -46,6 +67,8 @@ def choose_layout(scale: Node, form: Form, inner: Collection[Node]) -> Layout:
 def _layout(node: Node, form: Form) -> Layout:
     tensor = value(node)
     place = {dim[0].name: i for i, dim in enumerate(form) if len({axis.name for axis in dim}) == 1}  # the innermost
+    if set(place) == {"g"}:
+        return layout_of_strides(1, 1, tensor.stride(place["g"]))
     if set(place) != {"m", "g"}:
         return "row"
     rows: Any = 1

@@ -19,6 +19,7 @@ from normquant.compile.graph import (
     NotFound,
     Unsupported,
     arguments,
+    asks_shape,
     dtype,
     first_arg,
     is_cast,
@@ -194,12 +195,14 @@ def anchor_of(match: Match) -> Node:
 def _check_inside(match: Match, known: frozenset[Node]) -> None:
     stored = set(match.norm.addition.stored) if match.norm.addition else set()
     for node in match.norm.inner:
-        outside = [user for user in node.users if user not in known and user not in stored]
+        users = [user for user in node.users if not asks_shape(user, match.norm.sources[0])]
+        outside = [user for user in users if user not in known and user not in stored]
         if outside:
             raise Unsupported(_read_by(node, "the norm", outside[0]))
     for quant in match.quants:
         for node in quant.inner:
-            outside = [user for user in node.users if user not in known]
+            users = [user for user in node.users if not asks_shape(user, match.norm.sources[0])]
+            outside = [user for user in users if user not in known]
             if outside and not (is_view(node) or is_widening(node)) and not _only_pads(node, quant):
                 raise Unsupported(_read_by(node, "the quantization", outside[0]))
 
@@ -222,7 +225,7 @@ def _readers_of_norm(match: Match, gone: frozenset[Node]) -> tuple[Node, ...]:
         for user in node.users:
             if is_view(user) or is_widening(user):
                 pending.append(user)
-            elif user not in gone and user not in match.results:
+            elif user not in gone and user not in match.results and not asks_shape(user, match.norm.sources[0]):
                 outside.append(user if _rounds_y(user, node, match.norm) else node)
     if not outside:
         return ()

@@ -72,21 +72,23 @@ def latent_norm_quant_kernel(
             0.0, Q, SPEC, Q_GROUPS, LOG_Q, LOG_Q_WARP, BLOCK_G, PDL, ON_CUDA,
         )  # fmt: skip
     else:
-        rotate(
-            x_ptr + Q + C, cos_ptr, sin_ptr, position_ptr, k_pe_ptr, row, stride_cos, stride_sin, R, R_BLOCK, ROPE, SPEC
+        # k_pe is stored last, so that its loads do not keep those of kv_a waiting behind a store
+        u, v = rotate(
+            x_ptr + Q + C, cos_ptr, sin_ptr, position_ptr, row, stride_cos, stride_sin, R, R_BLOCK, ROPE, SPEC
         )
         norm_quant_row(
             x_ptr + Q, None, kv_weight_ptr, kv_data_ptr, kv_scale_ptr, None, kv_norm_ptr, row, 0, m, scale_rows, eps,
             0.0, C, SPEC, C_GROUPS, LOG_C, LOG_C_WARP, C_GROUPS, PDL, ON_CUDA,
         )  # fmt: skip
+        store_pairs(k_pe_ptr + row.to(tl.int64) * R, u, v, R, R_BLOCK, ROPE == "interleaved")
 
 
 @triton.jit
 def rotate(
-    x_ptr, cos_ptr, sin_ptr, position_ptr, out_ptr, row, stride_cos, stride_sin,
+    x_ptr, cos_ptr, sin_ptr, position_ptr, row, stride_cos, stride_sin,
     R: tl.constexpr, R_BLOCK: tl.constexpr, ROPE: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    # Pairs (a, b) of R values turned by the row's angles; ROPE says where the pairs stand in the input and the output.
+    # Pairs (a, b) of R values turned by the row's angles -> [R/2] first and second halves of the pairs, in x's dtype.
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     i = tl.arange(0, R_BLOCK)  # [R/2, padded]
     mask = i < R // 2
@@ -103,12 +105,22 @@ def rotate(
     b = tl.load(x_ptr + second, mask=mask, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + position * stride_cos + i, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + position * stride_sin + i, mask=mask, other=0.0).to(tl.float32)
-    if ROPE == "interleaved_to_half":
+    u = product(a, cos, SPEC, DTYPE) - product(b, sin, SPEC, DTYPE)
+    v = product(b, cos, SPEC, DTYPE) + product(a, sin, SPEC, DTYPE)
+    return u.to(DTYPE), v.to(DTYPE)
+
+
+@triton.jit
+def store_pairs(out_ptr, u, v, R: tl.constexpr, R_BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    i = tl.arange(0, R_BLOCK)  # [R/2, padded]
+    if INTERLEAVED:
+        first = 2 * i
+        second = 2 * i + 1
+    else:
         first = i
         second = i + R // 2
-    out_ptr += row.to(tl.int64) * R
-    tl.store(out_ptr + first, (product(a, cos, SPEC, DTYPE) - product(b, sin, SPEC, DTYPE)).to(DTYPE), mask=mask)
-    tl.store(out_ptr + second, (product(b, cos, SPEC, DTYPE) + product(a, sin, SPEC, DTYPE)).to(DTYPE), mask=mask)
+    tl.store(out_ptr + first, u, mask=i < R // 2)
+    tl.store(out_ptr + second, v, mask=i < R // 2)
 
 
 @triton.jit

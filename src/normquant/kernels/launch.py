@@ -103,8 +103,11 @@ def log_warp(n: int, stores: bool, config: Config) -> int:
 
 
 def stride_unit(*tensors: torch.Tensor | None) -> int:
-    """8 where every row stride is a multiple of 8 elements, so that rows may be read 16 bytes at a time, else 1."""
-    return 8 if all(t is None or t.stride(0) % 8 == 0 for t in tensors) else 1
+    """8 where every row stride is a multiple of 8 elements, so that rows may be read 16 bytes at a time, else 1.
+
+    The stride of a single row says nothing.
+    """
+    return 8 if all(t is None or t.shape[0] == 1 or t.stride(0) % 8 == 0 for t in tensors) else 1
 
 
 def own_groups(k: int, spec: QuantSpec, config: Config) -> tuple[int, int]:

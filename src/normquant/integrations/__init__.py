@@ -1,0 +1,1 @@
+"""Where normquant meets a framework; each file imports one, and only when it is called by it."""

@@ -1,0 +1,59 @@
+"""What a user of vLLM switches: the environment variable NORMQUANT, and `additional_config={"normquant": {...}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from normquant.compile.policy import Rules
+
+VARIABLE = "NORMQUANT"
+KEY = "normquant"
+ENABLED, POLICY, SITES, TABLE, STRICT = "enabled", "policy", "sites", "table", "strict"
+TYPES = {ENABLED: bool, POLICY: str, SITES: dict, TABLE: str, STRICT: bool}
+
+
+@dataclass(frozen=True)
+class Switches:
+    """enabled: whether the pass is inserted. rules, strict: as `normquant.inductor_options` takes them."""
+
+    enabled: bool = False
+    rules: Rules = field(default_factory=Rules)
+    strict: bool = False
+
+
+def read_switches(environ: Mapping[str, str], additional_config: object) -> Switches:
+    """What the environment and vLLM's `additional_config` ask for; without either, nothing.
+
+    NORMQUANT=1 switches on and NORMQUANT=0 off, whatever `additional_config` says. The entry "normquant" of
+    `additional_config` switches on, and may hold:
+        "enabled": false to switch off. "policy", "sites", "table", "strict": as `normquant.inductor_options` takes them.
+    An `additional_config` that is no dict says nothing about normquant.
+
+    Raises ValueError for anything else, OSError for a table that cannot be read.
+    """
+    variable = environ.get(VARIABLE, "")
+    if variable not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE} is {variable!r}; accepted: 1 (on), 0 (off)")
+    given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    entry = _checked(given) if given is not None else {}
+    enabled = entry.get(ENABLED, True) if given is not None else False
+    if variable:
+        enabled = variable == "1"
+    if not enabled:
+        return Switches()
+    rules = Rules(entry.get(POLICY, "auto"), dict(entry.get(SITES, {})), entry.get(TABLE))
+    return Switches(True, rules, entry.get(STRICT, False))
+
+
+def _checked(entry: object) -> Mapping[str, Any]:
+    where = f"additional_config[{KEY!r}]"
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where} is {entry!r}; a dict with {', '.join(map(repr, TYPES))} is accepted")
+    for name, value in entry.items():
+        if name not in TYPES:
+            raise ValueError(f"{where} has {name!r}; accepted: {', '.join(map(repr, TYPES))}")
+        if not isinstance(value, TYPES[name]):
+            raise ValueError(f"{where}[{name!r}] is {value!r}; a {TYPES[name].__name__} is accepted")
+    return entry

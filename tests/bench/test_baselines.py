@@ -1,0 +1,38 @@
+"""The committed measurements: every record fits the schema, and the README quotes them as they are."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from normquant.bench.records import problems, read
+
+ROOT = Path(__file__).parents[2]
+RECORDS = list(read(ROOT / "baselines" / "h100.jsonl"))
+
+
+def test_every_record_fits_the_schema():
+    assert RECORDS
+    for number, record in enumerate(RECORDS, 1):
+        assert problems(record) == [], f"line {number}"
+
+
+def test_no_case_is_there_twice():
+    names = ("suite", "model", "setting", "op", "m", "k", "normed", "provider")
+    cases = [tuple(r.get(name) for name in names) for r in RECORDS]
+    assert len(cases) == len(set(cases))
+
+
+def layers() -> dict[tuple[str, int, str], dict]:
+    return {(r["model"], r["m"], r["setting"]): r for r in RECORDS if r["suite"] == "layer"}
+
+
+@pytest.mark.parametrize("model", sorted({r["model"] for r in RECORDS if r["suite"] == "layer"}))
+def test_the_readme_quotes_the_layers(model):
+    # | deepseek-r1 | 156.6 / 175.8 | ... : normquant / stock at M = 1, 16, 64, 1024, 8192
+    row = re.search(rf"^\| {re.escape(model)} \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    assert row, f"README.md has no row for {model}"
+    cells = [cell.strip() for cell in row[1].split("|")]
+    us = {key: f"{r['us']:.1f}" for key, r in layers().items()}
+    expected = [f"{us[model, m, 'normquant']} / {us[model, m, 'stock']}" for m in (1, 16, 64, 1024, 8192)]
+    assert cells == expected

@@ -1,0 +1,66 @@
+"""The table of launch configs: what is measured, what is chosen, and what the kernels read back."""
+
+import json
+
+import pytest
+import torch
+
+from normquant.bench import tune
+from normquant.bench.cases import MS, OPS, Case, kernel_cases
+from normquant.bench.timing import Timing
+from normquant.kernels import launch
+from normquant.kernels.launch import Config
+
+A, B = Config(4), Config(8, 2)
+
+
+def us(a: float, b: float) -> dict[Config, Timing]:
+    return {A: Timing(a, a, a, 1), B: Timing(b, b, b, 1)}
+
+
+def test_the_fastest_config_is_chosen_for_each_range_of_rows():
+    assert tune.choose([(1, us(2, 1)), (16, us(2, 1)), (64, us(1, 2))]) == [[16, 8, 2], [64, 4, 1]]
+
+
+def test_a_neighbour_within_the_noise_keeps_its_row():
+    assert tune.choose([(1, us(2, 1)), (16, us(1.0, 1.005)), (64, us(1, 2))]) == [[16, 8, 2], [64, 4, 1]]
+
+
+def test_every_case_has_candidates_that_cover_its_row():
+    for case in kernel_cases(OPS, None, (1, 128, 4096)):
+        found = list(tune.candidates(case))
+        assert found, case
+        assert all(c.split == 1 for c in found) or case.m <= 128 or case.op in ("group_quant", "silu_mul_quant")
+
+
+def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch):
+    table = {"group_quant": {"512": [[16, 2, 4], [64, 4, 1]], "7168": [[16384, 8, 1]]}}
+    tune.write(tmp_path / "configs" / "sm90.json", table)
+    assert json.loads((tmp_path / "configs" / "sm90.json").read_text()) == table
+    monkeypatch.setattr(launch.resources, "files", lambda _: tmp_path)
+    launch._table.cache_clear()
+    try:
+        chosen = [launch.config("group_quant", 512, m, (9, 0)) for m in (1, 16, 17, 64, 10**9)]
+    finally:
+        launch._table.cache_clear()
+    assert chosen == [Config(2, 4), Config(2, 4), Config(4, 1), Config(4, 1), Config(4, 1)]
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), None])
+@pytest.mark.parametrize("case", [Case(op, m, k) for op in OPS for k in (512, 1536, 7168, 3072) for m in MS])
+def test_every_shape_has_a_config_on_every_gpu(case, capability):
+    config = launch.config(case.op_name, case.k, case.m, capability)
+    assert config.num_warps in (1, 2, 4, 8, 16, 32) and 1 <= config.split <= 16
+
+
+def test_the_committed_table_covers_what_is_measured():
+    table = launch._table((9, 0))
+    for case in kernel_cases(OPS):
+        assert str(case.k) in table[case.op_name], case
+
+
+def test_strides_and_rows():
+    x = torch.empty(4, 24)
+    assert launch.stride_unit(x, None) == 8
+    assert launch.stride_unit(x, torch.empty(4, 20)) == 1
+    assert launch.stride_unit(torch.empty(1, 21)) == 8  # the stride of one row says nothing
