@@ -219,3 +219,20 @@ def test_a_quantization_without_a_norm_is_reported_apart() -> None:
 def test_a_graph_without_quantizations_is_left_alone() -> None:
     (report,) = run(lambda x, r, w: norm(x, w)).reports
     assert report.sites == () and report.others == () and report.cleaned == 0
+
+
+def test_shapes_are_asked_of_the_input() -> None:
+    """With several symbolic dimensions the quantization asks the norm for its rows; that must not keep the norm."""
+
+    def fn(x, r, w):
+        y = norm(x, w).view(-1, K)
+        g = y.view(y.shape[0], -1, 128).float()
+        s = g.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+        return (g / s).to(torch.float8_e4m3fn).view(y.shape), s
+
+    x = exact(2, 3, K)
+    for dim in (0, 1):
+        torch._dynamo.mark_dynamic(x, dim)
+    outcome = run_with_pass(fn, x, *ARGS[1:])
+    assert outcome.ops() == ["normquant.rms_norm_quant.default"] and outcome.ops("aten.rsqrt") == []
+    assert_same(outcome.result, fn(x, *ARGS[1:]))

@@ -35,12 +35,13 @@ def test_every_format(group, scale):
     check(awkward(9, 2304), QuantSpec(group=group, scale=scale, layout="col_tma"), split=3)
 
 
-def test_every_value_and_every_amax():
-    # All finite bf16 values against 32 amax: ties of the division, saturation and the smallest results.
-    every = torch.arange(0x7F80, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    mantissas = torch.arange(128, 256, 4).float().bfloat16()
-    for spec in (QuantSpec(), QuantSpec(divide="reciprocal"), QuantSpec(divide="amax"), QuantSpec(scale="ue8m0")):
-        small = every[(every <= 1) & (every >= 2**-16)][: 127 * 16]  # normal values up to one, 127 a group
-        for amax in mantissas:
-            x = torch.cat([small.view(-1, 127), torch.ones(16, 1, dtype=torch.bfloat16)], 1) * amax / 256
-            check(x.contiguous(), spec)
+@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax"])
+@pytest.mark.parametrize("scale_by", ["scalar", "divide", "multiply"])
+def test_every_pair_of_mantissas(divide, scale_by):
+    # Every bf16 mantissa, at 16 magnitudes, beside every mantissa as the amax of its group: all ties of the division.
+    values = torch.arange(128.0, 256.0)  # [128] mantissas
+    magnitudes = 2.0 ** -torch.arange(1.0, 17.0)
+    below = (values * magnitudes.unsqueeze(1)).unsqueeze(0).expand(128, 16, 128)  # [amax, magnitude, value]
+    amax = values.view(128, 1, 1).expand(128, 16, 128)
+    x = torch.stack((below, amax), -1).flatten(1).bfloat16()  # [amax, 4096], the amax in every second place
+    check(x, QuantSpec(divide=divide, scale_by=scale_by))

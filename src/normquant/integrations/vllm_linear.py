@@ -15,9 +15,7 @@ SELF_QUANTIZING = "takes bf16 and quantizes inside: nothing to fuse in front of 
 KERNELS: Mapping[str, tuple[str, str]] = {
     "vllm::fp8_gemm_nt_op": ("DeepGEMM", ""),
     "_C::cutlass_scaled_mm": ("Cutlass", ""),
-    "vllm::cutlass_scaled_mm": ("Cutlass", ""),
     "vllm::w8a8_triton_block_scaled_mm_func": ("Triton", ""),
-    "vllm::triton_w8a8_block_scaled_mm": ("Triton", ""),
     "vllm::flashinfer_fp8_blockscale_gemm": ("FlashInfer", SELF_QUANTIZING),
     "vllm::dynamic_flashinfer_deepgemm_blockscale_gemm": ("FlashInfer swapAB or DeepGEMM, by rows", SELF_QUANTIZING),
 }

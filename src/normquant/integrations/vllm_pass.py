@@ -1,0 +1,88 @@
+"""The compile pass as vLLM's pass manager runs it, and where in the manager's list it goes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.fx import Graph
+from vllm import __version__ as vllm_version
+from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
+
+from normquant.compile import reports
+from normquant.compile.fusion_pass import NormQuantPass
+from normquant.integrations.vllm_linear import linear_kernels, remark
+from normquant.integrations.vllm_records import GraphRecord, append
+from normquant.integrations.vllm_switches import Switches
+from normquant.version import VERSION
+
+log = logging.getLogger("vllm.normquant")  # below "vllm", so that vLLM's own handlers show it
+
+NORM_QUANT = ("RMSNormQuantFusionPass", "RocmAiterRMSNormQuantFusionPass")
+# What vLLM runs ahead of its own norm-quant fusion: clean-up, and collectives that take a norm with them.
+EARLIER = (
+    "NoOpEliminationPass",
+    "SequenceParallelismPass",
+    "AsyncTPPass",
+    "AddRMSNormFusionPass",
+    "RMSNormReshapeFusionPass",
+    "RocmAiterTritonAddRMSNormPadFusionPass",
+    "AllReduceFusionPass",
+    "RocmAiterAllReduceFusionPass",
+)
+
+
+class VllmNormQuantPass(InductorPass):
+    """`NormQuantPass` for vLLM: its uuid is text, and its reports are also written beside vLLM's compile cache.
+
+    directory: where the reports go; None: nowhere but `normquant.explain()`.
+    """
+
+    def __init__(self, switches: Switches, directory: Path | None) -> None:
+        self.fusion = NormQuantPass(switches.rules, switches.strict)
+        self.directory = directory
+
+    def uuid(self) -> str:
+        return pass_key(self.fusion)
+
+    def __call__(self, graph: Graph) -> None:
+        linear = linear_kernels(graph)
+        self.fusion(graph)
+        report = reports()[-1]
+        if report.error:
+            log.warning("normquant left a graph as it was: %s", report.error)
+        log.debug("%s", report)
+        for kernel in filter(remark, linear):
+            log.info("normquant: linear kernel %s %s", kernel, remark(kernel))
+        if self.directory is None or not (report.sites or report.others or report.error or linear):
+            return
+        rows = str(get_pass_context().compile_range)
+        try:
+            append(self.directory, GraphRecord(VERSION, vllm_version, rows, report.to_dict(), linear))
+        except OSError as error:
+            log.warning("normquant's report was not written: %s", error)
+
+
+def pass_key(fusion: NormQuantPass) -> str:
+    """Changes with normquant's version, with the sources of its pass, and with every switch."""
+    return hashlib.sha256(f"normquant {VERSION} ".encode() + fusion.uuid()).hexdigest()
+
+
+def position(passes: Sequence[Any]) -> int:
+    """Where in vLLM's list the pass goes: ahead of vLLM's norm-quant fusion, or where that would stand."""
+    names = [type(entry).__name__ for entry in passes]
+    found = [names.index(name) for name in NORM_QUANT if name in names]
+    if found:
+        return min(found)
+    return max((i + 1 for i, name in enumerate(names) if name in EARLIER), default=0)
+
+
+def insert(manager: Any, switches: Switches, config: Any) -> VllmNormQuantPass:
+    """Put the pass into a configured PostGradPassManager."""
+    directory = getattr(config.compilation_config, "local_cache_dir", None)
+    entry = VllmNormQuantPass(switches, Path(directory) if directory else None)
+    manager.passes.insert(position(manager.passes), entry)
+    return entry

@@ -1,0 +1,57 @@
+"""What the pass did to vLLM's graphs, kept beside vLLM's compile cache: one JSON line for each graph.
+
+A server that loads its graphs from that cache compiles nothing, and the file still says what is in them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "normquant.jsonl"
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One graph that the pass has seen.
+
+    normquant, vllm: versions. rows: the range of token counts that the graph is for, as vLLM writes it.
+    report: `FusionReport.to_dict()`. linear: block-FP8 linear kernel -> calls in the graph.
+    """
+
+    normquant: str
+    vllm: str
+    rows: str
+    report: Mapping[str, Any]
+    linear: Mapping[str, int] = field(default_factory=dict)
+
+
+def append(directory: Path, record: GraphRecord) -> None:
+    """Add a record to the file of a compile cache. Raises OSError where it cannot be written."""
+    with (directory / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
+
+
+def read(path: Path) -> Iterator[GraphRecord]:
+    """The records of a file, the same graph compiled twice only once. Raises ValueError for a file that is none."""
+    seen: set[str] = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = GraphRecord(**json.loads(line))
+            report = record.report
+            key = json.dumps([record.rows, report["policy"], report["sites"], report["others"], report["error"]])
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}:{number} is no record of a graph: {error}") from None
+        if key not in seen:
+            seen.add(key)
+            yield record
+
+
+def find(root: Path) -> list[Path]:
+    """The files under a folder, the one written last first; root itself where it is such a file."""
+    if root.is_file():
+        return [root]
+    return sorted(root.rglob(FILE), key=lambda path: path.stat().st_mtime, reverse=True)
