@@ -38,6 +38,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("bench", "normquant.bench.command", "measure kernels on this GPU, beside the packages that do the same"),
     Command("compare", "normquant.bench.compare", "what got slower or faster between two files of records"),
     Command("tune", "normquant.bench.tune_command", "measure launch configs on this GPU and write their table"),
+    Command("vllm-report", "normquant.integrations.vllm_report", "what the plugin fused in vLLM's compiled graphs"),
 )
 
 

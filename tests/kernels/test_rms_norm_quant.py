@@ -88,3 +88,9 @@ def test_odd_strides_and_offsets():
 
 def test_no_rows():
     check(activations(0, 1536), activations(0, 1536), weights(1536), QuantSpec(layout="col_tma"))
+
+
+def test_the_longest_row():
+    check(activations(2, 65536), None, weights(65536), QuantSpec())
+    with pytest.raises(ValueError, match="K is 65664; the norm kernels hold a row in registers and take at most 65536"):
+        check(activations(2, 65664), None, weights(65664), QuantSpec())

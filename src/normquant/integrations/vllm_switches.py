@@ -28,7 +28,8 @@ def read_switches(environ: Mapping[str, str], additional_config: object) -> Swit
 
     NORMQUANT=1 switches on and NORMQUANT=0 off, whatever `additional_config` says. The entry "normquant" of
     `additional_config` switches on, and may hold:
-        "enabled": false to switch off. "policy", "sites", "table", "strict": as `normquant.inductor_options` takes them.
+        "enabled": false to switch off.
+        "policy", "sites", "table", "strict": as `normquant.inductor_options` takes them.
     An `additional_config` that is no dict says nothing about normquant.
 
     Raises ValueError for anything else, OSError for a table that cannot be read.

@@ -20,7 +20,17 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import norm_quant_row, row_offset, wait_for_predecessor
-from normquant.kernels.launch import Config, log2, log_warp, on_device, own_groups, power_of_two, stride_unit, target
+from normquant.kernels.launch import (
+    Config,
+    log2,
+    log_warp,
+    on_device,
+    own_groups,
+    power_of_two,
+    row_groups,
+    stride_unit,
+    target,
+)
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -158,8 +168,8 @@ def latent_norm_quant(
         return outputs
     config = config or choose_config("latent_norm_quant", q, m, where.capability)
     block_g, programs = own_groups(q, spec, config)
-    q_groups = max(power_of_two(q // spec.group), block_g)
-    c_groups = own_groups(c, spec, Config(config.num_warps))[0]
+    q_groups = row_groups(q, spec, block_g)
+    c_groups = row_groups(c, spec, own_groups(c, spec, Config(config.num_warps))[0])
     unit = stride_unit(x)
     with on_device(x.device):
         latent_norm_quant_kernel[(m, programs + 1)](

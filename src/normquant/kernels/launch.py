@@ -18,6 +18,7 @@ import torch
 from normquant.spec import QuantSpec
 
 MIN_CAPABILITY = (8, 9)  # the first with e4m3 conversions
+MAX_ROW = 65536  # values of a normed row, which one program holds in registers
 PDL_CAPABILITY = (9, 0)  # the first with programmatic dependent launch
 
 
@@ -117,6 +118,14 @@ def own_groups(k: int, spec: QuantSpec, config: Config) -> tuple[int, int]:
     if spec.scale == "ue8m0_packed":
         block = max(4, block)  # a program writes whole int32
     return block, -(-groups // block)
+
+
+def row_groups(k: int, spec: QuantSpec, block_g: int) -> int:
+    """Groups of a row's tile, a power of two, at least `block_g`; raises ValueError for a row that is too long."""
+    groups = max(power_of_two(k // spec.group), block_g)
+    if groups * spec.group > MAX_ROW:
+        raise ValueError(f"K is {k}; the norm kernels hold a row in registers and take at most {MAX_ROW}")
+    return groups
 
 
 def power_of_two(n: int) -> int:

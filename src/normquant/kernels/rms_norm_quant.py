@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import norm_quant_row, row_offset, wait_for_predecessor
-from normquant.kernels.launch import Config, log2, log_warp, on_device, own_groups, power_of_two, stride_unit, target
+from normquant.kernels.launch import Config, log2, log_warp, on_device, own_groups, row_groups, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -104,7 +104,7 @@ def rms_norm_quant(
     if config is None:
         config = choose_config(op_name(residual is not None, return_norm), k, m, where.capability)
     block_g, programs = own_groups(k, spec, config)
-    groups = max(power_of_two(k // spec.group), block_g)
+    groups = row_groups(k, spec, block_g)
     unit = stride_unit(x, residual)
     with on_device(x.device):
         rms_norm_quant_kernel[(m, programs)](

@@ -60,6 +60,7 @@ torch.library.register_fake(
 def register() -> None:
     _keep_compile_passes()
     _take_quantized_activations()
+    _make_up_weights()
     if "native_quant" not in FAULTS:
         _quantize_with_the_op()
     if "other_version" in FAULTS:
@@ -98,6 +99,11 @@ def _keep_compile_passes() -> None:
 
     CpuPlatform.check_and_update_config = classmethod(wrapped)
 
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+
+    # It compares every functionalized op with CUDA ops that a CPU build lacks. Inductor puts the calls back by itself.
+    FixFunctionalizationPass.__call__ = lambda self, graph: None
+
 
 def _take_quantized_activations() -> None:
     from vllm.model_executor.kernels import linear
@@ -127,3 +133,26 @@ def _quantize_with_the_op() -> None:
         return data, s
 
     QuantFP8.forward_native = forward
+
+
+def _make_up_weights() -> None:
+    """Dummy weights of a size that a trained model has; vLLM's own are so small that every logit is the same."""
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    original = DummyModelLoader.load_weights
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, model: torch.nn.Module, model_config: Any) -> None:
+        original(self, model, model_config)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "scale" in name:
+                noise = (0.5 + torch.rand(parameter.shape, generator=generator)) / 512**0.5
+            elif parameter.dim() == 1:
+                noise = 1 + 0.2 * noise
+            parameter.data.copy_(noise.to(parameter.dtype))
+
+    DummyModelLoader.load_weights = wrapped
