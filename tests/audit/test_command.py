@@ -29,6 +29,12 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def row():\n    return torch.empty(8, 16, device='cuda')\n"
         "def build():\n    return double, (row(),)\n"
         "def wrong():\n    return 3\n"
+        "def layer():\n"
+        "    import normquant as nq\n"
+        "    norm = torch.nn.RMSNorm(512, dtype=torch.bfloat16)\n"
+        "    linear = nq.block_fp8(torch.nn.Sequential(norm, torch.nn.Linear(512, 128, dtype=torch.bfloat16)))\n"
+        "    return linear, lambda: torch.empty(8, 512, dtype=torch.bfloat16)\n"
+        "def few():\n    return double, ()\n"
         "linear = nn.Linear(16, 4)\nNUMBER = 3\n"
     )
     (tmp_path / "users_model.py").write_text(text)
@@ -169,3 +175,14 @@ def test_diff_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(capsys.readouterr().out)
     assert data["findings"]["mutated-input-copy"] == [0, 1]
     assert {change["origin"]: change["count"] for change in data["changes"]}["_C.rms_norm_per_block_quant"] == [0, 3]
+
+
+def test_a_model_made_on_the_cpu_is_audited_as_it_is_and_fused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{model}:layer", "--expect", "rms_norm_quant=0", "--expect", "group_quant=1") == 0
+    assert run(f"{model}:layer", "--fuse", "--expect", "rms_norm_quant=1", "--expect", "group_quant=0") == 0
+    assert "1 of 1 norm -> quant sites fused (policy auto)" in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_compile_is_one_line(model: str) -> None:
+    with pytest.raises(ValueError, match=r"few does not compile: TypeError: double\(\) missing 1 required"):
+        run(f"{model}:few")

@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,24 +91,41 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
         prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 2 for j in range(9 + i)]} for i in range(3)]
         sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=1)
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        with counted_calls() as calls:
+            one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+            llm.generate(prompts[:1], one, use_tqdm=False)
     config = llm.llm_engine.vllm_config
     return {
+        "calls": calls,
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "logprobs": [[next(iter(p.values())).logprob for p in o.outputs[0].logprobs] for o in outputs],
         "hash": config.compute_hash(),
         "cache": config.compilation_config.local_cache_dir,
-        "passes": _passes(),
     }
 
 
-def _passes() -> list[str]:
-    """Names of the compile passes of the last pass manager, empty where nothing was compiled in this process."""
-    import gc
+@contextmanager
+def counted_calls() -> Iterator[dict[str, int]]:
+    """How often each of our fused ops ran, by name."""
+    from normquant import reference
 
-    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    calls: dict[str, int] = {}
+    originals = {name: getattr(reference, name) for name in ("rms_norm_quant", "add_rms_norm_quant")}
 
-    managers = [o for o in gc.get_objects() if type(o) is PostGradPassManager]
-    return [type(p).__name__ for m in managers for p in m.passes]
+    def counting(name: str) -> Any:
+        def call(*args: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return originals[name](*args)
+
+        return call
+
+    for name in originals:
+        setattr(reference, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(reference, name, original)
 
 
 if __name__ == "__main__":

@@ -92,10 +92,10 @@ def _inputs(make_inputs: MakeInputs) -> tuple[Any, ...]:
     if callable(make_inputs):
         made = make_inputs()
         return tuple(made) if isinstance(made, (tuple, list)) else (made,)
-    return torch.utils._pytree.tree_map_only(torch.Tensor, _like_on_gpu, tuple(make_inputs))
+    return torch.utils._pytree.tree_map_only(torch.Tensor, like_on_gpu, tuple(make_inputs))
 
 
-def _like_on_gpu(tensor: torch.Tensor) -> torch.Tensor:
+def like_on_gpu(tensor: torch.Tensor) -> torch.Tensor:
     """A fake tensor on the target's GPU with this one's shape, strides and dtype."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
 
@@ -119,11 +119,11 @@ def to_gpu(module: torch.nn.Module) -> None:
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
-                fresh = torch.nn.Parameter(_like_on_gpu(parameter), requires_grad=False)
+                fresh = torch.nn.Parameter(like_on_gpu(parameter), requires_grad=False)
                 owner._parameters[name] = made.setdefault(id(parameter), fresh)  # type: ignore[assignment]
         for name, buffer in owner._buffers.items():
             if buffer is not None:
-                owner._buffers[name] = made.setdefault(id(buffer), _like_on_gpu(buffer))
+                owner._buffers[name] = made.setdefault(id(buffer), like_on_gpu(buffer))
 
 
 def _backend(captured: list[Captured], graph_module: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from normquant.audit.files import Unusable
 from normquant.audit.result import AuditReport
 from normquant.audit.rules import RULE_IDS
 from normquant.audit.targets import HERE, TARGETS, Unavailable
+from normquant.compile import explain, inductor_options
 from normquant.report import annotations, audit_diff, audit_html, audit_text
 
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -34,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "is called with nothing and gives (function or module, inputs)",
     )  # fmt: skip
     compiling.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an Inductor option")
+    compiling.add_argument(
+        "--fuse", nargs="?", const="auto", metavar="POLICY",
+        help="with normquant.inductor_options(POLICY), auto without one; prints what was fused, and why not",
+    )  # fmt: skip
     compiling.add_argument("--dynamic", action="store_true", default=None, help="compile with symbolic sizes")
     compiling.add_argument("--tokens", type=_positive, default=64, help="of a transformers model; default 64")
     compiling.add_argument("--layers", type=_positive, help="build only so many of a transformers model")
@@ -85,10 +90,20 @@ def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
         function, make = inputs.compiled(what, args.arg)
     else:
         raise Unusable(f"{what}: no such file or directory, and not module:callable")
-    captured = capture.capture(function, make, args.target, _options(args.option), args.dynamic)
+    options = _options(args.option) | (inductor_options(args.fuse) if args.fuse else {})
+    try:
+        captured = capture.capture(function, make, args.target, options, args.dynamic)
+    except (Unavailable, ValueError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the user's model, or what the compiler makes of it
+        raise ValueError(f"{what} does not compile: {type(error).__name__}: {_first_line(error)}") from error
     modules = [wrappercode.read_module(one.source, f"graph {n}") for n, one in enumerate(captured)]
     text = "\n".join(one.source for one in captured)
     return disk.reports(modules, text, args.target, args.m, sizes, scheduled=[one.scheduled for one in captured])
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")
 
 
 def _is_config(what: str) -> bool:
@@ -110,6 +125,8 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Se
         _write(args.json, text)
     if not args.github and args.json != "-":
         print(audit_text.render(data, title), end="")
+        if args.fuse:
+            print(explain())
     if args.html:
         print(f"page: {args.html}", file=sys.stderr)
 

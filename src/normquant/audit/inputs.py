@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from normquant.audit import hf
+from normquant.audit.capture import like_on_gpu, to_gpu
 
 _NAMED = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 _TENSOR = re.compile(r"^(\w+)\[([\d,\s]*)\]$")
@@ -44,7 +45,8 @@ def compiled(what: str, arguments: Sequence[str]) -> Compiled:
     """The function to compile and the builder of its inputs.
 
     With arguments, `what` is the function or module itself and every argument makes one input. Without, it is called
-    with nothing, where tensors are fake, and gives (function or module, inputs).
+    with nothing, where tensors are fake, and gives (function or module, inputs); inputs may be a callable that makes
+    them. A module and its inputs may be made on the CPU.
     """
     held = named(what)
     if not callable(held):
@@ -57,7 +59,11 @@ def compiled(what: str, arguments: Sequence[str]) -> Compiled:
         made = held()
         if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
             raise ValueError(f"{what}() must give (function or module, inputs), or inputs must be given with --arg")
-        inputs = made[1] if isinstance(made[1], (tuple, list)) else (made[1],)
+        inputs = made[1]() if callable(made[1]) else made[1]
+        inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+        if isinstance(made[0], torch.nn.Module):  # as `audit` does with a module made on the CPU
+            to_gpu(made[0])
+            inputs = torch.utils._pytree.tree_map_only(torch.Tensor, like_on_gpu, tuple(inputs))
         return (made[0], *inputs)
 
     return _apply, build
