@@ -9,8 +9,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +90,8 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
         prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 2 for j in range(9 + i)]} for i in range(3)]
         sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=1)
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        with counted_calls() as calls:
-            one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
-            llm.generate(prompts[:1], one, use_tqdm=False)
+        one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+        calls = calls_of(lambda: llm.generate(prompts[:1], one, use_tqdm=False))
     config = llm.llm_engine.vllm_config
     return {
         "calls": calls,
@@ -104,28 +102,13 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def counted_calls() -> Iterator[dict[str, int]]:
-    """How often each of our fused ops ran, by name."""
-    from normquant import reference
+def calls_of(run: Callable[[], object]) -> dict[str, int]:
+    """How often each of our ops is called while something runs, by name."""
+    from torch.profiler import ProfilerActivity, profile
 
-    calls: dict[str, int] = {}
-    originals = {name: getattr(reference, name) for name in ("rms_norm_quant", "add_rms_norm_quant")}
-
-    def counting(name: str) -> Any:
-        def call(*args: Any) -> Any:
-            calls[name] = calls.get(name, 0) + 1
-            return originals[name](*args)
-
-        return call
-
-    for name in originals:
-        setattr(reference, name, counting(name))
-    try:
-        yield calls
-    finally:
-        for name, original in originals.items():
-            setattr(reference, name, original)
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        run()
+    return {e.key.removeprefix("normquant::"): e.count for e in trace.key_averages() if e.key.startswith("normquant::")}
 
 
 if __name__ == "__main__":

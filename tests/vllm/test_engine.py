@@ -30,7 +30,9 @@ COMPILED_SITES = {
     "layers.1.self_attn.mla_attn.q_a_layernorm",
     "layers.2.post_attention_layernorm",
 }
-NINE_SITES = {"rms_norm_quant": 4, "add_rms_norm_quant": 5}  # layer 0's first norm and three q_a norms add nothing
+COMPILED_GATED = {"layers.0.mlp.act_fn", "layers.2.mlp.act_fn"}
+# In a step: layer 0's first norm and three q_a norms have no residual.
+CALLS = {"rms_norm_quant": 4, "add_rms_norm_quant": 5, "silu_mul_quant": 3}
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,9 @@ def test_the_model_is_no_constant(off: Callable[[], Run]) -> None:
 
 def test_every_site_is_one_op(on: Callable[[], Run]) -> None:
     sites = [site for record in on().records for site in record.report["sites"]]
-    assert {site["name"] for site in sites} == COMPILED_SITES and len(sites) == len(COMPILED_SITES)
+    assert sorted(site["name"] for site in sites) == sorted(COMPILED_SITES | COMPILED_GATED)
     assert [site["reason"] for site in sites if not site["fused"]] == []
-    assert on().result["calls"] == NINE_SITES
+    assert on().result["calls"] == CALLS
 
 
 def test_every_site_is_exact(on: Callable[[], Run], root: Path) -> None:
@@ -144,7 +146,7 @@ def test_switching_never_serves_the_other_graph(root: Path, on: Callable[[], Run
     again = run_engine(root, ALWAYS, NORMQUANT="1")
     assert again.result["hash"] == on().result["hash"]
     assert (Path(on().result["cache"]) / FILE).read_text() == before  # from the cache: nothing was compiled
-    assert again.result["calls"] == NINE_SITES
+    assert again.result["calls"] == CALLS
     assert_same_output(again, off())
     stock = run_engine(root, {}, NORMQUANT="0")
     assert stock.result["hash"] == off().result["hash"] and stock.result["calls"] == {}
@@ -173,4 +175,5 @@ def test_quantization_in_plain_torch_is_found_too(tmp_path: Path) -> None:
     sites = [site for record in run.records for site in record.report["sites"]]
     assert {site["name"] for site in sites} == COMPILED_SITES
     assert [site["reason"] for site in sites if not site["fused"]] == []
-    assert run.result["calls"] == NINE_SITES
+    norms = {name: count for name, count in CALLS.items() if "norm" in name}  # Inductor has the gated product
+    assert run.result["calls"] == norms

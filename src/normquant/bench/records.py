@@ -90,9 +90,13 @@ def current_run(version: str) -> Run:
     """The run that this process is."""
     import triton
 
+    return Run(torch.cuda.get_device_name(), torch.__version__, triton.__version__, version, current_command())
+
+
+def current_command() -> str:
+    """The command line of this process, without where its records go."""
     words = iter(sys.argv[1:])
-    command = " ".join(["normquant", *(w for w in words if not (w == "--output" and next(words, "")))])
-    return Run(torch.cuda.get_device_name(), torch.__version__, triton.__version__, version, command)
+    return " ".join(["normquant", *(w for w in words if not (w == "--output" and next(words, "")))])
 
 
 def timing_fields(timing: Timing, moved: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`normquant tune`: measures launch configs on this GPU and writes the table that the kernels choose from."""
+"""`normquant tune`: measures on this GPU what the kernels and the compile pass choose from, and writes their tables."""
 
 from __future__ import annotations
 
@@ -6,23 +6,38 @@ import argparse
 import json
 import os
 import sys
+from itertools import groupby
 from pathlib import Path
 
+from normquant.bench.cases import Case
 from normquant.bench.command import add_grid, grid_cases, need_gpu
+from normquant.bench.records import current_command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `normquant tune`."""
     add_grid(parser)
     parser.add_argument(
+        "--strategies",
+        action="store_true",
+        help="time the strategies of the compile pass, for policy auto, and not the launch configs of the kernels",
+    )
+    parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where the table goes (default: into this installation)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and write the table; an (op, K) that was not measured keeps its rows."""
+    """Measure and write a table; an (op, K) that was not measured keeps its rows."""
     need_gpu()
     cases = grid_cases(args)
+    path = strategies(args, cases) if args.strategies else configs(args, cases)
+    print(f"table in {path}", file=sys.stderr)
+    return 0
+
+
+def configs(args: argparse.Namespace, cases: list[Case]) -> Path:
+    """The launch configs of the kernels."""
     import torch
 
     from normquant.bench import tune
@@ -34,5 +49,23 @@ def run(args: argparse.Namespace) -> int:
     for op, widths in tune.tune(cases, args.samples, lambda text: print(text, flush=True)).items():
         table.setdefault(op, {}).update(widths)
     tune.write(path, table)
-    print(f"table in {path}", file=sys.stderr)
-    return 0
+    return path
+
+
+def strategies(args: argparse.Namespace, cases: list[Case]) -> Path:
+    """The strategies of the compile pass, for the norms."""
+    import torch
+
+    from normquant.bench import strategies
+
+    capability = torch.cuda.get_device_capability()
+    path = args.output or strategies.table_path(capability)
+    norms = sorted((c for c in cases if c.op.endswith("rms_norm_quant")), key=lambda c: (c.op_name, c.k, c.m))
+    entries = []
+    for _, op in groupby(norms, key=lambda c: (c.op_name, c.k)):
+        for entry in strategies.measure(list(op), args.samples):
+            entries.append(entry)
+            times = ", ".join(f"{name} {us} us" for name, us in entry["us"].items())
+            print(f"{entry['op']} k={entry['k']} m={entry['m'][1]}: {times}", flush=True)
+    strategies.write(path, capability, current_command(), entries)
+    return path

@@ -13,10 +13,11 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.build import as_rows, call, shaped
-from normquant.compile.fusion_pass import module_path, source_line
+from normquant.compile.fusion_pass import hint, module_path, source_line
 from normquant.compile.graph import (
     Unsupported,
     arguments,
@@ -26,11 +27,9 @@ from normquant.compile.graph import (
     is_call,
     is_narrowing,
     is_tensor,
-    is_view,
     is_widening,
     mutation_regions,
     number,
-    peel,
     same_size,
     value,
 )
@@ -44,7 +43,7 @@ from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 @dataclass(frozen=True)
 class Gated:
-    """One site. x: [..., 2K], gate first. k: K. inner: the nodes from x to the quantization, which nothing else reads."""
+    """One site. x: [..., 2K], gate first. k: K. inner: the nodes from x to the quantization."""
 
     x: Node
     k: int
@@ -82,11 +81,12 @@ def _treat(
     x = value(site.x)
     rows = x.numel() // (2 * site.k)
     facts: dict[str, Any] = {"m": str(rows), "k": site.k, "dtype": str(x.dtype)[6:], "spec": site.spec.encode()}
-    decided = rules.decide(name, Facts(x.device, "silu_mul_quant", rows if isinstance(rows, int) else None, site.k, False))
+    m = rows if isinstance(rows, int) else None
+    decided = rules.decide(name, Facts(x.device, "silu_mul_quant", m, site.k, opaque_norm=False))
     if decided.strategy != "fused":
         return Site(name, where, "stock", decided.reason, **facts)
     _rewrite(graph, anchor, site)
-    saved = (rows if isinstance(rows, int) else 1) * site.k * x.dtype.itemsize * 2
+    saved = (hint(rows) if m is None else m) * site.k * x.dtype.itemsize * 2  # y is neither written nor read
     return Site(name, where, "fused", decided.reason, op="silu_mul_quant", bytes_saved=saved, kernels_saved=1, **facts)
 
 
@@ -180,15 +180,9 @@ def _last(node: Node, at: int) -> bool:
 def _rewrite(graph: Graph, anchor: Node, site: Gated) -> None:
     with graph.inserting_before(anchor):
         rows = as_rows(graph, site.x, 2 * site.k)
-        op = call(graph, graph_op(), (rows, site.spec.encode()))
+        op = call(graph, torch.ops.normquant.silu_mul_quant.default, (rows, site.spec.encode()))
         outputs = [call(graph, operator.getitem, (op, i)) for i in range(2)]
         pairs = zip((site.quant.data, site.quant.scale), outputs, strict=True)
         new = [(old, shaped(graph, output, old)) for old, output in pairs if old is not None]
     for old, output in new:
         old.replace_all_uses_with(output)
-
-
-def graph_op() -> Any:
-    import torch
-
-    return torch.ops.normquant.silu_mul_quant.default

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.fx import Graph
 from vllm import __version__ as vllm_version
 from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 
-from normquant.compile import reports
+from normquant.compile import Site, reports
 from normquant.compile.fusion_pass import NormQuantPass
+from normquant.integrations.silu_quant import fuse_silu_quant
 from normquant.integrations.vllm_linear import linear_kernels, remark
 from normquant.integrations.vllm_records import GraphRecord, append
 from normquant.integrations.vllm_switches import Switches
@@ -50,8 +52,9 @@ class VllmNormQuantPass(InductorPass):
 
     def __call__(self, graph: Graph) -> None:
         linear = linear_kernels(graph)
+        gated = self._fuse_gated(graph)  # first, so that the norm pass does not list what is gone as left over
         self.fusion(graph)
-        report = reports()[-1]
+        report = replace(reports()[-1], sites=(*reports()[-1].sites, *gated))
         if report.error:
             log.warning("normquant left a graph as it was: %s", report.error)
         log.debug("%s", report)
@@ -64,6 +67,15 @@ class VllmNormQuantPass(InductorPass):
             append(self.directory, GraphRecord(VERSION, vllm_version, rows, report.to_dict(), linear))
         except OSError as error:
             log.warning("normquant's report was not written: %s", error)
+
+    def _fuse_gated(self, graph: Graph) -> tuple[Site, ...]:
+        try:
+            return fuse_silu_quant(graph, self.fusion.rules)
+        except Exception as error:
+            if self.fusion.strict:
+                raise
+            log.warning("normquant left silu and quantization as they were: %s: %s", type(error).__name__, error)
+            return ()
 
 
 def pass_key(fusion: NormQuantPass) -> str:

@@ -1,0 +1,101 @@
+"""`normquant tune --strategies`: times the three strategies of the compile pass and writes the table that "auto" reads.
+
+A site is a transformers norm in front of an opaque quantization, alone in a graph. "stock" leaves it to Inductor,
+"native" has Inductor generate the quantization as well, "fused" is one kernel of this package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normquant.bench.cases import Case, Inputs, inputs
+from normquant.bench.layer import no_recompile_limit
+from normquant.bench.timing import Call, Timing, sets_needed, time_calls
+from normquant.compile import inductor_options
+
+EPS = 1e-6
+POLICIES = {"fused": "always", "native": "native", "stock": "never"}
+LAST = 2**31 - 1  # what was measured at the most rows speaks for all above
+Site = Callable[[Inputs], tuple[torch.Tensor, ...]]
+
+
+def site(case: Case) -> Site:
+    """The graph of a norm op, as a model writes it."""
+    spec = case.spec.encode()
+
+    def run(i: Inputs) -> tuple[torch.Tensor, ...]:
+        h = i.x if i.residual is None else i.x + i.residual
+        f = h.float()
+        y = i.weight * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + EPS)).to(h.dtype)
+        outputs = tuple(torch.ops.normquant.group_quant(y, spec))
+        return (*outputs, *((h,) if case.residual else ()), *((y,) if case.normed else ()))
+
+    return run
+
+
+def measure(op: Sequence[Case], samples: int) -> Iterator[dict[str, Any]]:
+    """Entries of the table for cases of one op and width, ascending in m; each speaks for the rows up to its own m."""
+    compiled = {name: torch.compile(site(op[0]), fullgraph=True, options=options(name)) for name in POLICIES}
+    for first, case in zip(firsts(op), op, strict=True):
+        sets = inputs(case, sets_needed(case.traffic[0]))
+        with torch.no_grad(), no_recompile_limit():
+            work = {name: calls(run, sets, case.m) for name, run in compiled.items()}
+            yield entry(case, first, time_calls(work, samples))
+    torch._dynamo.reset()
+
+
+def options(strategy: str) -> dict[str, Any]:
+    """Inductor options of a strategy."""
+    return inductor_options(policy=POLICIES[strategy], strict=True)
+
+
+def firsts(cases: Sequence[Case]) -> list[int]:
+    """The fewest rows that each case speaks for."""
+    return [1, *(before.m + 1 for before, _ in pairwise(cases))]
+
+
+def calls(run: Site, sets: Sequence[Inputs], m: int) -> list[Call]:
+    """One call for each set, compiled for any number of rows above one."""
+    found: list[Call] = []
+    for i in sets:
+        for t in (i.x, i.residual):
+            if t is not None and m > 1:
+                torch._dynamo.mark_dynamic(t, 0)
+        found.append(lambda i=i: run(i))  # type: ignore[misc]  # mypy sees no type of a default
+        found[-1]()
+    return found
+
+
+def entry(case: Case, first: int, timings: dict[str, Timing]) -> dict[str, Any]:
+    """One entry, its last row open until the table is written."""
+    us = {name: round(timing.us, 2) for name, timing in timings.items()}
+    return {"op": case.op_name, "k": case.k, "m": [first, case.m], "us": us}
+
+
+def table_path(capability: tuple[int, int]) -> Path:
+    """Where the table of a compute capability lies in this installation."""
+    import normquant.compile
+
+    return Path(normquant.compile.__path__[0]) / "tables" / f"sm{capability[0]}{capability[1]}.json"
+
+
+def write(path: Path, capability: tuple[int, int], command: str, entries: Sequence[dict[str, Any]]) -> None:
+    """Write the table, one line an entry; entries of an (op, K) that was not measured again are kept."""
+    old = json.loads(path.read_text())["entries"] if path.is_file() else []
+    measured = {(e["op"], e["k"]) for e in entries}
+    merged = [*(e for e in old if (e["op"], e["k"]) not in measured), *(_open_ended(e, entries) for e in entries)]
+    merged.sort(key=lambda e: (e["op"], e["k"], e["m"]))
+    head = json.dumps({"capability": "{}.{}".format(*capability), "source": command})[:-1]
+    lines = ",\n".join("  " + json.dumps(e) for e in merged)
+    path.write_text(f'{head}, "entries": [\n{lines}\n]}}\n')
+
+
+def _open_ended(e: dict[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    last = max(other["m"][1] for other in entries if (other["op"], other["k"]) == (e["op"], e["k"]))
+    return e | {"m": [e["m"][0], LAST if e["m"][1] == last else e["m"][1]]}
