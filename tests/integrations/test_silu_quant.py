@@ -2,69 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.fx import GraphModule, Interpreter
+from compile import vllm_ops
 
-from normquant.compile import Site
 from normquant.compile.policy import Rules
 from normquant.integrations.silu_quant import fuse_silu_quant
 from normquant.spec import QuantSpec
 
+from . import graphs
+from .graphs import assert_equal
 
-def _vllm_ops() -> Any:
-    """The stand-ins for vLLM's operations, which may be registered only once in a process."""
-    found = [module for name, module in sys.modules.items() if name.endswith("compile.vllm_ops")]
-    if found:
-        return found[0]
-    name = "tests.compile.vllm_ops"
-    path = Path(__file__).parents[1] / "compile" / "vllm_ops.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-vllm_ops = _vllm_ops()
 K = 256
 
 
-def run(fn: Callable[..., Any], *args: torch.Tensor, policy: str = "always", dynamic: bool = False) -> tuple:
-    """What fn returns with its graph rewritten and run eagerly, the sites, and the operations that are left."""
-    sites: list[Site] = []
-    left: list[str] = []
-
-    def inner(gm: GraphModule, inputs: Any, **_: Any) -> Callable[[list[Any]], Any]:
-        sites.extend(fuse_silu_quant(gm.graph, Rules(policy)))  # type: ignore[arg-type]
-        gm.graph.lint()
-        gm.recompile()
-        left.extend(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
-
-        def call(inputs: list[Any]) -> Any:
-            return Interpreter(gm).run(*inputs)
-
-        call._boxed_call = True  # type: ignore[attr-defined]
-        return call
-
-    def backend(gm: GraphModule, inputs: list[Any]) -> Any:
-        from torch._inductor.compile_fx import compile_fx
-
-        return compile_fx(gm, inputs, inner_compile=inner)
-
-    torch._dynamo.reset()
-    if dynamic:
-        for arg in args:
-            torch._dynamo.mark_dynamic(arg, 0)
-    with torch.no_grad(), torch._inductor.config.patch(enable_auto_functionalized_v2=False):  # as vLLM sets it
-        return torch.compile(fn, backend=backend)(*args), sites, left
+def run(fn: Any, x: torch.Tensor, policy: Any = "always", dynamic: bool = False) -> tuple:
+    return graphs.run(lambda graph: fuse_silu_quant(graph, Rules(policy)), fn, x, dynamic=dynamic)
 
 
 def gate_up(m: int = 5, k: int = K, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -79,11 +35,6 @@ def activation(x: torch.Tensor) -> torch.Tensor:
 def halves(x: torch.Tensor) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
     return up * F.silu(gate)
-
-
-def assert_equal(given: Any, expected: Any) -> None:
-    for a, b in zip(given, expected, strict=True):
-        assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a.float(), b.float())
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

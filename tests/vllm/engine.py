@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,9 +68,12 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def write_model(directory: str) -> str:
-    Path(directory, "config.json").write_text(json.dumps(MODEL))
-    return directory
+def write_model() -> str:
+    """The folder of the model, beside vLLM's caches: its path is part of what they are found by."""
+    directory = Path(os.environ["VLLM_CACHE_ROOT"]).parent / "model"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(MODEL))
+    return str(directory)
 
 
 def main(options: dict[str, Any]) -> dict[str, Any]:
@@ -85,13 +87,12 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
         "pass_config": passes,
         "inductor_compile_config": inductor,
     }
-    with tempfile.TemporaryDirectory() as directory:
-        llm = LLM(model=write_model(directory), compilation_config=compilation, **SETTINGS, **options)
-        prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 2 for j in range(9 + i)]} for i in range(3)]
-        sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=1)
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
-        calls = calls_of(lambda: llm.generate(prompts[:1], one, use_tqdm=False))
+    llm = LLM(model=write_model(), compilation_config=compilation, **SETTINGS, **options)
+    prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 2 for j in range(9 + i)]} for i in range(3)]
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=1)
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    calls = calls_of(lambda: llm.generate(prompts[:1], one, use_tqdm=False))
     config = llm.llm_engine.vllm_config
     return {
         "calls": calls,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch.fx import Graph
 from vllm import __version__ as vllm_version
 from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 
 from normquant.compile import Site, reports
 from normquant.compile.fusion_pass import NormQuantPass
-from normquant.integrations.silu_quant import fuse_silu_quant
+from normquant.compile.policy import Rules
+from normquant.integrations import lone_quant, silu_quant
 from normquant.integrations.vllm_linear import linear_kernels, remark
 from normquant.integrations.vllm_records import GraphRecord, append
 from normquant.integrations.vllm_switches import Switches
@@ -35,6 +37,7 @@ EARLIER = (
     "AllReduceFusionPass",
     "RocmAiterAllReduceFusionPass",
 )
+SOURCES = (__file__, silu_quant.__file__, lone_quant.__file__)
 
 
 class VllmNormQuantPass(InductorPass):
@@ -52,9 +55,13 @@ class VllmNormQuantPass(InductorPass):
 
     def __call__(self, graph: Graph) -> None:
         linear = linear_kernels(graph)
-        gated = self._fuse_gated(graph)  # first, so that the norm pass does not list what is gone as left over
+        gated = self._guarded(silu_quant.fuse_silu_quant, graph)  # first: what it fuses is not left over later
         self.fusion(graph)
-        report = replace(reports()[-1], sites=(*reports()[-1].sites, *gated))
+        report = reports()[-1]
+        lone = self._guarded(lone_quant.replace_lone_quants, graph)
+        gone = {site.name for site in lone}
+        others = tuple(site for site in report.others if site.name not in gone)
+        report = replace(report, sites=(*report.sites, *gated, *lone), others=others)
         if report.error:
             log.warning("normquant left a graph as it was: %s", report.error)
         log.debug("%s", report)
@@ -68,19 +75,20 @@ class VllmNormQuantPass(InductorPass):
         except OSError as error:
             log.warning("normquant's report was not written: %s", error)
 
-    def _fuse_gated(self, graph: Graph) -> tuple[Site, ...]:
+    def _guarded(self, rewrite: Callable[[Graph, Rules], tuple[Site, ...]], graph: Graph) -> tuple[Site, ...]:
+        """What a rewrite did; nothing, after a warning, where it failed, unless strict."""
         try:
-            return fuse_silu_quant(graph, self.fusion.rules)
+            return rewrite(graph, self.fusion.rules)
         except Exception as error:
             if self.fusion.strict:
                 raise
-            log.warning("normquant left silu and quantization as they were: %s: %s", type(error).__name__, error)
+            log.warning("normquant: %s failed: %s: %s", rewrite.__name__, type(error).__name__, error)
             return ()
 
 
 def pass_key(fusion: NormQuantPass) -> str:
     """Changes with normquant's version, with the sources of its pass, and with every switch."""
-    return hashlib.sha256(f"normquant {VERSION} ".encode() + fusion.uuid()).hexdigest()
+    return hashlib.sha256(f"normquant {VERSION} ".encode() + fusion.uuid() + get_hash_for_files(SOURCES)).hexdigest()
 
 
 def position(passes: Sequence[Any]) -> int:

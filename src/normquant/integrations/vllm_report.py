@@ -65,7 +65,7 @@ def text(records: Iterable[GraphRecord]) -> str:
         for site in (*own, *record.report["others"]):
             kinds.setdefault(_kind(site), set()).update(INDEX.findall(site["name"])[:1])
     versions = sorted({f"normquant {r.normquant}, vLLM {r.vllm}, policy {r.report['policy']}" for r in records})
-    lines = [*versions, f"{fused} of {sites} norm -> quant sites fused in {len(records)} compiled graphs"]
+    lines = [*versions, f"{fused} of {sites} sites fused in {len(records)} compiled graphs"]
     lines += [f"  {_line(kind, layers)}" for kind, layers in sorted(kinds.items(), key=lambda item: item[0])]
     lines += [f"  linear kernel: {name}, {n} calls{_note(name)}" for name, n in sorted(linear.items())]
     lines += [f"  a graph was compiled as it was: {r.report['error']}" for r in records if r.report["error"]]

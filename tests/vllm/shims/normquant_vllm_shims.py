@@ -70,15 +70,16 @@ def register() -> None:
         _quantize_with_the_op()
     if "failing_pass" in FAULTS:
         from normquant.compile import fusion_pass
+        from normquant.integrations import lone_quant, silu_quant
 
-        fusion_pass.find = _fail
+        fusion_pass.find = silu_quant.fuse_silu_quant = lone_quant.replace_lone_quants = _fail
     if "verify" in FAULTS:
         import normquant_vllm_verify
 
         normquant_vllm_verify.install(os.environ["NORMQUANT_SHIM_OUT"])
 
 
-def _fail(graph: Any) -> Any:
+def _fail(*args: Any) -> Any:
     raise RuntimeError("planted by a test")
 
 

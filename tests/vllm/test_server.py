@@ -1,0 +1,129 @@
+"""vLLM's OpenAI-compatible server with the plugin on: it starts, in its several processes, and answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from normquant.integrations.vllm_records import find, read
+
+HERE = Path(__file__).parent
+START_SECONDS = 300
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def write_model(directory: Path) -> Path:
+    """The model of the engine tests, and a tokenizer whose words are t0, t1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    sys.path.insert(0, str(HERE))
+    try:
+        from engine import MODEL
+    finally:
+        sys.path.remove(str(HERE))
+    words = {f"t{i}": i for i in range(MODEL["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t2", bos_token="t0", eos_token="t1").save_pretrained(
+        directory
+    )
+    (directory / "config.json").write_text(json.dumps(MODEL))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The address of a running server, and the folder of its caches and its log."""
+    root = tmp_path_factory.mktemp("server")
+    model = root / "model"
+    model.mkdir()
+    write_model(model)
+    port = free_port()
+    compilation = {
+        "cudagraph_mode": "NONE",
+        "compile_sizes": [],
+        "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},  # vLLM's own exist on GPUs only
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--load-format", "dummy", "--max-model-len", "128", "--max-num-seqs", "4"]
+    command += ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.1", "--served-model-name", "tiny"]
+    command += ["--compilation-config", json.dumps(compilation)]
+    command += ["--additional-config", json.dumps({"normquant": {"policy": "always"}})]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("NORMQUANT")} | {
+        "VLLM_CACHE_ROOT": str(root / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "shims"), os.environ.get("PYTHONPATH")])),
+    }
+    with (root / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", process, root / "log")
+            yield f"http://127.0.0.1:{port}", root
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        assert process.poll() is None, f"the server ended with {process.returncode}\n{log.read_text()[-6000:]}"
+        try:
+            with urllib.request.urlopen(url, timeout=5) as response:
+                if response.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    raise AssertionError(f"no server after {START_SECONDS} s\n{log.read_text()[-6000:]}")
+
+
+def complete(address: str, prompt: str) -> dict[str, Any]:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
+
+
+def test_a_request_is_served(server: tuple[str, Path]) -> None:
+    address, root = server
+    answer = complete(address, "t5 t6 t7 t8")
+    assert answer["usage"] == answer["usage"] | {"prompt_tokens": 4, "completion_tokens": 6}
+    assert len(answer["choices"][0]["text"].split()) == 6
+    (path,) = find(root / "vllm")
+    sites = [site for record in read(path) for site in record.report["sites"]]
+    assert len([site for site in sites if "layernorm" in site["name"]]) == 6
+    assert [site["name"] for site in sites if not site["fused"]] == []
+
+
+def test_the_report_command_reads_the_servers_cache(server: tuple[str, Path]) -> None:
+    _, root = server
+    done = subprocess.run(
+        [sys.executable, "-m", "normquant", "vllm-report", str(root / "vllm")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "10 of 10 sites fused in 3 compiled graphs" in done.stdout
+    assert "layers.*.self_attn.mla_attn.q_a_layernorm K=256" in done.stdout
