@@ -25,7 +25,7 @@ IMPORTS: dict[str, set[str]] = {
     "linear": {"ops"},
     "traffic": {"spec"},
     "compile": {"ops", "traffic"},
-    "integrations": {"compile", "linear", "version"},
+    "integrations": {"compile", "linear", "specs", "version"},
     "audit": set(),
     "bench": {"ops", "specs", "traffic", "version", "compile", "linear"},
     "report": set(),

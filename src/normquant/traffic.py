@@ -1,7 +1,7 @@
 """Bytes that each op must move through DRAM, whatever computes it: every input read once, every output written once.
 
 All functions take the number of rows m, the width k and the quantization, and return (bytes read, bytes written).
-Activations have 2 bytes a value; weights are counted once, 2 bytes a value.
+Activations have 2 bytes a value; weights are counted once, 2 bytes a value where nothing else is said.
 """
 
 from __future__ import annotations
@@ -12,10 +12,21 @@ Traffic = tuple[int, int]
 ACTIVATION_BYTES = 2
 
 
-def rms_norm_quant(m: int, k: int, spec: QuantSpec, *, residual: bool = False, normed: bool = False) -> Traffic:
-    """x (and the residual) and the weight in; data and scale (and the sum, and the norm) out."""
+def rms_norm_quant(
+    m: int,
+    k: int,
+    spec: QuantSpec,
+    *,
+    residual: bool = False,
+    normed: bool = False,
+    weight_bytes: int = ACTIVATION_BYTES,
+) -> Traffic:
+    """x (and the residual) and the weight in; data and scale (and the sum, and the norm) out.
+
+    weight_bytes: bytes of one value of the weight.
+    """
     row = m * k * ACTIVATION_BYTES
-    return row * (1 + residual) + k * ACTIVATION_BYTES, spec.bytes(m, k) + row * (residual + normed)
+    return row * (1 + residual) + k * weight_bytes, spec.bytes(m, k) + row * (residual + normed)
 
 
 def group_quant(m: int, k: int, spec: QuantSpec) -> Traffic:

@@ -70,8 +70,7 @@ class Inputs:
 
 
 def inputs(case: Case, sets: int, seed: int = 0) -> list[Inputs]:
-    """`sets` different sets of inputs for a case, bf16; the weights are shared by all, as layers do not share them but
-    one layer's calls do."""
+    """`sets` different sets of inputs for a case, bf16; all have the same weights, as the calls of one layer do."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -11,13 +10,13 @@ from typing import Any
 import torch
 
 from normquant.bench import models
-from normquant.bench.records import LayerRecord, current_run
-from normquant.bench.timing import Timing, sets_needed, time_calls
+from normquant.bench.compiling import any_rows, no_recompile_limit
+from normquant.bench.records import LayerRecord, current_run, time_fields
+from normquant.bench.timing import Call, Timing, sets_needed, time_calls
 from normquant.compile import inductor_options
 from normquant.version import VERSION
 
 MS = (1, 16, 64, 1024, 8192)
-Call = Callable[[], Any]
 
 
 def settings() -> dict[str, dict[str, Any]]:
@@ -35,7 +34,10 @@ def measure(name: str, ms: Sequence[int], samples: int) -> Iterator[LayerRecord]
     layers = [models.build(name, "cuda")]
     weights = sum(t.nbytes for t in (*layers[0].parameters(), *layers[0].buffers()))
     layers += [models.build(name, "cuda", seed) for seed in range(1, sets_needed(weights))]
-    compiled = {setting: compile_layer(options) for setting, options in settings().items()}
+    compiled = {
+        setting: torch.compile(models.forward, fullgraph=True, options=options)
+        for setting, options in settings().items()
+    }
     for m in ms:
         with torch.no_grad(), no_recompile_limit():
             work = {setting: calls(run, layers, name, m) for setting, run in compiled.items()}
@@ -45,23 +47,12 @@ def measure(name: str, ms: Sequence[int], samples: int) -> Iterator[LayerRecord]
             yield record(name, setting, m, timing, counts[setting])
 
 
-def compile_layer(options: dict[str, Any]) -> Callable[..., torch.Tensor]:
-    """The layer's forward, compiled; a function of its own, so that settings do not share what dynamo caches."""
-
-    def forward(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return models.forward(layer, x, cos, sin)
-
-    return torch.compile(forward, fullgraph=True, options=options)
-
-
 def calls(run: Callable[..., torch.Tensor], layers: Sequence[torch.nn.Module], name: str, m: int) -> list[Call]:
     """One call a layer, each with inputs of its own, compiled."""
     found: list[Call] = []
     for seed, layer in enumerate(layers):
         sample = models.inputs(name, m, "cuda", seed)
-        for t in sample:
-            if m > 1:
-                torch._dynamo.mark_dynamic(t, 1)
+        any_rows(sample, dim=1)
         found.append(functools.partial(run, layer, *sample))
         found[-1]()
     return found
@@ -78,18 +69,7 @@ def kernels(call: Call) -> int:
     return sum(e.count for e in seen.key_averages() if not e.key.startswith(("Memcpy", "Memset", "cuda")))
 
 
-@contextlib.contextmanager
-def no_recompile_limit() -> Iterator[None]:
-    """Dynamo keeps a compile for every layer and M; its limit of eight would silently fall back to eager."""
-    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
-        yield
-
-
 def record(name: str, setting: str, m: int, timing: Timing, count: int) -> LayerRecord:
     """One record."""
-    times: dict[str, Any] = {
-        "us": round(timing.us, 2),
-        "us_p10": round(timing.us_p10, 2),
-        "us_p90": round(timing.us_p90, 2),
-    }
-    return LayerRecord("layer", name, setting, m, **times, n=timing.n, kernels=count, **asdict(current_run(VERSION)))
+    run = asdict(current_run(VERSION))
+    return LayerRecord("layer", name, setting, m, **time_fields(timing, 2), kernels=count, **run)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from normquant import specs
 from normquant.bench.cases import LATENT, Case, Inputs
+from normquant.bench.compiling import any_rows, no_recompile_limit
 from normquant.bench.timing import Call
 from normquant.spec import QuantSpec
 
@@ -79,37 +80,34 @@ def eager(case: Case) -> Run | None:
         return lambda i: _aten_quant(i.x)
     if case.op == "silu_mul_quant":
         return lambda i: _aten_quant(F.silu(i.x[:, : case.k]) * i.x[:, case.k :])
-    if case.residual:
-        return lambda i: _add_norm_quant(i.x, i.residual, i.weight, case.normed)[:2]
-    return lambda i: _norm_quant(i.x, i.weight, case.normed)[:2]
+    return lambda i: _norm_quant(i.x, i.residual, i.weight, case.normed)[:2]
 
 
 def compiled(case: Case) -> Run | None:
     """The same graph through torch.compile, compiled for each K and once for every M above one."""
     if case.op not in ("rms_norm_quant", "add_rms_norm_quant"):
         return None
-    run = _compiled(_add_norm_quant if case.residual else _norm_quant)
 
     def call(i: Inputs) -> Quantized:
+        any_rows((i.x, i.residual))
         for t in (i.x, i.residual):
-            if t is not None and case.m > 1:
-                torch._dynamo.mark_dynamic(t, 0)
-                torch._dynamo.mark_static(t, 1)
-        args = (i.x, i.residual, i.weight) if case.residual else (i.x, i.weight)
-        with torch._dynamo.config.patch(recompile_limit=256):  # its default of eight would fall back to eager
-            return run(*args, case.normed)[:2]
+            if t is not None:
+                torch._dynamo.mark_static(t, 1)  # else a second K would make K symbolic
+        with no_recompile_limit():
+            return _compiled()(i.x, i.residual, i.weight, case.normed)[:2]
 
     return call
 
 
 @cache
-def _compiled(fn: Callable) -> Callable:
-    return torch.compile(fn, fullgraph=True)
+def _compiled() -> Callable[..., Outputs]:
+    return torch.compile(_norm_quant, fullgraph=True)
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    h = x.float()
-    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+def norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """transformers' RMSNorm, in torch's own ops."""
+    f = h.float()
+    return weight * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + EPS)).to(h.dtype)
 
 
 def _aten_quant(y: torch.Tensor) -> Quantized:
@@ -118,14 +116,10 @@ def _aten_quant(y: torch.Tensor) -> Quantized:
     return (grouped / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
 
 
-def _norm_quant(x: torch.Tensor, weight: torch.Tensor, normed: bool) -> Outputs:
-    y = _norm(x, weight)
-    return *_aten_quant(y), (y if normed else None), None
-
-
-def _add_norm_quant(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, normed: bool) -> Outputs:
+def _norm_quant(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, normed: bool) -> Outputs:
     h = x if residual is None else x + residual
-    return *_norm_quant(h, weight, normed)[:3], h
+    y = norm(h, weight)
+    return *_aten_quant(y), (y if normed else None), (None if residual is None else h)
 
 
 def vllm_fused(case: Case) -> Run | None:

@@ -99,16 +99,14 @@ def current_command() -> str:
     return " ".join(["normquant", *(w for w in words if not (w == "--output" and next(words, "")))])
 
 
+def time_fields(timing: Timing, digits: int) -> dict[str, Any]:
+    """The fields of a record that are a timing, microseconds rounded to `digits`."""
+    return {name: round(value, digits) for name, value in asdict(timing).items()}
+
+
 def timing_fields(timing: Timing, moved: int) -> dict[str, Any]:
-    """The fields of a record that come from a timing; `moved` is in bytes."""
-    return {
-        "us": round(timing.us, 3),
-        "us_p10": round(timing.us_p10, 3),
-        "us_p90": round(timing.us_p90, 3),
-        "n": timing.n,
-        "bytes": moved,
-        "gbps": round(moved / timing.us / 1e3, 1),
-    }
+    """The fields of a kernel's record that come from a timing; `moved` is in bytes."""
+    return time_fields(timing, 3) | {"bytes": moved, "gbps": round(moved / timing.us / 1e3, 1)}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from typing import Any
 import torch
 
 from normquant.bench.cases import Case, Inputs, inputs
-from normquant.bench.layer import no_recompile_limit
+from normquant.bench.compiling import any_rows, no_recompile_limit
+from normquant.bench.providers import norm
 from normquant.bench.timing import Call, Timing, sets_needed, time_calls
 from normquant.compile import inductor_options
 
-EPS = 1e-6
 POLICIES = {"fused": "always", "native": "native", "stock": "never"}
 LAST = 2**31 - 1  # what was measured at the most rows speaks for all above
 Site = Callable[[Inputs], tuple[torch.Tensor, ...]]
@@ -31,8 +32,7 @@ def site(case: Case) -> Site:
 
     def run(i: Inputs) -> tuple[torch.Tensor, ...]:
         h = i.x if i.residual is None else i.x + i.residual
-        f = h.float()
-        y = i.weight * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + EPS)).to(h.dtype)
+        y = norm(h, i.weight)
         outputs = tuple(torch.ops.normquant.group_quant(y, spec))
         return (*outputs, *((h,) if case.residual else ()), *((y,) if case.normed else ()))
 
@@ -45,7 +45,7 @@ def measure(op: Sequence[Case], samples: int) -> Iterator[dict[str, Any]]:
     for first, case in zip(firsts(op), op, strict=True):
         sets = inputs(case, sets_needed(case.traffic[0]))
         with torch.no_grad(), no_recompile_limit():
-            work = {name: calls(run, sets, case.m) for name, run in compiled.items()}
+            work = {name: calls(run, sets) for name, run in compiled.items()}
             yield entry(case, first, time_calls(work, samples))
     torch._dynamo.reset()
 
@@ -60,14 +60,12 @@ def firsts(cases: Sequence[Case]) -> list[int]:
     return [1, *(before.m + 1 for before, _ in pairwise(cases))]
 
 
-def calls(run: Site, sets: Sequence[Inputs], m: int) -> list[Call]:
+def calls(run: Site, sets: Sequence[Inputs]) -> list[Call]:
     """One call for each set, compiled for any number of rows above one."""
     found: list[Call] = []
     for i in sets:
-        for t in (i.x, i.residual):
-            if t is not None and m > 1:
-                torch._dynamo.mark_dynamic(t, 0)
-        found.append(lambda i=i: run(i))  # type: ignore[misc]  # mypy sees no type of a default
+        any_rows((i.x, i.residual))
+        found.append(partial(run, i))
         found[-1]()
     return found
 

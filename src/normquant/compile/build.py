@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -60,6 +61,22 @@ def shaped(graph: Graph, new: Node, old: Node) -> Node:
     if same_shape(value(new).shape, value(old).shape):
         return new
     return call(graph, aten.reshape.default, (new, shape_arg(graph, value(old).shape, new)))
+
+
+def replace_results(
+    graph: Graph, before: Node, results: Sequence[Node | None], target: Any, source: Node, k: int, *args: Any
+) -> None:
+    """Call an op on `source` [..., K], as [M, K], and `args`, and hand its outputs to whoever reads `results`.
+
+    before: the node that the op is put in front of. The outputs take the shapes of the results; None has no readers.
+    """
+    with graph.inserting_before(before):
+        op = call(graph, target, (as_rows(graph, source, k), *args))
+        outputs = [call(graph, operator.getitem, (op, i)) for i in range(len(results))]
+        pairs = zip(results, outputs, strict=True)
+        new = [(old, shaped(graph, output, old)) for old, output in pairs if old is not None]
+    for old, output in new:
+        old.replace_all_uses_with(output)
 
 
 def _tensors(values: Any) -> list[Any]:

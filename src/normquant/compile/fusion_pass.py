@@ -10,7 +10,7 @@ from typing import Any
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from normquant import ops, spec
+from normquant import ops, spec, traffic
 from normquant.compile import report
 from normquant.compile.cleanup import clean
 from normquant.compile.graph import Unsupported, dtype, value
@@ -138,10 +138,11 @@ def _traffic(match: Match, add: bool, rows: Any) -> dict[str, Any]:
     norm, spec = match.norm, match.spec
     m = rows if isinstance(rows, int) else hint(rows)
     tensor = m * norm.k * norm.dtype.itemsize
-    whole = (2 if add else 1) + (1 if add else 0) + (1 if match.norms else 0)  # x, residual; the sum; the norm
-    least = whole * tensor + norm.k * dtype(norm.weight).itemsize + spec.bytes(m, norm.k)
+    read, written = traffic.rms_norm_quant(
+        m, norm.k, spec, residual=add, normed=bool(match.norms), weight_bytes=dtype(norm.weight).itemsize
+    )
     saved = tensor * (len(match.quants) + (0 if match.norms else 1)) + spec.bytes(m, norm.k) * (len(match.quants) - 1)
-    return {"bytes_moved": least, "bytes_saved": saved, "kernels_saved": len(match.quants)}
+    return {"bytes_moved": read + written, "bytes_saved": saved, "kernels_saved": len(match.quants)}
 
 
 def hint(size: Any) -> int:

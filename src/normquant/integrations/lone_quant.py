@@ -5,18 +5,16 @@ Nothing is fused: one of our kernels takes the place of vLLM's, where the policy
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from normquant.compile.build import as_rows, call, shaped
+from normquant.compile.build import replace_results
 from normquant.compile.fusion_pass import module_path, source_line
 from normquant.compile.graph import Unsupported, op_name, value
 from normquant.compile.opaque import is_group_quant, is_quant, quantized, read
 from normquant.compile.policy import Facts, Rules
-from normquant.compile.quants import Quant
 from normquant.compile.report import Site
 from normquant.compile.sites import rows_are_even
 from normquant.spec import ACTIVATION_DTYPES
@@ -50,17 +48,8 @@ def _treat(graph: Graph, anchor: Node, rules: Rules) -> Site | None:
         quant = read(anchor, k)
     except Unsupported:
         return None  # the report of the norm pass has the reason
-    _rewrite(graph, anchor, source, k, quant)
+    op = torch.ops.normquant.group_quant.default
+    replace_results(graph, anchor, (quant.data, quant.scale), op, source, k, quant.spec.encode())
     reason = f"{decision.reason}; its input is {op_name(source)}, so that nothing is fused into it"
     facts: dict[str, Any] = {"m": str(rows), "k": k, "dtype": str(x.dtype)[6:], "spec": quant.spec.encode()}
     return Site(name, source_line(anchor), "fused", reason, op="group_quant", **facts)
-
-
-def _rewrite(graph: Graph, anchor: Node, source: Node, k: int, quant: Quant) -> None:
-    with graph.inserting_before(anchor):
-        op = call(graph, torch.ops.normquant.group_quant.default, (as_rows(graph, source, k), quant.spec.encode()))
-        outputs = [call(graph, operator.getitem, (op, i)) for i in range(2)]
-        pairs = zip((quant.data, quant.scale), outputs, strict=True)
-        new = [(old, shaped(graph, output, old)) for old, output in pairs if old is not None]
-    for old, output in new:
-        old.replace_all_uses_with(output)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from normquant.compile.build import as_rows, call, shaped
+from normquant.compile.build import replace_results
 from normquant.compile.fusion_pass import hint, module_path, source_line
 from normquant.compile.graph import (
     Unsupported,
@@ -85,7 +85,8 @@ def _treat(
     decided = rules.decide(name, Facts(x.device, "silu_mul_quant", m, site.k, opaque_norm=False))
     if decided.strategy != "fused":
         return Site(name, where, "stock", decided.reason, **facts)
-    _rewrite(graph, anchor, site)
+    op = torch.ops.normquant.silu_mul_quant.default
+    replace_results(graph, anchor, (site.quant.data, site.quant.scale), op, site.x, 2 * site.k, site.spec.encode())
     saved = (hint(rows) if m is None else m) * site.k * x.dtype.itemsize * 2  # y is neither written nor read
     return Site(name, where, "fused", decided.reason, op="silu_mul_quant", bytes_saved=saved, kernels_saved=1, **facts)
 
@@ -175,14 +176,3 @@ def _last(node: Node, at: int) -> bool:
     """Whether the argument `at`, a dimension, is the last one of the tensor that a node reads."""
     dim = arguments(node)[at] if len(arguments(node)) > at else 0
     return isinstance(dim, int) and dim % value(first_arg(node)).dim() == value(first_arg(node)).dim() - 1
-
-
-def _rewrite(graph: Graph, anchor: Node, site: Gated) -> None:
-    with graph.inserting_before(anchor):
-        rows = as_rows(graph, site.x, 2 * site.k)
-        op = call(graph, torch.ops.normquant.silu_mul_quant.default, (rows, site.spec.encode()))
-        outputs = [call(graph, operator.getitem, (op, i)) for i in range(2)]
-        pairs = zip((site.quant.data, site.quant.scale), outputs, strict=True)
-        new = [(old, shaped(graph, output, old)) for old, output in pairs if old is not None]
-    for old, output in new:
-        old.replace_all_uses_with(output)

@@ -18,10 +18,8 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 
 from normquant import ops
 from normquant.spec import QuantSpec
+from normquant.specs import VLLM, VLLM_UE8M0
 
-# `normquant.specs.VLLM` and `VLLM_UE8M0`: vLLM's norm as a compiled model has it, and its group quantization.
-VLLM = QuantSpec(rounding="twice", scale_by="divide")
-VLLM_UE8M0 = VLLM.but(scale="ue8m0", scale_floor=1e-10)
 KEYS = {128: kFp8Dynamic128Sym, 64: kFp8Dynamic64Sym}
 
 

@@ -70,12 +70,15 @@ def on_device(device: torch.device):
 
 def config(op: str, k: int, m: int, capability: tuple[int, int] | None) -> Config:
     """The config of `op` for [m, k] on a compute capability: the table's if it has (op, k), else the rule's."""
-    rows = _table(capability).get(op, {}).get(str(k)) if capability else None
-    if rows is None:
-        return _rule(op, k, m)
-    limits = [row[0] for row in rows[:-1]]  # the last row has no upper limit
-    _, num_warps, split = rows[bisect_left(limits, m)]
-    return Config(num_warps, split)
+    limits, configs = _rows(op, k, capability)
+    return configs[bisect_left(limits, m)] if configs else _rule(op, k, m)
+
+
+@cache
+def _rows(op: str, k: int, capability: tuple[int, int] | None) -> tuple[list[int], list[Config]]:
+    # The largest M of each row but the last, which has no upper limit, and the rows' configs; none without a table.
+    rows = _table(capability).get(op, {}).get(str(k), []) if capability else []
+    return [row[0] for row in rows[:-1]], [Config(num_warps, split) for _, num_warps, split in rows]
 
 
 @cache
