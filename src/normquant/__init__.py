@@ -21,6 +21,7 @@ __all__ = [
     "rms_norm_quant",
     "silu_mul_quant",
     "specs",
+    "warmup",
 ]
 
 try:
@@ -40,3 +41,4 @@ else:
     from normquant.linear import BlockFP8Linear, block_fp8, block_fp8_linear, quantize_weight
     from normquant.ops import add_rms_norm_quant, group_quant, latent_norm_quant, rms_norm_quant, silu_mul_quant
     from normquant.spec import QuantizedActivation, QuantSpec
+    from normquant.warmup import warmup

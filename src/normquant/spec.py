@@ -95,10 +95,14 @@ class QuantSpec:
         """dtype of the stored scale tensor."""
         return torch.int32 if self.scale == "ue8m0_packed" else torch.float32
 
+    @property
+    def scales_per_element(self) -> int:
+        """Scales that one element of the stored tensor holds."""
+        return 4 if self.scale == "ue8m0_packed" else 1
+
     def scale_shape(self, m, k):
         """Shape of the stored scale of an [m, k] activation; m and k may be symbolic."""
-        groups = k // self.group
-        return (m, (groups + 3) // 4) if self.scale == "ue8m0_packed" else (m, groups)
+        return (m, (k // self.group + self.scales_per_element - 1) // self.scales_per_element)
 
     def scale_stride(self, m, k):
         """Stride, in elements, of the stored scale of an [m, k] activation; m and k may be symbolic."""

@@ -10,8 +10,8 @@ from normquant import QuantSpec, reference, specs
 from normquant.kernels.launch import Config
 
 
-def check(x, spec, split=1):
-    got = interpreter.run("group_quant", x, spec, Config(4, split))
+def check(x, spec, split=1, rows=1):
+    got = interpreter.run("group_quant", x, spec, Config(4, split, rows))
     assert_bitwise(got, reference.group_quant(x, spec))
     if spec.layout == "col_tma":
         assert not pad_rows(got[1], spec.scale_rows(len(x))).any()
@@ -22,6 +22,14 @@ def check(x, spec, split=1):
 def test_every_size(k, dtype):
     for m in (0, 1, 9):
         check(awkward(m, k, dtype, strided=k == 1536), QuantSpec(layout="col_tma"), split=2 if k == 7168 else 1)
+
+
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0_packed"])
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("k", [512, 1152])  # as many groups as a power of two, and not
+def test_several_rows_for_a_program(k, rows, scale):
+    for m in (1, 2, 9, 16):
+        check(awkward(m, k), QuantSpec(scale=scale, layout="col_tma"), rows=rows)
 
 
 @pytest.mark.parametrize("name", [name for name in vars(specs) if name.isupper()])

@@ -19,11 +19,21 @@ def angles(positions: int, r: int = R, dtype: torch.dtype = torch.bfloat16) -> t
 
 
 def check(
-    x, spec, *, q=Q, c=C, positions=None, rope="interleaved", quantize_kv=True, split=1, cache_dtype=torch.bfloat16
+    x,
+    spec,
+    *,
+    q=Q,
+    c=C,
+    positions=None,
+    rope="interleaved",
+    quantize_kv=True,
+    split=1,
+    rows=1,
+    cache_dtype=torch.bfloat16,
 ):
     cos, sin = angles(64, x.shape[1] - q - c, cache_dtype)
     args = (x, weights(q, x.dtype), weights(c, x.dtype, seed=1), cos, sin, positions, 1e-6, rope, spec)
-    got = interpreter.run("latent_norm_quant", *args, quantize_kv, Config(4, split))
+    got = interpreter.run("latent_norm_quant", *args, quantize_kv, Config(4, split, rows))
     expected = reference.latent_norm_quant(*args)
     assert_bitwise(got, expected if quantize_kv else (*expected[:4], None, None))
 
@@ -32,6 +42,14 @@ def check(
 @pytest.mark.parametrize("rounding", ["none", "inner", "once", "twice"])
 def test_every_rope_and_rounding(rope, rounding):
     check(activations(5, Q + C + R), QuantSpec(rounding=rounding, layout="col_tma"), rope=rope)
+
+
+@pytest.mark.parametrize("rope", ["interleaved", "half"])
+@pytest.mark.parametrize("rows", [2, 8])
+def test_several_rows_for_a_program(rows, rope):
+    for m in (1, 2, 9, 16):
+        positions = torch.arange(m).flip(0) if m % 2 else None
+        check(awkward(m, Q + C + R), QuantSpec(layout="col_tma"), rows=rows, rope=rope, positions=positions)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

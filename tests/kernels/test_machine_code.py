@@ -136,6 +136,32 @@ def test_every_access_is_wide_and_nothing_is_read_twice(name, k, choice, capabil
     assert_moved(code.widths("STG"), least, most)
 
 
+@pytest.mark.parametrize("rows", [4, 16])
+@pytest.mark.parametrize("name", ["norm", "add_norm_normed", "quant", "silu"])
+def test_several_rows_for_a_program(name, rows):
+    code = compiled(name, 512, Config(rows // 2, rows=rows), SM_90)
+    assert_clean(code)
+    assert_pdl_in_place(code)
+    assert set(code.widths("LDG")) == {128}
+    *values, scales = code.widths("STG")
+    assert scales == 32 and min(values) >= 64
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["norm", "add_norm"])
+def test_a_prefetch_stands_before_the_wait_and_reads_nothing(name, weight_dtype):
+    _, launch = LAUNCHES[name]
+    plain, prefetching = (
+        machine_code(rms_norm_quant, lambda c=c: launch(empty(4, 7168), c, weight_dtype=weight_dtype), SM_90)
+        for c in (Config(8), Config(8, prefetch=True))
+    )
+    assert_clean(prefetching)
+    assert_pdl_in_place(prefetching)
+    hints = prefetching.places("CCTL")
+    assert hints and hints[-1] < prefetching.places("ACQBULK")[0] and not plain.places("CCTL")
+    assert Counter(prefetching.widths("LDG")) == Counter(plain.widths("LDG"))
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", ["norm", "add_norm", "silu"])
 def test_what_is_not_asked_for_is_not_moved(name, capability):
@@ -191,7 +217,8 @@ def test_no_multiply_add_of_the_compilers_choice(name, capability):
 
 
 def test_no_pdl_before_hopper():
-    code = compiled("add_norm", 7168, Config(8), (8, 9))
+    code = compiled("add_norm", 7168, Config(8, prefetch=True), (8, 9))
+    assert not code.places("CCTL")  # without the wait there is nothing to stand before
     assert_clean(code)
     assert "griddepcontrol" not in code.ptx
     assert not code.options.launch_pdl

@@ -17,8 +17,9 @@ ROUNDINGS = ("none", "inner", "once", "twice")
 NAMED = [name for name in vars(specs) if name.isupper()]
 
 
-def check(x, residual, weight, spec, *, split=1, weight_offset=0.0, eps=1e-6):
-    got = interpreter.run("rms_norm_quant", x, residual, weight, eps, spec, weight_offset, True, Config(4, split))
+def check(x, residual, weight, spec, *, split=1, rows=1, weight_offset=0.0, eps=1e-6):
+    config = Config(4, split, rows)
+    got = interpreter.run("rms_norm_quant", x, residual, weight, eps, spec, weight_offset, True, config)
     if residual is None:
         data, scale, norm = reference.rms_norm_quant(x, weight, eps, spec, weight_offset)
         expected = data, scale, None, norm
@@ -47,6 +48,16 @@ def test_every_form(dtype, with_residual, layout, strided):
     for m, k in ((1, 1536), (3, 512), (9, 1536)):
         residual = awkward(m, k, dtype, seed=3) if with_residual else None
         check(activations(m, k, dtype, strided=strided), residual, weights(k, dtype), QuantSpec(layout=layout))
+
+
+@pytest.mark.parametrize("layout", ["row", "col_tma", "packed"])
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("k", [512, 1536])
+def test_several_rows_for_a_program(k, rows, layout):
+    spec = QuantSpec(layout=layout) if layout != "packed" else specs.DEEPGEMM_PACKED
+    for m in (1, 2, 9, 16):
+        x, residual = awkward(m, k, strided=True), activations(m, k, seed=1)
+        check(x, residual if m % 2 else None, weights(k), spec, rows=rows)
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import astuple, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,9 +17,11 @@ from normquant.bench.cases import Case, Inputs, inputs
 from normquant.bench.timing import Timing, sets_needed, time_calls
 from normquant.kernels.launch import Config
 
-Table = dict[str, dict[str, list[list[int]]]]
+Table = dict[str, dict[str, list[list[Any]]]]
 NOISE = 0.01  # a config must win by more than this to displace a neighbour's, so that the table stays short
-SPLIT_UP_TO = 128  # rows: above, there are more rows than multiprocessors and a split only reads a row twice
+PROGRAMS = 512  # a row is split only as long as there are no more programs than this, some four a multiprocessor
+PREFETCH_UP_TO = 64  # rows: above, a prefetch competes with the loads of the kernel before
+SEVERAL_FROM = 512  # rows: from here a program may take several
 SAMPLE_US = 300.0
 
 
@@ -26,13 +29,18 @@ def candidates(case: Case) -> Iterator[Config]:
     """The configs worth measuring: from 4 to 64 values a thread, and rows split only where they are few."""
     groups = case.k // case.spec.group
     independent = case.op in ("group_quant", "silu_mul_quant")
-    for split in (1, 2, 4, 8, 16):
-        if split > groups or (split > 1 and case.m > SPLIT_UP_TO and not independent):
-            continue
+    norm = case.op.endswith("rms_norm_quant")
+    splits = [s for s in (1, 2, 4, 8, 16) if s <= groups and (independent or s == 1 or s * case.m <= PROGRAMS)]
+    shapes = [(split, 1) for split in splits]
+    if case.m >= SEVERAL_FROM:
+        shapes += [(1, rows) for rows in (2, 4, 8, 16)]
+    for split, rows in shapes:
         for num_warps in (1, 2, 4, 8, 16, 32):
-            per_thread = (case.k // split if independent else case.k) / (32 * num_warps)
+            per_thread = (case.k // split if independent else case.k) * rows / (32 * num_warps)
             if 4 <= per_thread <= 64:
-                yield Config(num_warps, split)
+                yield Config(num_warps, split, rows)
+                if norm and case.m <= PREFETCH_UP_TO:
+                    yield Config(num_warps, split, prefetch=True)
 
 
 def launcher(case: Case) -> Callable[[Inputs, Config], object]:
@@ -66,35 +74,43 @@ def measure(case: Case, samples: int) -> dict[Config, Timing]:
 
 def precompile(cases: Sequence[Case]) -> None:
     """Compile every candidate of every (op, K) into Triton's cache, one process a core: compiling is most of tuning."""
-    pairs = {(case.op_name, case.k): replace(case, m=1) for case in cases}
-    with ProcessPoolExecutor(min(len(pairs), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        list(pool.map(_launch_all, pairs.values()))
+    wanted = {(case.op_name, case.k, config): case for case in cases for config in candidates(case)}
+    work = [(replace(case, m=2), config) for (_, _, config), case in wanted.items()]
+    with ProcessPoolExecutor(min(len(work), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        list(pool.map(_launch_once, work, chunksize=8))
 
 
-def _launch_all(case: Case) -> None:
-    launch, sample = launcher(case), inputs(case, 1)[0]
-    for config in candidates(case):
-        launch(sample, config)
+def _launch_once(work: tuple[Case, Config]) -> None:
+    case, config = work
+    launcher(case)(inputs(case, 1)[0], config)
     torch.cuda.synchronize()
 
 
-def choose(measured: Sequence[tuple[int, dict[Config, Timing]]]) -> list[list[int]]:
-    """[[largest M, num_warps, split], ...] from measurements at ascending M; the last row holds for every larger M.
+def choose(measured: Sequence[tuple[int, dict[Config, Timing]]]) -> list[list[Any]]:
+    """[[largest M, *config], ...] from measurements at ascending M; the last row holds for every larger M.
 
     A row keeps its neighbour's config unless another is faster by more than the noise.
     """
-    rows: list[list[int]] = []
+    rows: list[list[Any]] = []
     for m, times in measured:
         best = min(times, key=lambda config: times[config].us)
         if rows:
             previous = Config(*rows[-1][1:])
             if previous in times and times[previous].us <= times[best].us * (1 + NOISE):
                 best = previous
-        if rows and rows[-1][1:] == [best.num_warps, best.split]:
+        if rows and rows[-1][1:] == columns(best):
             rows[-1][0] = m
         else:
-            rows.append([m, best.num_warps, best.split])
+            rows.append([m, *columns(best)])
     return rows
+
+
+def columns(config: Config) -> list[Any]:
+    """A config as a row of the table holds it: its fields, without defaults at the end."""
+    values = list(astuple(config))
+    while len(values) > 2 and values[-1] == fields(config)[len(values) - 1].default:
+        values.pop()
+    return values
 
 
 def table_path(capability: tuple[int, int]) -> Path:
@@ -121,8 +137,7 @@ def tune(cases: Sequence[Case], samples: int, progress: Callable[[str], None]) -
         times = measure(case, samples)
         measured.setdefault((case.op_name, case.k), []).append((case.m, times))
         best = min(times, key=lambda config: times[config].us)
-        config = f"{best.num_warps} warps, split {best.split}"
-        progress(f"{case.op_name} k={case.k} m={case.m}: {times[best].us:.2f} us with {config}")
+        progress(f"{case.op_name} k={case.k} m={case.m}: {times[best].us:.2f} us with {best}")
         torch.cuda.empty_cache()
     table: Table = {}
     for (op, k), rows in measured.items():

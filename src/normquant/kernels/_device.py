@@ -31,6 +31,25 @@ def release_dependents(PDL: tl.constexpr):
 
 
 @triton.jit
+def prefetch_row(x_ptr, residual_ptr, weight_ptr, K: tl.constexpr, N: tl.constexpr):
+    # Asks the L2 for a row of K <= N values and the weight, so that they are there after the wait. A prefetch reads no
+    # value: what a predecessor is still writing is as safe as without it. Each lane asks for 128 bytes, of x, of the
+    # residual or of the weight, which has a second half of as many bytes where it is fp32.
+    LINES: tl.constexpr = N // 64
+    lane = tl.arange(0, 4 * LINES)
+    at = tl.minimum(lane % LINES * 128, K * 2 - 2)
+    address = x_ptr.to(tl.int64) + at
+    if residual_ptr is not None:
+        address = tl.where(lane // LINES == 1, residual_ptr.to(tl.int64) + at, address)
+    address = tl.where(lane // LINES == 2, weight_ptr.to(tl.int64) + at, address)
+    if weight_ptr.dtype.element_ty == tl.float32:
+        address = tl.where(lane // LINES == 3, weight_ptr.to(tl.int64) + K * 2 + at, address)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def row_offset(row, stride, STRIDE_UNIT: tl.constexpr):
     # The host passes stride / STRIDE_UNIT: the constant factor is what tells the compiler that a row start is aligned.
     return row.to(tl.int64) * stride * STRIDE_UNIT
@@ -45,15 +64,15 @@ def divide_by_constant(x, C: tl.constexpr, ON_CUDA: tl.constexpr):
 
 
 @triton.jit
+def reciprocal_approximate(s):
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [s], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def reciprocal(s, ON_CUDA: tl.constexpr):
     # 1/s for s >= 2**-64 as hi + lo, hi below 1/s and lo >= 0: from any approximate reciprocal, one residual gives
     # twice its bits. For an inf scale the residual leaves out inf * 0, which is NaN.
-    if ON_CUDA:
-        approximate = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [s], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        approximate = 1.0 / s
+    approximate = reciprocal_approximate(s) if ON_CUDA else 1.0 / s
     hi = approximate * BELOW_ONE
     finite = tl.where(s < float("inf"), s, 0.0)
     return hi, hi * tl.fma(finite * -1.0, hi, 1.0)
@@ -74,14 +93,19 @@ def sum_pairs(s, N: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def sum_of_squares(h, N: tl.constexpr, LOG_N: tl.constexpr, LOG_WARP: tl.constexpr):
-    # h with N = 2**LOG_N values, fp32 -> the scalar sum, in the order of reference.sum_of_squares.
+def sums_of_squares(h, ROWS: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr, LOG_WARP: tl.constexpr):
+    # h, ROWS rows of N = 2**LOG_N values, fp32 -> [ROWS], or a scalar of one row, in the order of
+    # reference.sum_of_squares.
     # 2**LOG_WARP neighbours lie in one warp, whose levels of the tree need no exchange. A gather over its own axis then
     # brings what is left into every warp at once: one exchange instead of one for each level that is still to come.
-    LEFT: tl.constexpr = N >> LOG_WARP
-    s = sum_pairs(tl.reshape(h * h, (N,)), N, LOG_WARP)  # [LEFT]
-    s = tl.gather(s, tl.arange(0, LEFT), axis=0)
-    return tl.sum(sum_pairs(s, LEFT, LOG_N - LOG_WARP), axis=0)
+    LEFT: tl.constexpr = ROWS * N >> LOG_WARP
+    s = sum_pairs(tl.reshape(h * h, (ROWS * N,)), ROWS * N, LOG_WARP)  # [LEFT]
+    if LOG_WARP < LOG_N:
+        s = tl.gather(s, tl.arange(0, LEFT), axis=0)
+        s = sum_pairs(s, LEFT, LOG_N - LOG_WARP)
+    if ROWS == 1:
+        s = tl.sum(s, axis=0)
+    return s
 
 
 @triton.jit
@@ -151,89 +175,159 @@ def quantize(y, SPEC: tl.constexpr, ON_CUDA: tl.constexpr):
 
 
 @triton.jit
-def store_scale(scale_ptr, s, row, first, m, scale_rows, K: tl.constexpr, SPEC: tl.constexpr, G: tl.constexpr):
-    # s [G] fp32: the scales of groups first .. first + G of one row, as far as the row has them.
-    GROUPS: tl.constexpr = K // SPEC.group
-    group = first + tl.arange(0, G)
+def scale_values(s, inside, SPEC: tl.constexpr, G: tl.constexpr):
+    # s [G] fp32, inside [G]: the groups that the row has -> what is stored: s, or [G/4] int32 of four exponents each.
     if SPEC.scale == "ue8m0_packed":
-        exponent = tl.where(group < GROUPS, (s.to(tl.int32, bitcast=True) >> 23) & 0xFF, 0)
-        shifted = tl.reshape(exponent, (G // 4, 4)) << (8 * tl.arange(0, 4))[None, :]
-        value = tl.sum(shifted, axis=1)  # [G/4] int32, four exponents each
-        column = first // 4 + tl.arange(0, G // 4)
-        mask = column < (GROUPS + 3) // 4
+        exponent = tl.where(inside, (s.to(tl.int32, bitcast=True) >> 23) & 0xFF, 0)
+        value = tl.sum(tl.reshape(exponent, (G // 4, 4)) << (8 * tl.arange(0, 4))[None, :], axis=1)
     else:
         value = s
-        column = group
-        mask = column < GROUPS
+    return value
+
+
+@triton.jit
+def store_scale(
+    scale_ptr, value, row, column, mask, may_be_last, m, scale_rows, COLUMNS: tl.constexpr, SPEC: tl.constexpr
+):
+    # value, column, mask [N]: what scale_values gives, of one row or each of its own. may_be_last: row m - 1 is there.
     if SPEC.layout == "row":
-        tl.store(scale_ptr + row.to(tl.int64) * GROUPS + column, value, mask=mask)
+        tl.store(scale_ptr + row.to(tl.int64) * COLUMNS + column, value, mask=mask)
     else:
         at = scale_ptr + column.to(tl.int64) * scale_rows + row
         tl.store(at, value, mask=mask)
         if SPEC.layout == "col_tma":
-            if row == m - 1:  # the last row zeroes the at most three rows of padding below it
+            if may_be_last:  # the last row zeroes the at most three rows of padding below it
                 for pad in tl.static_range(1, 4):
-                    tl.store(at + pad, tl.zeros_like(value), mask=mask & (row + pad < scale_rows))
+                    tl.store(at + pad, tl.zeros_like(value), mask=mask & (row == m - 1) & (row + pad < scale_rows))
 
 
 @triton.jit
-def load_sum(x_ptr, residual_ptr, at, K: tl.constexpr):
-    h = tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
+def rows_and_columns(first, N: tl.constexpr, COLUMNS: tl.constexpr):
+    # Row and column, [N] each, of N neighbours from `first` on in a matrix whose elements are numbered row by row.
+    index = first + tl.arange(0, N)
+    return index // COLUMNS, index % COLUMNS
+
+
+@triton.jit
+def own_groups(m, K: tl.constexpr, SPEC: tl.constexpr, BLOCK_G: tl.constexpr):
+    # This program's groups, of one row or several: row [G, 1], column of each value [G, group], which there are [G, 1].
+    PER: tl.constexpr = SPEC.scales_per_element
+    COLUMNS: tl.constexpr = (K // SPEC.group + PER - 1) // PER
+    row, group = rows_and_columns(tl.program_id(0) * BLOCK_G, BLOCK_G, COLUMNS * PER)
+    column = group[:, None] * SPEC.group + tl.arange(0, SPEC.group)[None, :]
+    return row[:, None], column, ((row < m) & (group < K // SPEC.group))[:, None]
+
+
+@triton.jit
+def quantize_groups(
+    y, data_ptr, scale_ptr, m, scale_rows,
+    K: tl.constexpr, SPEC: tl.constexpr, BLOCK_G: tl.constexpr, ON_CUDA: tl.constexpr,
+):  # fmt: skip
+    # y [G, group] fp32, the values of own_groups -> both outputs.
+    row, column, there = own_groups(m, K, SPEC, BLOCK_G)
+    q, s = quantize(y, SPEC, ON_CUDA)
+    tl.store(data_ptr + row.to(tl.int64) * K + column, q, mask=there)
+    PER: tl.constexpr = SPEC.scales_per_element
+    COLUMNS: tl.constexpr = (K // SPEC.group + PER - 1) // PER
+    N: tl.constexpr = BLOCK_G // PER  # stored scales
+    value = scale_values(s, tl.reshape(there, (BLOCK_G,)), SPEC, BLOCK_G)
+    row, column = rows_and_columns(tl.program_id(0) * N, N, COLUMNS)
+    may_be_last = (tl.program_id(0) + 1) * N > (m - 1) * COLUMNS
+    store_scale(scale_ptr, value, row, column, row < m, may_be_last, m, scale_rows, COLUMNS, SPEC)
+
+
+@triton.jit
+def row_tile(first_row, first, m, K: tl.constexpr, SPEC: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr):
+    # G groups of each of ROWS rows: row, scalar or [ROWS * G, 1]; column [ROWS * G, group]; which of them there are.
+    if ROWS == 1:
+        row = first_row
+        group = first + tl.arange(0, G)
+        inside = group[:, None] * SPEC.group < K
+    else:
+        local, group = rows_and_columns(0, ROWS * G, G)
+        row = (first_row + local)[:, None]
+        inside = (row < m) & (group[:, None] * SPEC.group < K)
+    column = group[:, None] * SPEC.group + tl.arange(0, SPEC.group)[None, :]
+    return row, column, inside
+
+
+@triton.jit
+def load_sum(x_ptr, residual_ptr, row, column, inside, stride_xm, stride_rm, STRIDE_UNIT: tl.constexpr):
+    h = tl.load(x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + column, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        h += tl.load(residual_ptr + at, mask=at < K, other=0.0).to(tl.float32)
+        at = residual_ptr + row_offset(row, stride_rm, STRIDE_UNIT) + column
+        h += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     return h
 
 
 @triton.jit
-def norm_quant_row(
-    x_ptr,  # the row's K values, bf16 or fp16
-    residual_ptr,  # the same of the residual, or None
+def norm_quant_rows(
+    x_ptr,  # [M, K] bf16 or fp16, any row stride
+    residual_ptr,  # [M, K] like x, or None
     weight_ptr,  # [K] bf16, fp16 or fp32
     data_ptr,  # [M, K] fp8, or None: no quantization
     scale_ptr,
     sum_ptr,  # [M, K] like x for x + residual, or None
     norm_ptr,  # [M, K] like x for the norm, or None
-    row,
-    first,  # the first of BLOCK_G groups that are written
+    stride_xm,
+    stride_rm,
+    first_row,  # the first of ROWS rows
+    first,  # the first of BLOCK_G groups that are written of each
     m,
     scale_rows,
     eps,
     weight_offset: tl.constexpr,
     K: tl.constexpr,
     SPEC: tl.constexpr,
+    ROWS: tl.constexpr,  # more than one only where BLOCK_G is all of GROUPS
     GROUPS: tl.constexpr,  # groups of a row, rounded up to a power of two
     LOG_N: tl.constexpr,  # log2 of GROUPS times the group
     LOG_WARP: tl.constexpr,  # log2 of the neighbours that one warp holds
     BLOCK_G: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    # The whole row is read for the sum of squares, and all loads stand before the first store.
+    # Whole rows are read for the sums of squares, and all loads stand before the first store.
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    in_group = tl.arange(0, SPEC.group)[None, :]
-    whole = tl.arange(0, GROUPS)[:, None] * SPEC.group + in_group  # [GROUPS, group]
-    own = (first + tl.arange(0, BLOCK_G)[:, None]) * SPEC.group + in_group  # [BLOCK_G, group]
-    h = load_sum(x_ptr, residual_ptr, whole, K)
+    row, column, inside = row_tile(first_row, first, m, K, SPEC, ROWS, BLOCK_G)
+    h_own = load_sum(x_ptr, residual_ptr, row, column, inside, stride_xm, stride_rm, STRIDE_UNIT)
     if BLOCK_G == GROUPS:
-        h_own = h
+        h = h_own
     else:
-        h_own = load_sum(x_ptr, residual_ptr, own, K)
-    w = tl.load(weight_ptr + own, mask=own < K, other=0.0).to(tl.float32)
+        _, whole, in_row = row_tile(first_row, 0, m, K, SPEC, ROWS, GROUPS)
+        h = load_sum(x_ptr, residual_ptr, row, whole, in_row, stride_xm, stride_rm, STRIDE_UNIT)
+    w = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32)
     release_dependents(PDL)
 
-    out = row.to(tl.int64) * K + own
+    out = row.to(tl.int64) * K + column
     if sum_ptr is not None:
-        tl.store(sum_ptr + out, h_own.to(DTYPE), mask=own < K)
+        tl.store(sum_ptr + out, h_own.to(DTYPE), mask=inside)
         if SPEC.sum == "rounded":
             h = h.to(DTYPE).to(tl.float32)
             h_own = h_own.to(DTYPE).to(tl.float32)
     if weight_offset != 0.0:
         w += weight_offset
-    mean = divide_by_constant(sum_of_squares(h, GROUPS * SPEC.group, LOG_N, LOG_WARP), K, ON_CUDA)
-    y = scale_by_weight(h_own * tl.rsqrt(mean + eps), w, SPEC, DTYPE, ON_CUDA)
+    mean = divide_by_constant(sums_of_squares(h, ROWS, GROUPS * SPEC.group, LOG_N, LOG_WARP), K, ON_CUDA)
+    rstd = tl.rsqrt(mean + eps)  # scalar, or [ROWS]
+    if ROWS > 1:
+        rstd = tl.reshape(tl.broadcast_to(rstd[:, None], (ROWS, GROUPS)), (ROWS * GROUPS, 1))
+    y = scale_by_weight(h_own * rstd, w, SPEC, DTYPE, ON_CUDA)
     if norm_ptr is not None:
-        tl.store(norm_ptr + out, y.to(DTYPE), mask=own < K)
+        tl.store(norm_ptr + out, y.to(DTYPE), mask=inside)
     if data_ptr is not None:
         q, s = quantize(y, SPEC, ON_CUDA)
-        tl.store(data_ptr + out, q, mask=own < K)
-        store_scale(scale_ptr, s, row, first, m, scale_rows, K, SPEC, BLOCK_G)
+        tl.store(data_ptr + out, q, mask=inside)
+        PER: tl.constexpr = SPEC.scales_per_element
+        COLUMNS: tl.constexpr = (K // SPEC.group + PER - 1) // PER
+        value = scale_values(s, tl.reshape(inside, (ROWS * BLOCK_G,)), SPEC, ROWS * BLOCK_G)
+        if ROWS == 1:
+            at_row = first_row
+            at_column = first // PER + tl.arange(0, BLOCK_G // PER)
+            there = at_column < COLUMNS
+        else:
+            local, at_column = rows_and_columns(0, ROWS * GROUPS // PER, GROUPS // PER)
+            at_row = first_row + local
+            there = (at_row < m) & (at_column < COLUMNS)
+        may_be_last = first_row + ROWS >= m
+        store_scale(scale_ptr, value, at_row, at_column, there, may_be_last, m, scale_rows, COLUMNS, SPEC)

@@ -4,7 +4,8 @@
 
 Bytes moved per row of K bf16 values, group 128, fp32 scales: read 2K, written K + K/32.
 
-Grid: (M, split). Groups are independent, so a program quantizes `BLOCK_G` groups of one row.
+Grid: groups / BLOCK_G. Groups are independent, so they are numbered through all rows and a program takes `BLOCK_G`
+neighbours, whether of one row or of several: no thread is left without work where a row is no power of two.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from normquant.kernels._device import quantize, release_dependents, row_offset, store_scale, wait_for_predecessor
-from normquant.kernels.launch import Config, on_device, own_groups, stride_unit, target
+from normquant.kernels._device import own_groups, quantize_groups, release_dependents, row_offset, wait_for_predecessor
+from normquant.kernels.launch import Config, group_blocks, on_device, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -34,15 +35,12 @@ def group_quant_kernel(
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    first = tl.program_id(1) * BLOCK_G
-    own = (first + tl.arange(0, BLOCK_G)[:, None]) * SPEC.group + tl.arange(0, SPEC.group)[None, :]  # [BLOCK_G, group]
+    row, column, there = own_groups(m, K, SPEC, BLOCK_G)
+    at = row_offset(row, stride_xm, STRIDE_UNIT) + column  # [BLOCK_G, group]
     wait_for_predecessor(PDL)
-    x = tl.load(x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + own, mask=own < K, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
     release_dependents(PDL)
-    q, s = quantize(x, SPEC, ON_CUDA)
-    tl.store(data_ptr + row.to(tl.int64) * K + own, q, mask=own < K)
-    store_scale(scale_ptr, s, row, first, m, scale_rows, K, SPEC, BLOCK_G)
+    quantize_groups(x, data_ptr, scale_ptr, m, scale_rows, K, SPEC, BLOCK_G, ON_CUDA)
 
 
 def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,10 +52,10 @@ def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) 
     if m == 0:
         return data, scale
     config = config or choose_config("group_quant", k, m, where.capability)
-    block_g, programs = own_groups(k, spec, config)
+    block_g, programs = group_blocks(m, k, spec, config)
     unit = stride_unit(x)
     with on_device(x.device):
-        group_quant_kernel[(m, programs)](
+        group_quant_kernel[(programs,)](
             x,
             data,
             scale,

@@ -10,7 +10,7 @@ A row of the projection is [q_a | kv_a | k_pe], 1536 + 512 + 64 values for DeepS
 Bytes moved per row in bf16, with Q, C and R the three widths, group 128, fp32 scales: read 2(Q + C + R) and 2R of cos
 and sin; written Q + Q/32 + 2C + 2R, and C + C/32 more with quantized kv_a.
 
-Grid: (M, split + 1). The last program of a row does kv_a and k_pe, the others share q_a as in `rms_norm_quant`.
+Grid: (M / rows, split + 1). The last program of a row does kv_a and k_pe, the others share q_a as in `rms_norm_quant`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from normquant.kernels._device import norm_quant_row, row_offset, wait_for_predecessor
+from normquant.kernels._device import norm_quant_rows, row_offset, wait_for_predecessor
 from normquant.kernels.launch import (
     Config,
     log2,
@@ -60,6 +60,7 @@ def latent_norm_quant_kernel(
     R: tl.constexpr,
     ROPE: tl.constexpr,
     SPEC: tl.constexpr,
+    ROWS: tl.constexpr,  # rows of a program, a power of two
     Q_GROUPS: tl.constexpr,
     LOG_Q: tl.constexpr,
     LOG_Q_WARP: tl.constexpr,
@@ -72,39 +73,41 @@ def latent_norm_quant_kernel(
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    first_row = tl.program_id(0) * ROWS
     part = tl.program_id(1)
-    x_ptr += row_offset(row, stride_xm, STRIDE_UNIT)
     wait_for_predecessor(PDL)
     if part < tl.num_programs(1) - 1:
-        norm_quant_row(
-            x_ptr, None, q_weight_ptr, q_data_ptr, q_scale_ptr, None, None, row, part * BLOCK_G, m, scale_rows, eps,
-            0.0, Q, SPEC, Q_GROUPS, LOG_Q, LOG_Q_WARP, BLOCK_G, PDL, ON_CUDA,
+        norm_quant_rows(
+            x_ptr, None, q_weight_ptr, q_data_ptr, q_scale_ptr, None, None, stride_xm, 0, first_row, part * BLOCK_G, m,
+            scale_rows, eps, 0.0, Q, SPEC, ROWS, Q_GROUPS, LOG_Q, LOG_Q_WARP, BLOCK_G, STRIDE_UNIT, PDL, ON_CUDA,
         )  # fmt: skip
     else:
         # k_pe is stored last, so that its loads do not keep those of kv_a waiting behind a store
+        row = first_row + tl.arange(0, ROWS)[:, None]
         u, v = rotate(
-            x_ptr + Q + C, cos_ptr, sin_ptr, position_ptr, row, stride_cos, stride_sin, R, R_BLOCK, ROPE, SPEC
-        )
-        norm_quant_row(
-            x_ptr + Q, None, kv_weight_ptr, kv_data_ptr, kv_scale_ptr, None, kv_norm_ptr, row, 0, m, scale_rows, eps,
-            0.0, C, SPEC, C_GROUPS, LOG_C, LOG_C_WARP, C_GROUPS, PDL, ON_CUDA,
+            x_ptr + Q + C + row_offset(row, stride_xm, STRIDE_UNIT), cos_ptr, sin_ptr, position_ptr, row, m,
+            stride_cos, stride_sin, R, R_BLOCK, ROPE, SPEC,
         )  # fmt: skip
-        store_pairs(k_pe_ptr + row.to(tl.int64) * R, u, v, R, R_BLOCK, ROPE == "interleaved")
+        norm_quant_rows(
+            x_ptr + Q, None, kv_weight_ptr, kv_data_ptr, kv_scale_ptr, None, kv_norm_ptr, stride_xm, 0, first_row, 0, m,
+            scale_rows, eps, 0.0, C, SPEC, ROWS, C_GROUPS, LOG_C, LOG_C_WARP, C_GROUPS, STRIDE_UNIT, PDL, ON_CUDA,
+        )  # fmt: skip
+        store_pairs(k_pe_ptr + row.to(tl.int64) * R, u, v, row < m, R, R_BLOCK, ROPE == "interleaved")
 
 
 @triton.jit
 def rotate(
-    x_ptr, cos_ptr, sin_ptr, position_ptr, row, stride_cos, stride_sin,
+    x_ptr, cos_ptr, sin_ptr, position_ptr, row, m, stride_cos, stride_sin,
     R: tl.constexpr, R_BLOCK: tl.constexpr, ROPE: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    # Pairs (a, b) of R values turned by the row's angles -> [R/2] first and second halves of the pairs, in x's dtype.
+    # x_ptr, row [ROWS, 1]. Pairs (a, b) of R values turned by the row's angles -> [ROWS, R/2] firsts and seconds of the
+    # pairs, in x's dtype.
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    i = tl.arange(0, R_BLOCK)  # [R/2, padded]
-    mask = i < R // 2
+    i = tl.arange(0, R_BLOCK)[None, :]  # R/2, padded
+    mask = (i < R // 2) & (row < m)
     position = row.to(tl.int64)
     if position_ptr is not None:
-        position = tl.load(position_ptr + row).to(tl.int64)
+        position = tl.load(position_ptr + row, mask=row < m, other=0).to(tl.int64)
     if ROPE == "half":
         first = i
         second = i + R // 2
@@ -121,16 +124,16 @@ def rotate(
 
 
 @triton.jit
-def store_pairs(out_ptr, u, v, R: tl.constexpr, R_BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    i = tl.arange(0, R_BLOCK)  # [R/2, padded]
+def store_pairs(out_ptr, u, v, there, R: tl.constexpr, R_BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    i = tl.arange(0, R_BLOCK)[None, :]  # R/2, padded
     if INTERLEAVED:
         first = 2 * i
         second = 2 * i + 1
     else:
         first = i
         second = i + R // 2
-    tl.store(out_ptr + first, u, mask=i < R // 2)
-    tl.store(out_ptr + second, v, mask=i < R // 2)
+    tl.store(out_ptr + first, u, mask=there & (i < R // 2))
+    tl.store(out_ptr + second, v, mask=there & (i < R // 2))
 
 
 @triton.jit
@@ -172,7 +175,7 @@ def latent_norm_quant(
     c_groups = row_groups(c, spec, own_groups(c, spec, Config(config.num_warps))[0])
     unit = stride_unit(x)
     with on_device(x.device):
-        latent_norm_quant_kernel[(m, programs + 1)](
+        latent_norm_quant_kernel[(-(-m // config.rows), programs + 1)](
             x,
             q_weight,
             kv_weight,
@@ -191,6 +194,7 @@ def latent_norm_quant(
             R=r,
             ROPE=rope,
             SPEC=spec,
+            ROWS=config.rows,
             Q_GROUPS=q_groups,
             LOG_Q=log2(q_groups * spec.group),
             LOG_Q_WARP=log_warp(q_groups * spec.group, block_g == q_groups, config),

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import torch
 
@@ -24,10 +25,20 @@ PDL_CAPABILITY = (9, 0)  # the first with programmatic dependent launch
 
 @dataclass(frozen=True)
 class Config:
-    """num_warps of a program, and over how many programs a row is split."""
+    """num_warps of a program, over how many programs a row is split, and how many rows a program takes.
+
+    rows: a power of two, one where a row is split. prefetch: whether a norm asks the L2 for its row while the kernel
+    before it is still running, which pays where few rows leave the GPU idle.
+    """
 
     num_warps: int
     split: int = 1
+    rows: int = 1
+    prefetch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rows > 1 and (self.split > 1 or self.prefetch):
+            raise ValueError(f"{self}: several rows for a program go with neither a split nor a prefetch")
 
 
 @dataclass(frozen=True)
@@ -74,18 +85,27 @@ def config(op: str, k: int, m: int, capability: tuple[int, int] | None) -> Confi
     return configs[bisect_left(limits, m)] if configs else _rule(op, k, m)
 
 
+def configs(op: str, k: int, capability: tuple[int, int] | None) -> list[Config]:
+    """Every config that `op` has for rows of k values, however many rows there are."""
+    _, table = _rows(op, k, capability)
+    return list(dict.fromkeys(table or [_rule(op, k, m) for m in _RULE_CHANGES]))
+
+
 @cache
 def _rows(op: str, k: int, capability: tuple[int, int] | None) -> tuple[list[int], list[Config]]:
     # The largest M of each row but the last, which has no upper limit, and the rows' configs; none without a table.
     rows = _table(capability).get(op, {}).get(str(k), []) if capability else []
-    return [row[0] for row in rows[:-1]], [Config(num_warps, split) for _, num_warps, split in rows]
+    return [row[0] for row in rows[:-1]], [Config(*row[1:]) for row in rows]
 
 
 @cache
-def _table(capability: tuple[int, int]) -> dict[str, dict[str, list[list[int]]]]:
-    # {op: {K: [[largest M, num_warps, split], ...]}}, ascending in M
+def _table(capability: tuple[int, int]) -> dict[str, dict[str, list[list[Any]]]]:
+    # {op: {K: [[largest M, *fields of a Config], ...]}}, defaults at the end left out, ascending in M
     file = resources.files("normquant.kernels") / "configs" / f"sm{capability[0]}{capability[1]}.json"
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+_RULE_CHANGES = (1, 17, 257)  # rows from which the rule gives another config
 
 
 def _rule(op: str, k: int, m: int) -> Config:
@@ -97,12 +117,12 @@ def _rule(op: str, k: int, m: int) -> Config:
 
 
 def log_warp(n: int, stores: bool, config: Config) -> int:
-    """log2 of how many neighbours of a tile of n values one warp holds, in the layout that Triton gives the tile.
+    """log2 of how many neighbours in a row of n values one warp holds, in the layout that Triton gives the tile.
 
     A thread has 16 neighbours, the width of an fp8 store, or 8 where the tile is only loaded or there are more threads.
     A wrong answer costs time and no bit of the result.
     """
-    per_thread = max(1, min(16 if stores else 8, n // (32 * config.num_warps)))
+    per_thread = max(1, min(16 if stores else 8, config.rows * n // (32 * config.num_warps)))
     return min(log2(n), log2(32 * power_of_two(per_thread)))
 
 
@@ -118,9 +138,15 @@ def own_groups(k: int, spec: QuantSpec, config: Config) -> tuple[int, int]:
     """Groups that one program writes, a power of two, and how many programs then cover a row of k values."""
     groups = k // spec.group
     block = power_of_two(-(-groups // config.split))
-    if spec.scale == "ue8m0_packed":
-        block = max(4, block)  # a program writes whole int32
+    block = max(spec.scales_per_element, block)  # a program writes whole elements of the scale
     return block, -(-groups // block)
+
+
+def group_blocks(m: int, k: int, spec: QuantSpec, config: Config) -> tuple[int, int]:
+    """The same where a program takes neighbouring groups of any rows: its groups, and programs for all m rows."""
+    block = own_groups(k, spec, config)[0] * config.rows
+    per = spec.scales_per_element
+    return block, -(-m * spec.scale_shape(m, k)[1] * per // block)
 
 
 def row_groups(k: int, spec: QuantSpec, block_g: int) -> int:

@@ -8,15 +8,16 @@
 Bytes moved per row of K bf16 values, group 128, fp32 scales: read 2K, or 4K with a residual; written K + K/32, and 2K
 more for each of the stored residual sum and norm. The weight (2K) is read by every program but stays in the L2.
 
-Grid: (M, split). A program reads the whole row for the sum of squares and writes `BLOCK_G` groups of it, so at small M
-a row is shared by several programs; every split gives the same bits, since the order of the sum is fixed.
+Grid: (M / rows, split). A program reads whole rows for their sums of squares. At small M several programs share a row,
+each of which writes `BLOCK_G` groups of it; at large M and small K one program takes several rows. Every config gives
+the same bits, since the order of the sum is fixed.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from normquant.kernels._device import norm_quant_row, row_offset, wait_for_predecessor
+from normquant.kernels._device import norm_quant_rows, prefetch_row, row_offset, wait_for_predecessor
 from normquant.kernels.launch import Config, log2, log_warp, on_device, own_groups, row_groups, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
@@ -39,20 +40,25 @@ def rms_norm_quant_kernel(
     weight_offset: tl.constexpr,
     K: tl.constexpr,
     SPEC: tl.constexpr,
+    ROWS: tl.constexpr,  # rows of a program, a power of two
     GROUPS: tl.constexpr,  # groups of a row, rounded up to a power of two
     LOG_N: tl.constexpr,  # log2 of GROUPS times the group
     LOG_WARP: tl.constexpr,  # log2 of the neighbouring values that one warp holds
     BLOCK_G: tl.constexpr,  # groups that a program writes, a power of two
+    PREFETCH: tl.constexpr,  # into the L2, before the wait for the predecessor
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    x_ptr += row_offset(row, stride_xm, STRIDE_UNIT)
-    if residual_ptr is not None:
-        residual_ptr += row_offset(row, stride_rm, STRIDE_UNIT)
+    if PREFETCH:
+        first = tl.program_id(0) * ROWS
+        x_row = x_ptr + row_offset(first, stride_xm, STRIDE_UNIT)
+        residual_row = residual_ptr
+        if residual_ptr is not None:
+            residual_row += row_offset(first, stride_rm, STRIDE_UNIT)
+        prefetch_row(x_row, residual_row, weight_ptr, K, GROUPS * SPEC.group)
     wait_for_predecessor(PDL)
-    norm_quant_row(
+    norm_quant_rows(
         x_ptr,
         residual_ptr,
         weight_ptr,
@@ -60,7 +66,9 @@ def rms_norm_quant_kernel(
         scale_ptr,
         sum_ptr,
         norm_ptr,
-        row,
+        stride_xm,
+        stride_rm,
+        tl.program_id(0) * ROWS,
         tl.program_id(1) * BLOCK_G,
         m,
         scale_rows,
@@ -68,10 +76,12 @@ def rms_norm_quant_kernel(
         weight_offset,
         K,
         SPEC,
+        ROWS,
         GROUPS,
         LOG_N,
         LOG_WARP,
         BLOCK_G,
+        STRIDE_UNIT,
         PDL,
         ON_CUDA,
     )
@@ -107,7 +117,7 @@ def rms_norm_quant(
     groups = row_groups(k, spec, block_g)
     unit = stride_unit(x, residual)
     with on_device(x.device):
-        rms_norm_quant_kernel[(m, programs)](
+        rms_norm_quant_kernel[(-(-m // config.rows), programs)](
             x,
             residual,
             weight,
@@ -123,10 +133,12 @@ def rms_norm_quant(
             weight_offset,
             K=k,
             SPEC=spec,
+            ROWS=config.rows,
             GROUPS=groups,
             LOG_N=log2(groups * spec.group),
             LOG_WARP=log_warp(groups * spec.group, block_g == groups, config),
             BLOCK_G=block_g,
+            PREFETCH=config.prefetch and where.pdl,
             STRIDE_UNIT=unit,
             PDL=where.pdl,
             ON_CUDA=where.on_cuda,

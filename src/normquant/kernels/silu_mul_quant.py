@@ -5,7 +5,7 @@
 
 Bytes moved per row of 2K bf16 values, group 128, fp32 scales: read 4K, written K + K/32.
 
-Grid: (M, split). Groups are independent, so a program quantizes `BLOCK_G` groups of one row.
+Grid: groups / BLOCK_G, as in `group_quant`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
 from normquant.kernels._device import (
-    quantize,
+    own_groups,
+    quantize_groups,
+    reciprocal_approximate,
     release_dependents,
     row_offset,
     scale_by_weight,
-    store_scale,
     wait_for_predecessor,
 )
-from normquant.kernels.launch import Config, on_device, own_groups, stride_unit, target
+from normquant.kernels.launch import Config, group_blocks, on_device, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -43,25 +44,37 @@ def silu_mul_quant_kernel(
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    first = tl.program_id(1) * BLOCK_G
-    own = (first + tl.arange(0, BLOCK_G)[:, None]) * SPEC.group + tl.arange(0, SPEC.group)[None, :]  # [BLOCK_G, group]
-    x_ptr += row_offset(row, stride_xm, STRIDE_UNIT)
+    row, column, there = own_groups(m, K, SPEC, BLOCK_G)
+    at = row_offset(row, stride_xm, STRIDE_UNIT) + column  # [BLOCK_G, group]
     wait_for_predecessor(PDL)
-    gate = tl.load(x_ptr + own, mask=own < K, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + K + own, mask=own < K, other=0.0).to(tl.float32)
+    gate = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + K + at, mask=there, other=0.0).to(tl.float32)
     release_dependents(PDL)
     y = scale_by_weight(silu(gate, ON_CUDA), up, SPEC, x_ptr.dtype.element_ty, ON_CUDA)
-    q, s = quantize(y, SPEC, ON_CUDA)
-    tl.store(data_ptr + row.to(tl.int64) * K + own, q, mask=own < K)
-    store_scale(scale_ptr, s, row, first, m, scale_rows, K, SPEC, BLOCK_G)
+    quantize_groups(y, data_ptr, scale_ptr, m, scale_rows, K, SPEC, BLOCK_G, ON_CUDA)
 
 
 @triton.jit
 def silu(g, ON_CUDA: tl.constexpr):
     # expf and the division are those of torch's CUDA kernel: the approximate ones would move values across a rounding.
-    e = libdevice.exp(g * -1.0) if ON_CUDA else tl.exp(g * -1.0)
-    return tl.div_rn(g, 1.0 + e)
+    if ON_CUDA:
+        return divide(g, 1.0 + libdevice.exp(g * -1.0))
+    return tl.div_rn(g, 1.0 + tl.exp(g * -1.0))
+
+
+@triton.jit
+def divide(g, d):
+    # g / d for d >= 1 as IEEE division has it, without the branch of tl.div_rn: the same steps, from an approximate
+    # reciprocal through two residuals. d / 4 keeps that reciprocal out of the denormals, which the hardware flushes.
+    c = d * 0.25
+    approximate = reciprocal_approximate(c)
+    r = tl.fma(approximate, tl.fma(c * -1.0, approximate, 1.0), approximate)
+    q = g * r
+    for _ in tl.static_range(2):  # written so that a residual of zero leaves the sign of zero
+        excess = tl.fma(c, q, g * -1.0)
+        q = tl.fma(excess * -1.0, r, q)
+    # One, inf and NaN as d: residuals would be inf * 0 for some g, and the approximate reciprocal is exact.
+    return tl.where((d > 1.0) & (d < float("inf")), q * 0.25, g * (approximate * 0.25))
 
 
 def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,10 +86,10 @@ def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = Non
     if m == 0:
         return data, scale
     config = config or choose_config("silu_mul_quant", k, m, where.capability)
-    block_g, programs = own_groups(k, spec, config)
+    block_g, programs = group_blocks(m, k, spec, config)
     unit = stride_unit(x)
     with on_device(x.device):
-        silu_mul_quant_kernel[(m, programs)](
+        silu_mul_quant_kernel[(programs,)](
             x,
             data,
             scale,
