@@ -39,7 +39,7 @@ def test_a_record_has_no_problems():
         ({"us": 9.0}, "us is outside of us_p10 .. us_p90"),
         ({"gbps": 3.0}, "gbps is not bytes / us"),
         ({"extra": 1}, "unknown extra"),
-        ({"suite": "poems"}, "unknown suite 'poems'; known: kernels, layer"),
+        ({"suite": "poems"}, "unknown suite 'poems'; known: kernels, layer, vllm"),
     ],
 )
 def test_problems_are_named(change, problem):

@@ -9,19 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from normquant.bench import vllm_command
+from normquant.bench.arguments import integers
 from normquant.bench.cases import MS, OPS, Case, kernel_cases
 from normquant.bench.records import KernelRecord, Record, writing
-
-
-def integers(text: str) -> tuple[int, ...]:
-    """'1,64' -> (1, 64), an argparse type."""
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers; 1,64,1024 is one") from None
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: sizes start at 1")
-    return values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layer.add_argument("--models", help="comma-separated (default: all)")
     layer.add_argument("--m", type=integers, metavar="M,...", help="tokens (default: 1,16,64,1024,8192)")
     layer.add_argument("--samples", type=int, default=21, help="samples of each timing (default: 21)")
-    for suite in (kernels, layer):
+    vllm = suites.add_parser("vllm", help="vLLM serving a DeepSeek-R1 shard: as it comes, unfused, and with normquant")
+    vllm_command.add_arguments(vllm)
+    for suite in (kernels, layer, vllm):
         suite.add_argument("--output", type=Path, metavar="FILE", help="write the records here, one JSON object a line")
 
 
@@ -68,6 +61,8 @@ def grid_cases(args: argparse.Namespace) -> list[Case]:
 def run(args: argparse.Namespace) -> int:
     """Measure, print a line a case, write the records."""
     need_gpu()
+    if args.suite == "vllm":
+        return vllm_command.run(args)
     start, count = time.monotonic(), 0
     with writing(args.output) if args.output else nullcontext(len) as add:
         for new, text in {"kernels": kernel_suite, "layer": layer_suite}[args.suite](args):

@@ -82,8 +82,53 @@ class LayerRecord:
     command: str
 
 
-Record = KernelRecord | LayerRecord
-SUITES: dict[str, type[Record]] = {"kernels": KernelRecord, "layer": LayerRecord}
+@dataclass(frozen=True)
+class VllmRecord:
+    """One setting of vLLM at one batch size: a step that decodes `batch` requests, over n windows of steps.
+
+    setting: "default", "off" (vLLM without its norm-quant fusion) or "normquant", with its policy, else "".
+    linear: the block-FP8 kernel that vLLM was seen to use. layers: all of them; moe: whether some have experts.
+    gpu_us_per_step: microseconds in which a kernel ran, and of them by class; sum_us_per_step: the sum of all kernels'
+        lengths, more where kernels overlap. kernels: a step. tpot_ms: wall time of a step.
+    prefill_ms, prefill_gpu_us: one prompt, by its tokens.
+    logit_error: norm of the difference to a float32 run over that run's norm; p10, p90: of single positions.
+    scales, scales_not_power_of_two: activation scales that reached DeepGEMM in a run beside the measurement.
+    findings: of `normquant audit` in the code that vLLM generated, by rule.
+    """
+
+    suite: str
+    setting: str
+    linear: str
+    layers: int
+    moe: bool
+    batch: int
+    gpu_us_per_step: float
+    us_p10: float
+    us_p90: float
+    n: int
+    sum_us_per_step: float
+    classes: dict[str, float]
+    kernels: int
+    tpot_ms: float
+    prefill_ms: dict[str, float]
+    prefill_gpu_us: dict[str, float]
+    logit_error: float
+    logit_error_p10: float
+    logit_error_p90: float
+    scales: int
+    scales_not_power_of_two: int
+    findings: dict[str, int]
+    policy: str
+    vllm: str
+    gpu: str
+    torch: str
+    triton: str
+    version: str
+    command: str
+
+
+Record = KernelRecord | LayerRecord | VllmRecord
+SUITES: dict[str, type[Record]] = {"kernels": KernelRecord, "layer": LayerRecord, "vllm": VllmRecord}
 
 
 def current_run(version: str) -> Run:
@@ -147,16 +192,12 @@ def problems(record: dict) -> list[str]:
     found += [f"unknown {name}" for name in record if name not in types]
     if found:
         return found
-    python: dict[Any, Any] = {
-        "str": str,
-        "int": int,
-        "bool": bool,
-        "float": (int, float),
-        "float | None": (int, float, type(None)),
-    }
-    found += [f"{n} is {record[n]!r}" for n, t in types.items() if not isinstance(record[n], python[t])]
-    if not found and not record["us_p10"] <= record["us"] <= record["us_p90"]:
-        found.append("us is outside of us_p10 .. us_p90")
+    found += [f"{n} is {record[n]!r}" for n, t in types.items() if not _is(t, record[n])]
+    us = "gpu_us_per_step" if "gpu_us_per_step" in types else "us"
+    if not found and not record["us_p10"] <= record[us] <= record["us_p90"]:
+        found.append(f"{us} is outside of us_p10 .. us_p90")
+    if not found and "classes" in types and abs(sum(record["classes"].values()) - record[us]) > 0.03 * record[us]:
+        found.append(f"classes do not add up to {us}")
     if (
         not found
         and "gbps" in record
@@ -164,3 +205,18 @@ def problems(record: dict) -> list[str]:
     ):
         found.append("gbps is not bytes / us")
     return found
+
+
+def _is(name: Any, value: object) -> bool:
+    """Whether a value out of JSON is of the type that a field names."""
+    if name.startswith("dict"):
+        of = name.removeprefix("dict[str, ").removesuffix("]")
+        return isinstance(value, dict) and all(isinstance(k, str) and _is(of, v) for k, v in value.items())
+    types: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "int": (int,),
+        "bool": (bool,),
+        "float": (int, float),
+        "float | None": (int, float, type(None)),
+    }
+    return isinstance(value, types[name])

@@ -37,7 +37,7 @@ def candidates(case: Case) -> Iterator[Config]:
     for split, rows in shapes:
         for num_warps in (1, 2, 4, 8, 16, 32):
             per_thread = (case.k // split if independent else case.k) * rows / (32 * num_warps)
-            if 4 <= per_thread <= 64:
+            if 4 <= per_thread <= (64 if rows == 1 else 32):  # more of several rows spill
                 yield Config(num_warps, split, rows)
                 if norm and case.m <= PREFETCH_UP_TO:
                     yield Config(num_warps, split, prefetch=True)

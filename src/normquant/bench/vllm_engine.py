@@ -1,0 +1,111 @@
+"""vLLM's engine in this process, one step at a time, with what each step ran and the logits that it computed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one run of the model had: requests, and tokens of all of them together."""
+
+    requests: int
+    tokens: int
+
+
+class Engine:
+    """An `LLM` that runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0).
+
+    steps: every run of the model so far.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._engine = llm.llm_engine
+        self.runner = self._engine.model_executor.driver_worker.model_runner
+        self.model: Any = self.runner.get_model()  # an nn.Module
+        self.steps: list[Step] = []
+        self._requests = 0
+        self._watch()
+
+    def _watch(self) -> None:
+        original = self.runner.execute_model
+
+        def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            if scheduled.total_num_scheduled_tokens:
+                self.steps.append(Step(len(scheduled.num_scheduled_tokens), scheduled.total_num_scheduled_tokens))
+            return original(scheduled, *args, **kwargs)
+
+        self.runner.execute_model = execute_model
+
+    def add(self, prompt: Sequence[int], tokens: int) -> None:
+        """A request that ends after so many greedy tokens."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        self._requests += 1
+        self._engine.add_request(str(self._requests), {"prompt_token_ids": list(prompt)}, sampling)
+
+    def step(self) -> list[Any]:
+        """One step of the engine; scheduling asynchronously, it returns the outputs of the step before."""
+        outputs: list[Any] = self._engine.step()
+        return outputs
+
+    def finish(self) -> list[list[int]]:
+        """Step until no request is left; the tokens of those that ended, in the order of their end."""
+        ended = []
+        while self._engine.has_unfinished_requests():
+            ended += [list(o.outputs[0].token_ids) for o in self.step() if o.finished]
+        return ended
+
+    @contextlib.contextmanager
+    def logits(self) -> Iterator[list[torch.Tensor]]:
+        """The logits [requests, vocabulary] of every run of the model meanwhile, in float32 on the CPU."""
+        found: list[torch.Tensor] = []
+        original = self.model.compute_logits
+
+        def compute_logits(*args: Any, **kwargs: Any) -> Any:
+            out = original(*args, **kwargs)
+            found.append(out.detach().to("cpu", torch.float32, copy=True))
+            return out
+
+        self.model.compute_logits = compute_logits
+        try:
+            yield found
+        finally:
+            del self.model.compute_logits  # the class's own shows again
+
+    @contextlib.contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        """Have the compiled code run by itself, not from CUDA graphs, so that Python sees each call of it."""
+        dispatcher = self.runner.cudagraph_dispatcher
+        before = dispatcher.keys_initialized
+        dispatcher.keys_initialized = False
+        try:
+            yield
+        finally:
+            dispatcher.keys_initialized = before
+
+
+def linear_kernels(model: torch.nn.Module) -> set[str]:
+    """Class names of the block-FP8 kernels that vLLM chose for a model's linears."""
+    return {type(method.fp8_linear).__name__ for method in _methods(model) if hasattr(method, "fp8_linear")}
+
+
+def expert_kernels(model: torch.nn.Module) -> set[str]:
+    """Names of the kernels that vLLM chose for a model's experts; empty for a dense model."""
+    return {str(getattr(m.fp8_backend, "value", m.fp8_backend)) for m in _methods(model) if hasattr(m, "fp8_backend")}
+
+
+def _methods(model: torch.nn.Module) -> Iterator[Any]:
+    return (getattr(module, "quant_method", None) for module in model.modules())
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,115 @@
+"""Records of `normquant bench vllm` as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from normquant.report.table import table
+
+SHOWN = (
+    "norm_quant",
+    "norm",
+    "quant",
+    "silu_quant",
+    "silu",
+    "copy",
+    "pointwise",
+    "rope",
+    "gemm",
+    "attention",
+    "moe",
+    "other",
+)
+
+
+def line(record: Mapping[str, Any]) -> str:
+    """One record, while others are still measured."""
+    case = f"{record['setting']} {_model(record)} batch={record['batch']}"
+    gpu = f"{record['gpu_us_per_step']:.1f} us a step on the GPU in {record['kernels']} kernels"
+    return f"{case}: {gpu}, {record['tpot_ms']:.3f} ms a token"
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> str:
+    """Two tables: decoding by setting and batch, and what is one figure for a setting."""
+    if not records:
+        return "no records"
+    return f"{decoding(records)}\n\n{settings(records)}"
+
+
+def decoding(records: Sequence[Mapping[str, Any]]) -> str:
+    """A row a record: GPU time of a step beside default's and off's, and of which class it is, in microseconds."""
+    classes = [name for name in SHOWN if any(r["classes"].get(name, 0) >= 0.05 for r in records)]
+    header = [
+        "linear",
+        "batch",
+        "setting",
+        "GPU us/step",
+        "vs default",
+        "vs off",
+        "sum us",
+        "kernels",
+        "TPOT ms",
+        *classes,
+    ]
+    rows = [
+        [
+            _model(r),
+            str(r["batch"]),
+            r["setting"],
+            f"{r['gpu_us_per_step']:.1f}",
+            _change(r, records, "default"),
+            _change(r, records, "off"),
+            f"{r['sum_us_per_step']:.1f}",
+            str(r["kernels"]),
+            f"{r['tpot_ms']:.3f}",
+            *(f"{r['classes'].get(name, 0):.1f}" for name in classes),
+        ]
+        for r in sorted(records, key=lambda r: (_model(r), r["batch"]))
+    ]
+    return table(header, rows, "<><" + ">" * (len(header) - 3))
+
+
+def settings(records: Sequence[Mapping[str, Any]]) -> str:
+    """A row a setting: prompts, the logits' error, scales, and what the auditor found."""
+    firsts = {(_model(r), r["setting"]): r for r in reversed(records)}
+    prompts = sorted({tokens for r in records for tokens in r["prefill_ms"]}, key=int)
+    header = [
+        "linear",
+        "setting",
+        *(f"{t} tokens ms (GPU)" for t in prompts),
+        "logit error",
+        "p10 to p90",
+        "scales not 2^n",
+    ]
+    rows = [
+        [
+            _model(r),
+            r["setting"],
+            *(f"{r['prefill_ms'][t]:.2f} ({r['prefill_gpu_us'][t] / 1e3:.2f})" for t in prompts),
+            f"{r['logit_error']:.5f}",
+            f"{r['logit_error_p10']:.4f} to {r['logit_error_p90']:.4f}",
+            f"{r['scales_not_power_of_two']} of {r['scales']}",
+        ]
+        for r in reversed(firsts.values())
+    ]
+    found = [
+        f"{_model(r)} {r['setting']}, generated code: "
+        + (", ".join(f"{count} {rule}" for rule, count in sorted(r["findings"].items())) or "nothing found")
+        for r in reversed(firsts.values())
+    ]
+    return "\n".join([table(header, rows, "<<" + ">" * (len(header) - 2)), "", *found])
+
+
+def _model(record: Mapping[str, Any]) -> str:
+    """The linear kernel, and whether the model has experts."""
+    return f"{record['linear']}{', experts' if record['moe'] else ''}"
+
+
+def _change(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]], setting: str) -> str:
+    """Of a record's GPU time against that of another setting; "" for itself and where there is none."""
+    same = ("linear", "layers", "moe", "batch")
+    other = next((r for r in records if r["setting"] == setting and all(r[n] == record[n] for n in same)), None)
+    if other is None or other is record or not other["gpu_us_per_step"]:
+        return ""
+    return f"{100 * (record['gpu_us_per_step'] / other['gpu_us_per_step'] - 1):+.1f} %"

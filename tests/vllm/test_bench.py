@@ -1,0 +1,78 @@
+"""The process of `normquant bench vllm` with real vLLM on a CPU: the other tests' small model, and no kernel times."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from normquant.bench.records import VllmRecord
+from normquant.bench.vllm import Failure, measure
+from normquant.bench.vllm_job import Job
+
+SHIMS = Path(__file__).parent / "shims"
+MODEL = runpy.run_path(str(SHIMS.parent / "engine.py"))["MODEL"]
+COMPILATION = {
+    "cudagraph_mode": "NONE",
+    "compile_sizes": [],
+    "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},
+    "inductor_compile_config": {"emulate_precision_casts": True},
+}
+ENGINE = {"compilation_config": COMPILATION, "gpu_memory_utilization": 0.1}
+
+
+def job(folder: Path, setting: str) -> Job:
+    place = str(folder / setting)
+    return Job(setting, "reference", 3, 0, (1, 2), (40,), 2, 3, 4, "always", place, MODEL, ENGINE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Callable[[], list[VllmRecord | Failure]]:
+    """Records without the plugin and with it, and of one that asks for a kernel that is not there."""
+
+    def run() -> list[VllmRecord | Failure]:
+        jobs = [job(folder, "off"), job(folder, "normquant")]
+        refused = replace(job(folder, "default"), linear="deepgemm")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(SHIMS), os.environ.get("PYTHONPATH")])))
+            return list(measure([jobs, [refused]], 500, lambda cache: {}))
+
+    return cache(run)
+
+
+def test_both_settings_decode_and_prefill(found: Callable[[], list[VllmRecord | Failure]]) -> None:
+    records = [r for r in found() if isinstance(r, VllmRecord)]
+    assert [(r.setting, r.batch) for r in records] == [(s, b) for s in ("off", "normquant") for b in (1, 2)], found()
+    for record in records:
+        assert record.tpot_ms > 0 and record.prefill_ms["40"] > 0
+        assert record.gpu_us_per_step == 0 and record.kernels == 0  # there is no GPU
+
+
+def test_the_logits_are_near_float32(found: Callable[[], list[VllmRecord | Failure]]) -> None:
+    off, _, ours, _ = (r for r in found() if isinstance(r, VllmRecord))
+    # quantizing to e4m3 moves a value by 2.6 % in the mean square: far from a wrong layer, and from no quantization
+    assert 0.01 < off.logit_error < 0.08
+    assert ours.logit_error == off.logit_error  # every site is exact on a CPU
+
+
+def test_the_plugin_was_on_in_one_of_them(found: Callable[[], list[VllmRecord | Failure]], folder: Path) -> None:
+    found()
+    assert list((folder / "normquant" / "vllm").rglob("normquant.jsonl"))
+    assert not list((folder / "off" / "vllm").rglob("normquant.jsonl"))
+
+
+def test_another_linear_kernel_is_refused(found: Callable[[], list[VllmRecord | Failure]]) -> None:
+    (failure,) = (f for f in found() if isinstance(f, Failure))
+    assert "vLLM chose ReferenceBlockKernel for the linears, not deepgemm" in failure.log
+    assert json.loads((Path(failure.job.folder) / "job.json").read_text())["linear"] == "deepgemm"
