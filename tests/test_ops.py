@@ -69,6 +69,15 @@ def test_opcheck(op, spec):
         torch.library.opcheck(getattr(OPS, op).default, args)
 
 
+@pytest.mark.parametrize("op", [name for name in CASES if "rms_norm_quant" in name])
+def test_epsilon_may_be_a_tensor(op):
+    """Where torch.compile(dynamic=True) puts the floats of a module: in 0-dim tensors on the CPU."""
+    *tensors, eps, offset = CASES[op](5, False)
+    args = (*tensors, torch.tensor(eps, dtype=torch.float64), offset, SPECS["default"].encode())
+    torch.library.opcheck(getattr(OPS, op).tensor, args)
+    assert_bitwise(getattr(OPS, op)(*args), getattr(OPS, op)(*tensors, eps, offset, SPECS["default"].encode()))
+
+
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("op", CASES)
 def test_the_fake_says_what_the_op_gives(op, spec):

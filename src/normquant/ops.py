@@ -79,9 +79,29 @@ def _register_norm(name: str, with_residual: bool, with_norm: bool) -> None:
     _register(schema, check, fake, cpu, cuda)
 
 
+def _register_tensor_eps(name: str) -> None:
+    """The overload `tensor` of a norm, with epsilon as a tensor: torch.compile(dynamic=True) turns the Python floats of
+    a module into inputs of the graph, 0-dim float64 tensors on the CPU. Reading one there waits for no GPU."""
+    op = getattr(torch.ops.normquant, name).default
+    at = [argument.name for argument in op._schema.arguments].index("eps")
+
+    def fake(*args: Any) -> Any:
+        return op(*args[:at], 1.0, *args[at + 1 :])
+
+    def run(*args: Any) -> Any:
+        return op(*args[:at], float(args[at]), *args[at + 1 :])
+
+    schema = str(op._schema).partition("(")[2].replace("float eps", "Tensor eps")
+    LIBRARY.define(f"{name}.tensor({schema}", tags=TAGS)
+    LIBRARY.impl(f"{name}.tensor", run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"normquant::{name}.tensor", fake, lib=LIBRARY)
+
+
 for _name in ("rms_norm_quant", "add_rms_norm_quant"):
-    _register_norm(_name, _name.startswith("add"), with_norm=False)
-    _register_norm(f"{_name}_with_norm", _name.startswith("add"), with_norm=True)
+    for _with_norm in (False, True):
+        _full_name = f"{_name}_with_norm" if _with_norm else _name
+        _register_norm(_full_name, _name.startswith("add"), _with_norm)
+        _register_tensor_eps(_full_name)
 
 
 def _group_quant_cuda(x, spec):

@@ -3,14 +3,16 @@ rewritten, so that what differs is the arithmetic of the rewrite and nothing els
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
-from torch.fx import GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter
 
-from normquant.compile import FusionReport, Site
+from normquant.compile import FusionReport, Site, fusion_pass
 from normquant.compile.fusion_pass import run
 from normquant.compile.policy import Rules
 
@@ -79,6 +81,32 @@ def run_with_pass(
     with torch.no_grad():
         outcome.result = torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=fullgraph)(*args, **kwargs)
     return outcome
+
+
+def site_of_graph(gm: GraphModule) -> Site:
+    """The only site of a graph that was made by hand, after the rewrite."""
+    (site,) = run(gm.graph, Rules("always"), strict=True).sites
+    gm.graph.lint()
+    gm.recompile()
+    return site
+
+
+def share_of_the_pass(compile_once: Callable[[], None]) -> float:
+    """The part of a compile's CPU time that the pass takes."""
+    spent: list[float] = []
+    call = fusion_pass.NormQuantPass.__call__
+
+    def timed(self: fusion_pass.NormQuantPass, graph: Graph) -> None:
+        start = time.process_time()
+        call(self, graph)
+        spent.append(time.process_time() - start)
+
+    with mock.patch.object(fusion_pass.NormQuantPass, "__call__", timed):
+        start = time.process_time()
+        compile_once()
+        whole = time.process_time() - start
+    assert spent, "the pass did not run"
+    return sum(spent) / whole
 
 
 def exact(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:

@@ -58,6 +58,7 @@ def sample(seed: int) -> Sample:
     count = c.random.choice([1, 1, 1, 2])
     quantize = [_quant(c, k, dtype, takes_any) for _ in range(count)]
     extra = _extra(c, takes_any)
+    again = c.pick("again", ["no", "no", "quant", "extra"])
     mutate = c.pick("mutate", ["no"] * 6 + ["after", "input", "clone"])
     if "add=fp32 kept" in c.parts and ("extra=input" in c.parts or mutate == "after"):
         c.fusable = False  # the unrounded sum is read outside of the norm
@@ -70,11 +71,12 @@ def sample(seed: int) -> Sample:
         y, insides = norm(h, w)
         outputs: list[Any] = []
         for q in quantize:
-            data, scale = q(y)
-            outputs += [data, scale]
+            outputs += q(y)
+        if again == "quant":
+            outputs += quantize[0](norm(h, w)[0])
         if stored is not None:
             outputs.append(stored)
-        outputs += extra(y, h, insides)
+        outputs += extra(norm(h, w)[0] if again == "extra" else y, h, insides)
         if mutate == "after":
             h.mul_(2.0)
             outputs.append(h * 1.5)
@@ -195,8 +197,12 @@ def _quant(c: Chooser, k: int, dtype: torch.dtype, takes_any: bool) -> Callable[
     divide = c.pick("divide", ["scale", "reciprocal", "amax"], ["true amax"], 0.02)
     if divide == "amax":
         where, encoding = "amax", "fp32"
-    layout = c.pick("layout", ["row", "row", "col", "padded"])
+    layout = c.pick("layout", ["row", "row", "col", "padded", "rows in pieces", "groups in pieces"])
     clamps = c.pick("clamp", ["clamp", "minmax", "no"], ["240"], 0.02)
+    maximum = c.pick("maximum", ["amax", "max"])
+
+    def amax_of(g: Tensor, keepdim: bool = False) -> Tensor:
+        return g.abs().amax(-1, keepdim) if maximum == "amax" else g.abs().max(-1, keepdim).values
 
     def scale_of(amax: Tensor) -> tuple[Tensor, Tensor]:
         if where in ("amax", "both"):
@@ -238,6 +244,10 @@ def _quant(c: Chooser, k: int, dtype: torch.dtype, takes_any: bool) -> Callable[
         if layout == "padded":
             m = s.shape[0]
             return F.pad(s.t(), (0, -m % 4))[:, :m].t()
+        if layout == "rows in pieces":
+            return s.unflatten(0, (-1, 2 - s.shape[0] % 2)).transpose(0, 1).flatten(0, 1)
+        if layout == "groups in pieces":
+            return s.unflatten(1, (-1, 2 - s.shape[1] % 2)).transpose(1, 2).flatten(1)
         return s
 
     def quant(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,13 +256,13 @@ def _quant(c: Chooser, k: int, dtype: torch.dtype, takes_any: bool) -> Callable[
         f = y2.float()
         if shape == "groups":
             g = f.reshape(-1, group)
-            amax, s = scale_of(g.abs().amax(-1, keepdim=True))
+            amax, s = scale_of(amax_of(g, keepdim=True))
             return divided(g, amax, s).view(m, k), laid_out(s.view(m, k // group))
         g = f.unflatten(-1, (-1, group)) if shape == "unflatten" else f.reshape(m, k // group, group)
         if shape == "transposed":
-            amax, s = scale_of(g.transpose(0, 1).abs().amax(-1))  # [G, M]
+            amax, s = scale_of(amax_of(g.transpose(0, 1)))  # [G, M]
             return divided(g, amax.t().unsqueeze(-1), s.t().unsqueeze(-1)).view(m, k), s.t()
-        amax, s = scale_of(g.abs().amax(-1))  # [M, G]
+        amax, s = scale_of(amax_of(g))  # [M, G]
         if shape == "expand":
             wide, amax_wide = (t.unsqueeze(-1).expand(m, k // group, group).reshape(m, k) for t in (s, amax))
             return divided(f, amax_wide, wide), laid_out(s)

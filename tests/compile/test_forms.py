@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from normquant.compile.forms import ROWS, Axes, Axis, distribute, flatten, names, scales_groups
+from normquant.compile.forms import ROWS, Axes, Axis, distribute, flatten, order, scales_groups
 
 AXES = Axes(512, 128, False, (128, 512))
 G, L = Axis("g", 4), Axis("l", 128)
@@ -36,7 +36,7 @@ def test_axes_cut_where_a_shape_cuts_them() -> None:
     axes = Axes(512, 32, False, (32, 128, 512))
     assert [(a.name, a.size) for a in axes.data()] == [("m", None), ("g", 4), ("g", 4), ("l", 32)]
     assert axes.of_shape((7, 4, 128)) is not None and axes.of_shape((7, 16, 32)) is not None
-    assert names(axes.of_shape((7, 512)) or ()) == ["m", "g", "l"]
+    assert order(axes.of_shape((7, 512)) or ()) == ["m", "g", "l"]
 
 
 def test_one_row_and_one_group_have_no_axis() -> None:
@@ -47,9 +47,17 @@ def test_one_row_and_one_group_have_no_axis() -> None:
 
 def test_transposed_axes_are_followed() -> None:
     transposed = ((G,), (ROWS,))
-    assert names(transposed) == ["g", "m"]
+    assert order(transposed) == ["g", "m"]
     assert distribute(flatten(transposed), (4, 7)) == transposed
     assert distribute(flatten(transposed), (28,)) == ((G, ROWS),)
+
+
+def test_pieces_in_another_order_have_none() -> None:
+    first, second = Axis("m", None, (0, 2)), Axis("m", None, (1, 2))
+    assert order(((first,), (second,), (G,))) == ["m", "g"]
+    assert order(((second,), (first,), (G,))) is None
+    assert order(((first,), (G,), (second,))) is None
+    assert order(((ROWS,), (Axis("g", 2, (1, 2)),), (Axis("g", 4, (0, 2)),))) is None
 
 
 def test_which_scale_meets_which_value() -> None:

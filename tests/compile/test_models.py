@@ -10,7 +10,7 @@ from normquant.compile.verify import verify
 from normquant.linear import BlockFP8Linear
 from normquant.spec import QuantSpec
 
-from .harness import assert_same, exact, run_with_pass
+from .harness import assert_same, exact, run_with_pass, share_of_the_pass
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -113,6 +113,20 @@ def real(name: str, m: int = 64):
         return layer(x, position_embeddings=(cos, sin), attention_mask=None)
 
     return run, make_inputs
+
+
+def test_the_pass_costs_little_of_the_compile_of_a_layer() -> None:
+    """Measured without a GPU, where the rest of a compile is shortest: no kernel is built or tuned."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from normquant.audit import audit
+
+    fn, make_inputs = real("deepseek_v3")
+
+    def compile_once() -> None:
+        audit(fn, make_inputs, options=inductor_options(strict=True))
+
+    compile_once()  # imports and registrations happen once
+    assert share_of_the_pass(compile_once) <= 0.05
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import normquant as nq
+from normquant.compile.build import call
 from normquant.spec import QuantSpec
 
-from .harness import assert_same, exact, run_with_pass
+from .harness import assert_same, exact, run_with_pass, site_of_graph
 
 M, K, EPS = 5, 256, 1e-6
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -252,3 +254,36 @@ def test_a_norm_module_of_torch_before_our_quantization() -> None:
     outcome = run_with_pass(lambda x: nq.group_quant(norm(x)).data, exact(2, 3, K))
     assert outcome.site.fused and outcome.site.m == "6"
     assert_same(outcome.result, nq.group_quant(norm(exact(2, 3, K))).data)
+
+
+def fused_norm(x, w, shape=(K,), eps: float | None = 1e-5):
+    """The graph of `aten._fused_rms_norm`, which a trace for a CPU takes apart, and a quantization."""
+    graph = torch.fx.Graph()
+    mode = torch._subclasses.FakeTensorMode()
+    nodes = [graph.placeholder(name) for name in ("x", "w")]
+    for node, t in zip(nodes, (x, w), strict=True):
+        node.meta["val"] = mode.from_tensor(t)
+    y = call(graph, torch.ops.aten._fused_rms_norm.default, (nodes[0], list(shape), nodes[1], eps))
+    y = call(graph, operator.getitem, (y, 0))
+    rows = call(graph, torch.ops.aten.reshape.default, (y, [-1, K]))
+    if x.dtype not in (BF16, FP16):
+        rows = call(graph, torch.ops.prims.convert_element_type.default, (rows, BF16))
+    q = call(graph, torch.ops.normquant.group_quant.default, (rows, QuantSpec().encode()))
+    graph.output(tuple(call(graph, operator.getitem, (q, i)) for i in range(2)))
+    return torch.fx.GraphModule({}, graph)
+
+
+@pytest.mark.parametrize("eps", [1e-5, None])
+@pytest.mark.parametrize("shape", [(K,), (2, K // 2)], ids=str)
+def test_the_norm_that_torch_has_as_one_operation(shape: tuple[int, ...], eps: float | None) -> None:
+    x, w = exact(M, *shape), exact(*shape, seed=1) + 0.5
+    gm = fused_norm(x, w, shape, eps)
+    expected = gm(x, w)
+    site = site_of_graph(gm)
+    assert site.fused and QuantSpec.decode(site.spec).rounding == "once", site
+    assert_same(gm(x, w), expected)
+
+
+def test_that_operation_on_what_the_kernels_do_not_read() -> None:
+    site = site_of_graph(fused_norm(exact(M, K).float() + 0.125, exact(K).float()))
+    assert not site.fused and "reads float32" in site.reason

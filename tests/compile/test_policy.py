@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+from normquant.bench import strategies
 from normquant.compile import inductor_options
 from normquant.compile.policy import Facts, Rules
 from normquant.compile.table import measured, parse
@@ -49,7 +50,8 @@ def test_a_site_has_the_first_rule_that_names_it() -> None:
 def test_auto_on_hardware_without_measurements_keeps_stock_and_says_so() -> None:
     with on((10, 0)):
         decision = Rules().decide("a", facts())
-    assert decision.strategy == "stock" and "no measurements on sm_100" in decision.reason
+    assert decision.strategy == "stock"
+    assert "no measurements on sm_100; `normquant tune --strategies` makes them" in decision.reason
     decision = Rules().decide("a", facts(torch.device("cpu")))
     assert decision.strategy == "stock" and "no measurements on cpu" in decision.reason
 
@@ -57,7 +59,19 @@ def test_auto_on_hardware_without_measurements_keeps_stock_and_says_so() -> None
 def test_auto_on_sm90_without_an_entry_goes_by_the_rule() -> None:
     with on((9, 0)):
         assert Rules().decide("a", facts(k=1280)).strategy == "fused"
-        assert Rules().decide("a", facts(op="group_quant")).strategy == "stock"
+        assert Rules().decide("a", facts(op="group_quant")).strategy == "fused"
+
+
+def test_auto_goes_by_the_table_that_tune_wrote(tmp_path) -> None:
+    """As `normquant tune --strategies` leaves it on hardware that had none: once for every number of rows."""
+    path = tmp_path / "sm100.json"
+    entries = [entry([1, 16], fused=2.0, native=3.0, stock=4.0), entry([17, 64], fused=2.5, native=3.0, stock=4.0)]
+    strategies.write(path, (10, 0), "normquant tune --strategies", entries)
+    rules = Rules(table=str(path))
+    with on((10, 0)):
+        decisions = [rules.decide("a", facts(m=m, k=k)) for m, k in ((1, 7168), (9999, 7168), (1, 512))]
+    assert [decision.strategy for decision in decisions] == ["fused", "fused", "stock"]
+    assert "no measurements of rms_norm_quant with K=512 on sm_100" in decisions[-1].reason
 
 
 def test_auto_adds_no_kernel() -> None:

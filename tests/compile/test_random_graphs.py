@@ -16,6 +16,7 @@ from .random_graphs import sample
 COUNT = int(os.environ.get("NORMQUANT_RANDOM_GRAPHS", "240"))
 FIRST = int(os.environ.get("NORMQUANT_RANDOM_SEED", "0"))
 CHUNK = 40
+READ_THE_NORM = ("norm", "router", "norm twice")
 
 
 @pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, CHUNK))
@@ -33,5 +34,8 @@ def test_compiled_is_eager_to_the_bit(first: int) -> None:
         whole = bool(outcome.sites) and len(outcome.fused) == len(outcome.sites)
         if made.fusable:
             assert whole, f"{note}: {outcome.reports}"
+            read = any(f"extra={kind}" in made.parts for kind in READ_THE_NORM)
+            written = [op for op in outcome.ops() if "with_norm" in op]
+            assert len(written) == read, f"{note}: {outcome.ops()}"
         fused += whole
     assert fused >= CHUNK // 4, f"seeds {first}..: only {fused} were fused, too few to say anything about fusion"

@@ -49,11 +49,84 @@ def test_quantizations_that_differ_are_ops_of_their_own() -> None:
     def fn(x, r, w):
         h = x + r
         y = norm(h, w)
-        return quant(y), quant(y, layout="col"), h
+        return quant(y), quant(y, group=64), h, y * 2
 
     outcome = run(fn)
-    assert sorted(outcome.ops()) == ["normquant.add_rms_norm_quant.default", "normquant.rms_norm_quant.default"]
+    ops = ["normquant.add_rms_norm_quant_with_norm.default", "normquant.rms_norm_quant.default"]
+    assert sorted(outcome.ops()) == ops, "the norm comes out of one of them"
     assert outcome.ops("aten.add") == [], "the second op reads the first one's sum"
+
+
+@pytest.mark.parametrize("aligned", [False, True], ids=["col", "col_tma"])
+def test_quantizations_whose_scales_lie_differently_are_one_op(aligned: bool) -> None:
+    def fn(x, r, w):
+        y = norm(x, w)
+        return quant(y), quant(y, layout="col"), quant(y, layout="col_tma") if aligned else x
+
+    outcome = run(fn)
+    assert outcome.ops() == ["normquant.rms_norm_quant.default"]
+    assert outcome.site.kernels_saved == 1, "the others are copies of scales"
+    expected = fn(*ARGS)
+    assert [t.stride() for pair in outcome.result[:2] for t in pair] == [t.stride() for p in expected[:2] for t in p]
+    if aligned:
+        assert outcome.result[2][1].stride() == expected[2][1].stride()
+
+
+def rounded_twice(x, w):
+    h = x.float()
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(BF16)
+
+
+@pytest.mark.parametrize("norm", [norm, rounded_twice])
+@pytest.mark.parametrize("add", [lambda x, r: x, lambda x, r: x + r, lambda x, r: x.float() + r.float()], ids=str)
+def test_a_norm_that_is_written_down_again_is_computed_once(norm, add) -> None:
+    def again(x, r, w):
+        return norm(add(x, r).to(BF16), w)
+
+    def fn(x, r, w):
+        return quant(again(x, r, w))[0].float(), quant(again(x, r, w)), again(x, r, w) * 2, again(x, r, w).view(-1) + 1
+
+    outcome = run(fn)
+    residual = "add_" if add(*ARGS[:2]) is not ARGS[0] else ""
+    assert outcome.ops() == [f"normquant.{residual}rms_norm_quant_with_norm.default"] and len(outcome.sites) == 1
+    assert outcome.ops("aten.rsqrt", "aten.add.Tensor") == ["aten.add.Tensor"], "only the one behind the view"
+
+
+def test_unrounded_sums_that_are_written_down_again() -> None:
+    def fn(x, r, w):
+        first, second = (x.float() + r.float() for _ in range(2))
+        return quant(rounded_twice(first, w).to(BF16)), rounded_twice(second, w).to(BF16) * 2, second.to(BF16) * 3
+
+    assert run(fn).ops() == ["normquant.add_rms_norm_quant_with_norm.default"]
+
+
+def test_norms_of_different_weights_or_epsilons_stay_apart() -> None:
+    def fn(x, r, w):
+        return quant(norm(x, w)), quant(norm(x, w + 1)), quant(F.rms_norm(x, (K,), w, 1e-5)), norm(x, r[0]) * 2
+
+    outcome = run(fn)
+    assert outcome.ops() == ["normquant.rms_norm_quant.default"] * 3
+
+
+def test_a_copy_of_a_norm_whose_inside_is_read_stays_alone() -> None:
+    def fn(x, r, w):
+        rstd, _, y = inside(x, w)
+        return quant(y), rstd * 2, quant(inside(x, w)[2])
+
+    outcome = run(fn)
+    assert sorted(site.fused for site in outcome.sites) == [False, True]
+
+
+def test_what_was_two_tensors_does_not_become_one() -> None:
+    """A caller may change one of them in place."""
+
+    def fn(x, r, w):
+        return quant(norm(x, w)), quant(norm(x, w)), norm(x, w), norm(x, w)
+
+    outcome = run(fn)
+    tensors = torch.utils._pytree.tree_leaves(outcome.result)
+    assert outcome.ops() == ["normquant.rms_norm_quant_with_norm.default"]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors) == 6
 
 
 @pytest.mark.parametrize("router", [lambda y: y * 2, lambda y: y.float() * 2, lambda y: y.view(-1)], ids=str)

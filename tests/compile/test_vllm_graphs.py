@@ -129,3 +129,92 @@ def test_native_turns_the_opaque_quantization_into_aten() -> None:
     assert outcome.site.strategy == "native" and outcome.ops("auto_functionalized") == []
     assert_same(outcome.result, fn(*ARGS))
     assert outcome.result[1].stride() == (1, M)
+
+
+QUANTS = {
+    "128 by row": (lambda y: vllm_ops.per_token_group_fp8_quant(y), "row"),
+    "64 by row": (lambda y: vllm_ops.per_token_group_fp8_quant(y, 64), "row"),
+    "128 by column": (lambda y: vllm_ops.per_token_group_fp8_quant(y, layout="col"), "col"),
+    "128 aligned": (lambda y: vllm_ops.per_token_group_fp8_quant(y, layout="col_tma"), "col_tma"),
+    "ue8m0 aligned": (lambda y: vllm_ops.per_token_group_fp8_quant(y, ue8m0=True, layout="col_tma"), "col_tma"),
+    "ue8m0 packed": (vllm_ops.per_token_group_fp8_quant_packed, "col_tma"),
+}
+
+
+def native_norm(x, w, eps):
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * w
+
+
+def native_add_norm(x, r, w, eps):
+    h = x.float() + r.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * w, h.to(x.dtype)
+
+
+def chain(quantize, norm, add_norm, eps):
+    """Four norms with three linears between them. A linear here makes values whose sums of squares are exact."""
+
+    def linear(quantized, dtype):
+        data, scale = quantized
+        return (torch.round(data.float()).clamp(-8, 8) / 4 + scale.sum() * 0).to(dtype)
+
+    def fn(x, *ws):
+        x = residual = torch.relu(x)
+        y = norm(x, ws[0], eps)
+        for w in ws[1:]:
+            y, residual = add_norm(linear(quantize(y), x.dtype), residual, w, eps)
+        return y
+
+    return fn
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norms", [(norm, add_norm), (native_norm, native_add_norm)], ids=["IR", "native"])
+@pytest.mark.parametrize("name", QUANTS)
+def test_a_chain_of_norms_and_linears(name: str, norms, dtype: torch.dtype, eps: float) -> None:
+    quantize, layout = QUANTS[name]
+    fn = chain(quantize, *norms, eps)
+    x, *ws = (exact(257, 256, dtype=dtype), *(exact(256, dtype=dtype, seed=i) + 0.5 for i in range(1, 5)))
+    torch._dynamo.mark_dynamic(x, 0)
+    with torch._inductor.config.patch(enable_auto_functionalized_v2=False):
+        outcome = run_with_pass(fn, x, *ws)
+    ops = ["normquant.add_rms_norm_quant.default"] * 2 + ["normquant.rms_norm_quant.default"]
+    assert sorted(outcome.ops()) == ops and outcome.ops("auto_functionalized") == []
+    specs = [QuantSpec.decode(site.spec) for site in outcome.sites]
+    assert all((spec.layout, spec.rounding) == (layout, "twice") for spec in specs)
+    assert [n.args[-3] for n in outcome.graphs[0].graph.nodes if "rms_norm_quant" in str(n.target)] == [eps] * 3
+    assert_same(outcome.result, fn(x, *ws))
+
+
+def per_token(y):
+    s = (y.abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1 / (448.0 * 512))
+    return (y.float() * s.reciprocal()).clamp(-448, 448).to(torch.float8_e4m3fn), s
+
+
+def per_tensor(y):
+    return (y.float() * torch.full((1,), 0.5).reciprocal()).clamp(-448, 448).to(torch.float8_e4m3fn), torch.ones(1)
+
+
+@pytest.mark.parametrize(("quantize", "words"), [(per_token, "the group is 256"), (per_tensor, "")])
+def test_scales_of_rows_and_tensors_stay(quantize, words: str) -> None:
+    fn = chain(quantize, norm, add_norm, 1e-6)
+    args = (exact(257, 256), *(exact(256, seed=i) + 0.5 for i in range(1, 5)))
+    outcome = run_with_pass(fn, *args)
+    (report,) = outcome.reports
+    found = (*report.sites, *report.others)
+    assert len(found) == 3 and outcome.ops() == [] and all(words in site.reason for site in found)
+    assert_same(outcome.result, fn(*args))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "add norm"])
+def test_the_same_norm_for_a_router_and_for_experts_is_one_op(residual: bool) -> None:
+    def fn(x, r, w):
+        (y, h), (again, _) = ((add_norm(x, r, w) if residual else (norm(x, w), x)) for _ in range(2))
+        return *vllm_ops.per_token_group_fp8_quant(y, layout="col_tma"), again.float() * 2, h * 1.0
+
+    with torch._inductor.config.patch(enable_auto_functionalized_v2=False):
+        outcome = run_with_pass(fn, *ARGS)
+    assert outcome.ops() == [f"normquant.{'add_' * residual}rms_norm_quant_with_norm.default"]
+    assert outcome.ops("vllm_ir") == []
+    assert_same(outcome.result, fn(*ARGS))

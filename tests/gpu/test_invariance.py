@@ -9,14 +9,19 @@ from compare import bits
 from inputs import weights
 
 from normquant import QuantSpec, reference
+from normquant.bench import cases, tune
 from normquant.kernels.group_quant import group_quant
-from normquant.kernels.launch import Config
+from normquant.kernels.launch import Config, configs
 from normquant.kernels.rms_norm_quant import rms_norm_quant
 
 KS = (1536, 7168)
-MS = (1, 2, 16, 257, 4096)
+MS = (1, 2, 16, 257, 4096, 16384)
 CONFIGS = [Config(warps, split) for warps, split in product((4, 8, 16, 32), (1, 2, 4, 7, 8))]
-CONFIGS += [Config(1, 4), Config(2, 2), Config(4, 16)]  # the extremes of the committed tables
+CONFIGS += [Config(8, rows=4), Config(4, rows=2)]
+# and all that are committed for any width of these ops
+NORMS = ("rms_norm_quant", "rms_norm_quant_with_norm", "add_rms_norm_quant", "add_rms_norm_quant_with_norm")
+CONFIGS = list(dict.fromkeys(CONFIGS + [c for op in NORMS for k in cases.KS for c in configs(op, k, (9, 0))]))
+CONFIGS = [c for c in CONFIGS if c.rows * max(KS) / (32 * c.num_warps) <= 512]  # the others do not fit the registers
 SPEC = QuantSpec(layout="row", rounding="twice")
 PLAIN = Config(8, 1)
 
@@ -54,7 +59,7 @@ def assert_same(got, want) -> None:
 
 
 @pytest.mark.parametrize("k", KS)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"warps{c.num_warps}-split{c.split}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, tune.columns(c))))
 def test_every_config_and_batch(config, k):
     for m in MS:
         x, residual, weight = inputs(m, k)
@@ -90,7 +95,7 @@ def test_rows_that_are_not_aligned(config, stride, offset):
         assert_same(got, expected(m, k))
 
 
-@pytest.mark.parametrize("config", [Config(4, 1), Config(8, 4), Config(16, 2), Config(32, 7)], ids=str)
+@pytest.mark.parametrize("config", [Config(4), Config(8, 4), Config(16, 2), Config(32, 7), Config(32, rows=2)], ids=str)
 def test_group_quant(config):
     for m in MS:
         x, *_ = inputs(m, 7168)

@@ -7,8 +7,9 @@ from torch.fx import Graph
 
 from normquant.integrations.vllm_linear import SELF_QUANTIZING, linear_kernels, remark
 
+from . import vllm_fused as vllm_fused  # defines fp8_gemm_nt_op
+
 VLLM = torch.library.Library("vllm", "FRAGMENT")
-VLLM.define("fp8_gemm_nt_op(Tensor a, Tensor s, Tensor b, Tensor t, Tensor(a!) output, bool e8m0) -> ()")
 VLLM.define("flashinfer_fp8_blockscale_gemm(Tensor x, Tensor weight, Tensor scale) -> Tensor")
 
 
@@ -17,8 +18,9 @@ def test_kernels_are_counted_by_name() -> None:
     x = graph.placeholder("x")
     functionalized = torch.ops.higher_order.auto_functionalized
     gemm = torch.ops.vllm.fp8_gemm_nt_op.default
+    tensors = {name: x for name in ("q_input", "input_scale", "weight", "weight_scale", "output")}
     for _ in range(2):
-        graph.call_function(functionalized, (gemm,), {"a": x, "s": x, "b": x, "t": x, "output": x, "e8m0": True})
+        graph.call_function(functionalized, (gemm,), {**tensors, "use_deep_gemm_e8m0": True})
     inside = graph.call_function(torch.ops.vllm.flashinfer_fp8_blockscale_gemm.default, (x, x, x))
     graph.call_function(torch.ops.aten.mm.default, (inside, x))
     graph.output(inside)

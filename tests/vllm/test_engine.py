@@ -36,8 +36,23 @@ COMPILED_OTHERS = {
     "layers.0.self_attn.mla_attn.o_proj.quant_method.fp8_linear.quant_fp8",
     "layers.2.self_attn.mla_attn.o_proj.quant_method.fp8_linear.quant_fp8",
 }
-# In a step: layer 0's first norm and three q_a norms have no residual.
-CALLS = {"rms_norm_quant": 4, "add_rms_norm_quant": 5, "silu_mul_quant": 3, "group_quant": 3}
+# What DeepSeek-R1 has; vLLM spells this rotary embedding in another way than the plain one.
+YARN = {
+    "hf_overrides": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        }
+    }
+}
+# In a step: layer 0's first norm has no residual; the q_a norms are in one kernel with the rest of the latent.
+CALLS = {"rms_norm_quant": 1, "latent_norm_quant": 3, "add_rms_norm_quant": 5, "silu_mul_quant": 3, "group_quant": 3}
 
 
 @dataclass(frozen=True)
@@ -172,8 +187,18 @@ def test_a_failing_pass_does_not_stop_the_engine(tmp_path: Path, off: Callable[[
     assert run.result["calls"] == {}
     assert {record.report["error"] for record in run.records} == {"RuntimeError: planted by a test"}
     assert "normquant left a graph as it was: RuntimeError: planted by a test" in run.log
-    assert run.log.count("normquant: _fail failed: RuntimeError: planted by a test") == 6  # two rewrites, three graphs
+    assert (
+        run.log.count("normquant: _fail failed: RuntimeError: planted by a test") == 12
+    )  # four rewrites, three graphs
     assert_same_output(run, off())
+
+
+def test_the_rotation_of_deepseek_r1_is_in_the_latent_too(tmp_path: Path, off: Callable[[], Run]) -> None:
+    stock, run = run_engine(tmp_path, YARN), run_engine(tmp_path, ALWAYS | YARN)
+    assert stock.result["tokens"] != off().result["tokens"]  # it is another rotation
+    assert [site["reason"] for record in run.records for site in record.report["sites"] if not site["fused"]] == []
+    assert run.result["calls"] == CALLS
+    assert_same_output(run, stock)
 
 
 def test_quantization_in_plain_torch_is_found_too(tmp_path: Path) -> None:

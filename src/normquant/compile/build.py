@@ -14,13 +14,13 @@ from torch.fx.node import map_arg
 from normquant.compile.graph import aten, is_tensor, same_shape, value
 
 
-def call(graph: Graph, target: Any, args: tuple) -> Node:
+def call(graph: Graph, target: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> Node:
     """A new node with the fake value that it makes."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     values = map_arg(args, lambda n: n.meta["val"])
     fake = next((v.fake_mode for v in _tensors(values) if hasattr(v, "fake_mode")), None)
     with fake if fake is not None else nullcontext():
-        node.meta["val"] = target(*values)
+        node.meta["val"] = target(*values, **node.kwargs)
     return node
 
 

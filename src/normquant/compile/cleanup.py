@@ -18,6 +18,7 @@ from normquant.compile.graph import (
     aten,
     dtype,
     first_arg,
+    is_alias,
     is_call,
     is_cast,
     is_tensor,
@@ -83,7 +84,7 @@ def _readers(node: Node) -> list[Node]:
     pending = list(node.users)
     while pending:
         user = pending.pop()
-        if is_view(user) and not is_call(user, aten.clone.default):
+        if is_alias(user):
             pending += user.users
         else:
             found.append(user)

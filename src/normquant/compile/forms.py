@@ -72,9 +72,16 @@ def _pieces(name: str, cuts: Sequence[int]) -> Dim:
     return tuple(Axis(name, size, (i, len(sizes))) for i, size in enumerate(sizes))
 
 
-def names(form: Form) -> list[str]:
-    """The names of the axes in order, each once: ["g", "m"] of transposed scales."""
-    return [name for name, _ in groupby(axis.name for axis in flatten(form))]
+def order(form: Form) -> list[str] | None:
+    """The names of the axes in order, each once: ["g", "m"] of transposed scales; None where an axis is in pieces that
+    lie in another order, or with another axis in between."""
+    found: list[str] = []
+    for name, run in groupby(flatten(form), key=lambda axis: axis.name):
+        parts = [axis.part for axis in run]
+        if name in found or parts != [(i, len(parts)) for i in range(len(parts))]:
+            return None
+        found.append(name)
+    return found
 
 
 def flatten(form: Form) -> Dim:

@@ -62,6 +62,7 @@ def run(graph: Graph, rules: Rules, strict: bool = False) -> FusionReport:
     if any(site.strategy != "stock" for site in (*sites, *others)):
         graph.eliminate_dead_code()
         cleaned = clean(graph)
+        rewriter.keep_outputs_apart()
     return FusionReport(0, rules.policy, tuple(sites), others, cleaned)
 
 
@@ -142,7 +143,8 @@ def _traffic(match: Match, add: bool, rows: Any) -> dict[str, Any]:
         m, norm.k, spec, residual=add, normed=bool(match.norms), weight_bytes=dtype(norm.weight).itemsize
     )
     saved = tensor * (len(match.quants) + (0 if match.norms else 1)) + spec.bytes(m, norm.k) * (len(match.quants) - 1)
-    return {"bytes_moved": read + written, "bytes_saved": saved, "kernels_saved": len(match.quants)}
+    kernels = len(match.quants) - sum(map(match.copies_scale, match.quants))
+    return {"bytes_moved": read + written, "bytes_saved": saved, "kernels_saved": kernels}
 
 
 def hint(size: Any) -> int:

@@ -105,6 +105,11 @@ def is_view(node: object) -> TypeGuard[Node]:
     return is_cast(node) and dtype(node) == dtype(first_arg(node))
 
 
+def is_alias(node: object) -> TypeGuard[Node]:
+    """A view that may lie in the memory of its input."""
+    return is_view(node) and not is_call(node, aten.clone.default)
+
+
 def keeps_order(node: object) -> TypeGuard[Node]:
     """A view whose values, read row by row, come in the order of its input's."""
     return is_view(node) and not is_call(node, *PERMUTES)

@@ -43,8 +43,8 @@ def _quantize(graph: Graph, y: Node, spec: QuantSpec) -> tuple[Node, Node]:
     k = value(y).shape[-1]
     groups = k // spec.group
 
-    def new(target: Any, *args: Any) -> Node:
-        return call(graph, target, args)
+    def new(target: Any, *args: Any, **kwargs: Any) -> Node:
+        return call(graph, target, args, kwargs)
 
     wide = new(prims.convert_element_type.default, y, torch.float32)
     grouped = new(aten.reshape.default, wide, [-1, groups, spec.group])  # [M, G, group]
@@ -93,9 +93,6 @@ def _divided(new: Any, grouped: Node, amax: Node, scale: Node, spec: QuantSpec) 
 
 
 def _constant(new: Any, like: Node, number: float) -> Node:
-    node = new(aten.full.default, [], number)
-    node.kwargs = {"dtype": torch.float32, "device": value(like).device}
     fake: Any = value(like)
     with fake.fake_mode:
-        node.meta["val"] = aten.full.default([], number, **node.kwargs)
-    return node
+        return new(aten.full.default, [], number, dtype=torch.float32, device=fake.device)

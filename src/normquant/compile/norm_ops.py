@@ -16,6 +16,7 @@ from normquant.compile.graph import (
     aten,
     dtype,
     is_call,
+    is_narrowing,
     is_tensor,
     keeps_order,
     number,
@@ -49,7 +50,7 @@ def read_norm(y: Node) -> Norm:
 def _fused_rms_norm(y: Node) -> Norm:
     """`aten._fused_rms_norm`, which multiplies by the weight in fp32 and rounds once."""
     inner: set[Node] = set()
-    op = _output_of(step_in(y, inner, keeps_order), 0)
+    op = _output_of(step_in(y, inner, keeps_order, is_narrowing), 0)
     if not is_call(op, aten._fused_rms_norm.default):
         raise NotFound
     inner.add(op)
@@ -71,7 +72,7 @@ def _fused_rms_norm(y: Node) -> Norm:
 def _vllm_norm(y: Node) -> Norm:
     """`vllm_ir.rms_norm(x, weight, epsilon, variance_size)`: n rounded, then n * w rounded."""
     inner: set[Node] = set()
-    op = step_in(y, inner, keeps_order)
+    op = step_in(y, inner, keeps_order, is_narrowing)
     if op_name(op) != VLLM_NORM or is_call(op, operator.getitem):
         raise NotFound
     h, weight, eps = _vllm_arguments(op, 1)
@@ -86,7 +87,7 @@ def _vllm_norm(y: Node) -> Norm:
 def _vllm_add_norm(y: Node) -> Norm:
     """`vllm_ir.fused_add_rms_norm(x, residual, weight, epsilon, variance_size)`: the norm of the unrounded sum."""
     inner: set[Node] = set()
-    op = _output_of(step_in(y, inner, keeps_order), 0)
+    op = _output_of(step_in(y, inner, keeps_order, is_narrowing), 0)
     if op is None or op_name(op) != VLLM_ADD_NORM:
         raise NotFound
     x, weight, eps = _vllm_arguments(op, 2)

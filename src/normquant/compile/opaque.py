@@ -23,7 +23,7 @@ def is_group_quant(node: Node) -> bool:
 
 def is_quant(node: Node) -> bool:
     """Whether node is a quantization in one operation."""
-    return is_group_quant(node) or _functionalized(node) in (VLLM_QUANT, VLLM_PACKED)
+    return is_group_quant(node) or functionalized(node) in (VLLM_QUANT, VLLM_PACKED)
 
 
 def read(node: Node, k: int) -> Quant:
@@ -53,8 +53,8 @@ def read_vllm_quant(node: Node, k: int) -> Quant:
     source, group = args["input"], args["group_size"]
     if (args["fp8_min"], args["fp8_max"]) != (-FP8_MAX, FP8_MAX):
         raise Unsupported(f"the data is clamped to {args['fp8_min']}, {args['fp8_max']}; the kernels clamp to +-448")
-    packed = _functionalized(node) == VLLM_PACKED
-    data, scale = _mutated(node, "output_q"), _mutated(node, "output_s_packed" if packed else "output_s")
+    packed = functionalized(node) == VLLM_PACKED
+    data, scale = mutated(node, "output_q"), mutated(node, "output_s_packed" if packed else "output_s")
     like = data[1]
     if dtype(like) != torch.float8_e4m3fn:
         raise Unsupported(f"the data is {str(dtype(like)).removeprefix('torch.')}; the kernels make float8_e4m3fn")
@@ -124,7 +124,7 @@ def _path(node: Node, source: Node, y: Node) -> frozenset[Node]:
     return frozenset(inner)
 
 
-def _functionalized(node: Node) -> str:
+def functionalized(node: Node) -> str:
     """Name of the operation that an auto_functionalized node calls, "" for any other node."""
     if getattr(node.target, "__name__", "") not in ("auto_functionalized", "auto_functionalized_v2") or not arguments(
         node
@@ -133,7 +133,7 @@ def _functionalized(node: Node) -> str:
     return overload_name(arguments(node)[0])
 
 
-def _mutated(node: Node, name: str) -> tuple[Node | None, Node]:
+def mutated(node: Node, name: str) -> tuple[Node | None, Node]:
     """The node that holds an output after the call, and the tensor that was given for it."""
     mutable = [
         a.name for a in arguments(node)[0]._schema.arguments if a.alias_info is not None and a.alias_info.is_write

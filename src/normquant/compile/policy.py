@@ -19,7 +19,8 @@ BY_POLICY: dict[str, Strategy] = {
     "fused": "fused",
     "stock": "stock",
 }
-SM90_RULE = "no measurement of this shape; one kernel was never slower on sm_90"
+REMEDY = "`normquant tune --strategies` makes them, policy='always' fuses anyway"
+SM90_RULE = "no measurement of this shape; our kernel was never the slower one on sm_90"
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,15 @@ class Rules:
             return Decision("stock", f"policy auto: no measurements on {kind}; policy='always' fuses anyway")
         capability = torch.cuda.get_device_capability(device)
         table = Table.load(self.table) if self.table is not None else measured(capability)
+        lacks = f"on sm_{capability[0]}{capability[1]}"
         if table is not None and table.capability == capability:
             found = table.fastest(facts.op, facts.k, facts.m)
             if found is not None:
                 return Decision(*found)
-        if capability == (9, 0) and facts.op != "group_quant":
+            lacks = f"of {facts.op} with K={facts.k} {lacks}"
+        if capability == (9, 0):
             return Decision("fused", f"policy auto: {SM90_RULE}")
-        name = f"sm_{capability[0]}{capability[1]}"
-        return Decision("stock", f"policy auto: no measurements on {name}; policy='always' fuses anyway")
+        return Decision("stock", f"policy auto: no measurements {lacks}; {REMEDY}")
 
 
 def _accepted(what: str, given: str, accepted: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch.fx import Node
 
-from normquant.compile.forms import Axes, Form, flatten, scales_groups, through, without
+from normquant.compile.forms import Axes, Form, flatten, order, scales_groups, through, without
 from normquant.compile.graph import (
     NotFound,
     Unsupported,
@@ -101,6 +101,8 @@ def complete(found: Arithmetic, k: int) -> Quant:
         raise Unsupported("the values do not meet the scale of their own group")
     if flatten(forms.of(found.cast)) != axes.data():
         raise Unsupported("the data is not in the order of the rows")
+    if order(forms.of(found.scale)) is None:
+        raise Unsupported("the scales are neither in the order of the rows nor in that of the groups")
     spec = _spec(found.facts, found.divide, found.group, found.y)
     inner = frozenset(_between(found))
     return Quant(found.y, found.cast, found.scale, forms.of(found.scale), axes, spec, inner)
@@ -231,7 +233,8 @@ def _between(found: Arithmetic) -> set[Node]:
     pending = [found.cast, found.scale]
     while pending:
         for arg in pending.pop().all_input_nodes:
-            if arg is not found.y and arg not in seen and is_tensor(arg) and number(arg) is None:
+            varies = (is_tensor(arg) and number(arg) is None) or is_call(arg, aten.max.dim)  # which makes two tensors
+            if arg is not found.y and arg not in seen and varies:
                 seen.add(arg)
                 pending.append(arg)
     return seen - {found.cast, found.scale}

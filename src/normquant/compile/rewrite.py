@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from normquant.compile import runtime_eps as runtime_eps  # registers the ops that a run-time epsilon needs
 from normquant.compile.build import as_row, as_rows, call, shaped
-from normquant.compile.graph import Unsupported, asks_shape, is_view, op_name, peel
-from normquant.compile.scales import rebuild, sinks
+from normquant.compile.graph import Unsupported, asks_shape, aten, is_alias, is_view, op_name, peel
+from normquant.compile.scales import laid_out, rebuild, sinks
 from normquant.compile.sites import Match
 from normquant.spec import QuantSpec
 
@@ -43,7 +42,7 @@ class Rewriter:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.replaced: dict[Node, Node] = {}  # what the nodes of the graph as it was are now
-        self.gone: set[Node] = set()
+        self.owners = _owners(graph)
 
     def now(self, node: Node) -> Node:
         return self.replaced.get(node, node)
@@ -51,7 +50,7 @@ class Rewriter:
     def inputs(self, match: Match, add: bool) -> tuple[Node, ...]:
         """x, or both addends, and the weight."""
         addition, norm = match.norm.addition, match.norm
-        sources = (addition.x, addition.residual) if add and addition else (norm.x or norm.y,)
+        sources = (addition.x, addition.residual) if add and addition else norm.sources
         return tuple(self.now(node) for node in (*sources, norm.weight))
 
     def adds(self, match: Match) -> bool:
@@ -65,7 +64,7 @@ class Rewriter:
             return False
         if addition.sum == "fp32":
             return True
-        if any(node in self.replaced for node in addition.stored):
+        if any(node in self.replaced for node in match.sums):
             return False  # an earlier site's op made the sum
         return all(in_memory(self.now(node)) for node in (addition.x, addition.residual)) and self.in_time(match, True)
 
@@ -75,14 +74,14 @@ class Rewriter:
         return all(last < reader for reader in self._readers(match, add))
 
     def _readers(self, match: Match, add: bool) -> set[Node]:
-        stored = match.norm.addition.stored if add and match.norm.addition else ()
-        return {user for node in (*stored, *match.results) for user in node.users if user not in match.inner}
+        made = match.results.union(match.sums if add else ())
+        return {user for node in made for user in node.users if user not in match.inner}
 
     def position(self, match: Match, add: bool) -> Node:
         """The first node, after the op's inputs, that reads what the op makes or is replaced by it."""
         last = max(self.inputs(match, add))
-        stored = set(match.norm.addition.stored) if add and match.norm.addition else set()
-        return min(node for node in match.inner | match.results | stored | self._readers(match, add) if node > last)
+        made = match.results.union(match.sums if add else ())
+        return min(node for node in match.inner | made | self._readers(match, add) if node > last)
 
     def fuse(self, match: Match) -> Node:
         """Put the fused op in, hand its outputs to everyone who read the site's, and return it. Dead nodes are left."""
@@ -95,16 +94,27 @@ class Rewriter:
             args = (*rows, as_row(self.graph, weight, match.norm.k), match.norm.eps, match.norm.weight_offset)
             op = call(self.graph, fused_op(match, add), (*args, op_spec(match, add).encode()))
             outputs = [call(self.graph, operator.getitem, (op, i)) for i in range(len(op.meta["val"]))]
-            replacements = self._replacements(match, add, outputs)
-        self._ask_input_for_shape(match)
-        _copy_meta(match.norm.y, [op, *outputs])
+            replacements = self.replacements(match, add, outputs)
+        self.ask_input_for_shape(match)
+        copy_meta(match.norm.y, [op, *outputs])
         for old, new in replacements:
             old.replace_all_uses_with(new)
             self.replaced[old] = new
-        self.gone |= match.inner
         return op
 
-    def _ask_input_for_shape(self, match: Match) -> None:
+    def keep_outputs_apart(self) -> None:
+        """Copy what the graph returned as tensors of their own and now would return as one: callers may change one."""
+        output = self.graph.output_node()
+        returned: list[Any] = list(_returned(self.graph))
+        first: dict[Node | None, Node | None] = {}
+        for i, (before, owner) in enumerate(zip(self.owners, _owners(self.graph), strict=True)):
+            if owner is not None and first.setdefault(owner, before) is not before:
+                with self.graph.inserting_before(output):
+                    returned[i] = call(self.graph, aten.clone.default, (returned[i],))
+        if any(new is not old for new, old in zip(returned, _returned(self.graph), strict=True)):
+            output.args = (tuple(returned),)
+
+    def ask_input_for_shape(self, match: Match) -> None:
         """A value that is asked for nothing but its shape must not be computed for that."""
         source = self.now(match.norm.sources[0])
         inside = match.inner | match.results
@@ -113,24 +123,33 @@ class Rewriter:
             with self.graph.inserting_before(user):
                 user.replace_input_with(node, shaped(self.graph, source, node))
 
-    def _replacements(self, match: Match, add: bool, outputs: list[Node]) -> list[tuple[Node, Node]]:
+    def replacements(self, match: Match, add: bool, outputs: list[Node]) -> list[tuple[Node, Node]]:
         data, scale, *rest = outputs
         pairs: list[tuple[Node, Node]] = []
         for quant in match.quants:
             if quant.data is not None:
                 pairs.append((quant.data, data))
             if quant.scale is not None and quant.scale_form is None:
-                pairs.append((quant.scale, scale))
-        if match.norms:
-            pairs += [(node, rest[-1]) for node in match.norms]
-        if add and match.norm.addition:
-            pairs += [(node, rest[0]) for node in match.norm.addition.stored]
+                copied = match.copies_scale(quant)
+                pairs.append((quant.scale, laid_out(self.graph, scale, quant.spec.layout) if copied else scale))
+        pairs += [(node, rest[-1]) for node in match.norms]
+        pairs += [(node, rest[0]) for node in match.sums if add]
         placed = [(old, shaped(self.graph, new, old)) for old, new in pairs]
         for quant in match.quants:
             if quant.scale is not None and quant.scale_form is not None:
                 readers = sinks(quant.scale, quant.scale_form, quant.inner)
                 placed += [(node, rebuild(self.graph, scale, node, form)) for node, form in readers]
         return placed
+
+
+def _returned(graph: Graph) -> tuple[Any, ...]:
+    outputs: Any = graph.output_node().args[0]
+    return tuple(outputs) if isinstance(outputs, (list, tuple)) else (outputs,)
+
+
+def _owners(graph: Graph) -> list[Node | None]:
+    """The node that made the memory of each output of the graph."""
+    return [peel(node, is_alias) if isinstance(node, Node) else None for node in _returned(graph)]
 
 
 def op_spec(match: Match, add: bool) -> QuantSpec:
@@ -155,7 +174,7 @@ def in_memory(node: Node) -> bool:
     return made_by[0] not in ("aten", "prims") or made_by[-1] in EXTERN
 
 
-def _copy_meta(source: Node, nodes: Sequence[Node]) -> None:
+def copy_meta(source: Node, nodes: Sequence[Node]) -> None:
     for node in nodes:
         for key in COPIED_META:
             if key in source.meta:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.build import call, shape_arg
-from normquant.compile.forms import Form, names, through
+from normquant.compile.forms import Form, order, through
 from normquant.compile.graph import arguments, aten, dtype, is_call, is_view, same_shape, value
 from normquant.compile.opaque import layout_of_strides
 from normquant.spec import Layout
@@ -26,7 +27,7 @@ def sinks(scale: Node, form: Form, inner: Collection[Node]) -> Sinks:
         for user in node.users:
             moved = through(user, form) if is_view(user) else None
             same = _same_scales(node, user)
-            if moved is not None:
+            if moved is not None and order(moved) is not None:
                 pending.append((user, moved))
             elif same:
                 pending += [(copy, form) for copy in same]
@@ -80,8 +81,20 @@ def _layout(node: Node, form: Form) -> Layout:
 
 def rebuild(graph: Graph, scale: Node, node: Node, form: Form) -> Node:
     """The tensor of `node`, whose axes lie as `form` says, from the op's scale [M, G]; views where possible."""
-    if names(form) == ["g", "m"]:
+    if order(form) == ["g", "m"]:
         scale = call(graph, aten.permute.default, (scale, [1, 0]))
     if list(value(scale).shape) == list(value(node).shape):
         return scale
     return call(graph, aten.reshape.default, (scale, shape_arg(graph, value(node).shape, scale)))
+
+
+def laid_out(graph: Graph, scale: Node, layout: Layout) -> Node:
+    """A copy of the op's scale [M, G] in another layout than the op made it in, by rows or by columns."""
+
+    def copy(node: Node) -> Node:
+        return call(graph, aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+
+    if layout == "row":
+        return copy(scale)
+    turned = call(graph, aten.permute.default, (scale, [1, 0]))
+    return call(graph, aten.permute.default, (copy(turned), [1, 0]))

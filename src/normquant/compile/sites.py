@@ -7,69 +7,39 @@ kernels cannot read. `find` changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.fx import Graph, Node
 
 from normquant.compile import norm_ops, opaque, quants
+from normquant.compile.duplicates import equal_nodes
 from normquant.compile.graph import (
     FP8_DTYPES,
     NotFound,
     Unsupported,
     arguments,
-    asks_shape,
     dtype,
     first_arg,
     is_cast,
-    is_narrowing,
     is_tensor,
     is_view,
-    is_widening,
-    keeps_order,
     mutation_regions,
     op_name,
     peel,
     value,
 )
+from normquant.compile.match import Match, Rejected, anchor_of
 from normquant.compile.norms import Norm
 from normquant.compile.quants import Quant
+from normquant.compile.readers import check_inside, norms_outside
 from normquant.compile.scales import choose_layout
-from normquant.spec import QuantSpec
+from normquant.spec import Layout, QuantSpec
 
-
-@dataclass(frozen=True)
-class Match:
-    """A site that the kernels can do.
-
-    spec: the arithmetic of norm and quantization together.
-    norms: the nodes that hold the norm, in the activation dtype, for readers outside of the site; empty without any.
-    """
-
-    norm: Norm
-    quants: tuple[Quant, ...]
-    spec: QuantSpec
-    norms: tuple[Node, ...] = ()
-
-    @property
-    def inner(self) -> frozenset[Node]:
-        """The nodes that are gone once the site is one op."""
-        return self.norm.inner.union(*(quant.inner for quant in self.quants))
-
-    @property
-    def results(self) -> frozenset[Node]:
-        nodes = {node for quant in self.quants for node in (quant.data, quant.scale) if node is not None}
-        return frozenset(nodes | set(self.norms) | {self.norm.y})
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A site that stays as it is. anchor: its quantization. norm: where it was read."""
-
-    anchor: Node
-    reason: str
-    norm: Norm | None = None
+LAYOUTS = get_args(Layout)  # the least demanding first: a scale in columns can be read row by row
+Norms = dict[Node, Norm | Unsupported | NotFound]  # what the nodes that were asked hold
 
 
 @dataclass
@@ -85,14 +55,16 @@ def find(graph: Graph) -> Found:
     """Every norm -> quant site of the graph."""
     found = Found()
     pairs: list[tuple[Node, Norm, Quant]] = []
-    norms: dict[Node, Norm | Unsupported | NotFound] = {}
+    norms: Norms = {}
     for anchor in graph.nodes:
         if is_anchor(anchor):
             _read(anchor, norms, pairs, found)
-    matches = _group(pairs, found)
-    _reject_shared(matches, found)
+    if not pairs:
+        return found
     regions = mutation_regions(graph)
-    found.matches = [match for match in matches if _checked(match, found, regions)]
+    matches = _group(pairs, norms, equal_nodes(graph, regions), regions, found)
+    _reject_shared(matches, found)
+    found.matches = _norms_once([match for match in matches if _checked(match, found, regions)])
     return found
 
 
@@ -105,7 +77,7 @@ def is_anchor(node: Node) -> bool:
     )
 
 
-def _read(anchor: Node, norms: dict, pairs: list, found: Found) -> None:
+def _read(anchor: Node, norms: Norms, pairs: list, found: Found) -> None:
     """Read one quantization and the norm in front of it."""
     norm, y = None, first_arg(anchor) if is_cast(anchor) else opaque.quantized(anchor)
     try:
@@ -127,16 +99,20 @@ def _read(anchor: Node, norms: dict, pairs: list, found: Found) -> None:
         (found.rejected if near_norm else found.others).append(Rejected(anchor, str(reason), norm))
 
 
-def _norm_of(y: Node, norms: dict[Node, Norm | Unsupported | NotFound]) -> Norm:
+def _norm_of(y: Node, norms: Norms) -> Norm:
+    norm = _norm_or_reason(y, norms)
+    if isinstance(norm, Norm):
+        return norm
+    raise norm
+
+
+def _norm_or_reason(y: Node, norms: Norms) -> Norm | Unsupported | NotFound:
     if y not in norms:
         try:
             norms[y] = norm_ops.read_norm(y)
         except (Unsupported, NotFound) as reason:
             norms[y] = reason
-    norm = norms[y]
-    if isinstance(norm, Norm):
-        return norm
-    raise norm
+    return norms[y]
 
 
 def _follows_norm(anchor: Node) -> bool:
@@ -153,93 +129,78 @@ def _follows_norm(anchor: Node) -> bool:
     return False
 
 
-def _group(pairs: list[tuple[Node, Norm, Quant]], found: Found) -> list[Match]:
-    """One match for each norm and arithmetic; the scale layout is chosen here."""
-    groups: dict[tuple[Node, QuantSpec], list[Quant]] = {}
-    norms: dict[Node, Norm] = {}
+def _group(
+    pairs: list[tuple[Node, Norm, Quant]],
+    norms: Norms,
+    equal: Mapping[Node, Sequence[Node]],
+    regions: Mapping[Node, int],
+    found: Found,
+) -> list[Match]:
+    """One match for each norm and arithmetic, whose scales are in the layout of its most demanding quantization."""
+    groups: dict[tuple[tuple[Norm, ...], int, QuantSpec], list[Quant]] = {}
     for anchor, norm, quant in pairs:
+        written = [_norm_or_reason(y, norms) for y in equal.get(norm.y, [norm.y])]
+        same = tuple(other for other in written if isinstance(other, Norm))
         try:
-            spec = quant.spec.but(rounding=norm.rounding, sum=norm.addition.sum if norm.addition else "fp32")
-            if quant.scale is not None and quant.scale_form is not None:
-                spec = spec.but(layout=choose_layout(quant.scale, quant.scale_form, quant.inner))
+            spec = _with_norm(quant.spec, same[0])
         except ValueError as error:
             found.rejected.append(Rejected(anchor, str(error), norm))
             continue
-        norms[norm.y] = norm
-        groups.setdefault((norm.y, spec), []).append(quant)
-    return [Match(norms[y], tuple(members), spec) for (y, spec), members in groups.items()]
+        by_row = spec if spec.scale == "ue8m0_packed" else spec.but(layout="row")
+        groups.setdefault((same, regions[anchor], by_row), []).append(quant)
+    return [_match(norms, quants) for (norms, *_), quants in groups.items()]
+
+
+def _match(norms: Sequence[Norm], quants: Sequence[Quant]) -> Match:
+    """A norm, computed once or again, and quantizations of it that differ in nothing but the layout of the scales."""
+    layout = max(map(_layout, quants), key=LAYOUTS.index)
+    return Match(tuple(norms), tuple(quants), _with_norm(quants[0].spec, norms[0]).but(layout=layout))
+
+
+def _layout(quant: Quant) -> Layout:
+    if quant.scale is None or quant.scale_form is None:
+        return quant.spec.layout
+    return choose_layout(quant.scale, quant.scale_form, quant.inner)
+
+
+def _with_norm(spec: QuantSpec, norm: Norm) -> QuantSpec:
+    return spec.but(rounding=norm.rounding, sum=norm.addition.sum if norm.addition else "fp32")
+
+
+def _apart(match: Match) -> list[Match]:
+    """A match for each of the norms that are quantized, where computing them once is not possible."""
+    quants = [(norm, [quant for quant in match.quants if quant.y is norm.y]) for norm in match.same]
+    return [_match([norm], found) for norm, found in quants if found]
+
+
+def _norms_once(matches: Sequence[Match]) -> list[Match]:
+    """The matches, the norm for other readers coming out of the first one of each norm."""
+    made: set[Node] = set()
+    once: list[Match] = []
+    for match in matches:
+        once.append(replace(match, norms=()) if match.norm.y in made else match)
+        made.add(match.norm.y)
+    return once
 
 
 def _reject_shared(matches: list[Match], found: Found) -> None:
     """Drop the matches whose inside is read by something that stays, until no such match is left."""
     while True:
-        gone = frozenset().union(*(match.inner for match in matches)) if matches else frozenset()
-        results = frozenset().union(*(match.results for match in matches)) if matches else frozenset()
+        gone = frozenset[Node]().union(*(match.inner for match in matches))
+        results = frozenset[Node]().union(*(match.results for match in matches))
         for i, match in enumerate(matches):
             try:
-                matches[i] = replace(match, norms=_readers_of_norm(match, gone))
-                _check_inside(match, gone | results)
+                matches[i] = replace(match, norms=norms_outside(match, gone))
+                check_inside(match, gone | results)
             except Unsupported as reason:
-                found.rejected.append(Rejected(anchor_of(match), str(reason), match.norm))
-                del matches[i]
+                if len(match.same) > 1:
+                    matches[i : i + 1] = _apart(match)
+                else:
+                    found.rejected.append(Rejected(anchor_of(match), str(reason), match.norm))
+                    del matches[i]
                 break
         else:
             return
-
-
-def anchor_of(match: Match) -> Node:
-    quant = match.quants[0]
-    return quant.data or quant.scale or quant.y
-
-
-def _check_inside(match: Match, known: frozenset[Node]) -> None:
-    stored = set(match.norm.addition.stored) if match.norm.addition else set()
-    for node in match.norm.inner:
-        users = [user for user in node.users if not asks_shape(user, match.norm.sources[0])]
-        outside = [user for user in users if user not in known and user not in stored]
-        if outside:
-            raise Unsupported(_read_by(node, "the norm", outside[0]))
-    for quant in match.quants:
-        for node in quant.inner:
-            users = [user for user in node.users if not asks_shape(user, match.norm.sources[0])]
-            outside = [user for user in users if user not in known]
-            if outside and not (is_view(node) or is_widening(node)) and not _only_pads(node, quant):
-                raise Unsupported(_read_by(node, "the quantization", outside[0]))
-
-
-def _read_by(node: Node, where: str, reader: Node) -> str:
-    return f"{op_name(node)} inside of {where} is also read by {op_name(reader)} ({reader.name})"
-
-
-def _only_pads(node: Node, quant: Quant) -> bool:
-    return opaque.is_quant(node) and all(user in (quant.data, quant.scale) or not user.users for user in node.users)
-
-
-def _readers_of_norm(match: Match, gone: frozenset[Node]) -> tuple[Node, ...]:
-    """The nodes that hold the norm for readers outside of the site."""
-    y = match.norm.y
-    outside: list[Node] = []
-    pending = [y]
-    while pending:
-        node = pending.pop()
-        for user in node.users:
-            if is_view(user) or is_widening(user):
-                pending.append(user)
-            elif user not in gone and user not in match.results and not asks_shape(user, match.norm.sources[0]):
-                outside.append(user if _rounds_y(user, node, match.norm) else node)
-    if not outside:
-        return ()
-    if dtype(y) == match.norm.dtype:
-        return (y,)
-    unrounded = [node for node in outside if not is_narrowing(node)]
-    if unrounded:
-        raise Unsupported("the norm before its rounding is also read by an operation outside of the site")
-    return tuple(dict.fromkeys(outside))
-
-
-def _rounds_y(user: Node, node: Node, norm: Norm) -> bool:
-    """Whether user is the norm rounded to the activation dtype, in the norm's order."""
-    return is_narrowing(user) and dtype(user) == norm.dtype and peel(node, keeps_order) is norm.y
 
 
 def _checked(match: Match, found: Found, regions: dict[Node, int]) -> bool:
@@ -257,13 +218,12 @@ def _checked(match: Match, found: Found, regions: dict[Node, int]) -> bool:
 
 def _passed(match: Match) -> set[Node]:
     """The casts, views and copies between the inside of the norm and what the op will read."""
-    norm = match.norm
-    ends = {norm.weight, norm.eps, *norm.sources}
+    ends = {node for norm in match.same for node in (norm.weight, norm.eps, *norm.sources)}
     passed: set[Node] = set()
-    pending = list(norm.inner)
+    pending = [node for norm in match.same for node in norm.inner]
     while pending:
         for node in pending.pop().all_input_nodes:
-            if node not in ends and node not in norm.inner and node not in passed and node.op == "call_function":
+            if node not in ends and node not in match.inner and node not in passed and node.op == "call_function":
                 passed.add(node)
                 pending.append(node)
     return passed

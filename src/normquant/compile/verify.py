@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from normquant.compile.forms import names
+from normquant.compile.forms import order
 from normquant.compile.fusion_pass import run, site_name
 from normquant.compile.policy import Rules
 from normquant.compile.report import FusionReport
@@ -139,7 +139,7 @@ def _wanted(match: Match) -> list[Node]:
     nodes = [norm.weight, norm.x, *match.norms, norm.eps if isinstance(norm.eps, Node) else None]
     nodes += [q for quant in match.quants for q in (quant.data, quant.scale)]
     if addition:
-        nodes += [addition.x, addition.residual, *addition.stored]
+        nodes += [addition.x, addition.residual, *match.sums]
     return [node for node in nodes if node is not None]
 
 
@@ -157,14 +157,13 @@ def _compare(match: Match, add: bool, values: Mapping[Node, Any]) -> SiteCompari
             _count(counts["data"], values[quant.data], data)
         if quant.scale is not None:
             stored = values[quant.scale]
-            if quant.scale_form is not None and names(quant.scale_form) == ["g", "m"]:
+            if quant.scale_form is not None and order(quant.scale_form) == ["g", "m"]:
                 stored = stored.reshape(scale.shape[1], scale.shape[0]).t()
             _count(counts["scales"], stored, scale)
     for node in match.norms:
         _count(counts["others"], values[node], rest[-1])
-    if add and norm.addition:
-        for node in norm.addition.stored:
-            _count(counts["others"], values[node], rest[0])
+    for node in match.sums if add else ():
+        _count(counts["others"], values[node], rest[0])
     return SiteComparison(site_name(match), op._opname, *counts["data"], *counts["scales"], *counts["others"])
 
 

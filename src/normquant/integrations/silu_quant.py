@@ -9,7 +9,6 @@ A gated product that Inductor generates and a quantization in aten operations ne
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +37,7 @@ from normquant.compile.policy import Facts, Rules
 from normquant.compile.quants import Quant
 from normquant.compile.report import Site
 from normquant.compile.sites import rows_are_even
+from normquant.integrations.columns import part
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 
@@ -149,30 +149,10 @@ def _read(anchor: Node, product: Node, gate: Node, up: Node, inner: set[Node], r
 
 def _halves(gate: Node, up: Node, k: int) -> Node:
     """The tensor [..., 2K] whose halves gate and up are."""
-    ends = [_part(node) for node in (gate, up)]
+    ends = [part(node) for node in (gate, up)]
     found = [end for end in ends if end is not None]
     if len(found) == 2 and found[0][0] is found[1][0] and same_size(value(found[0][0]).shape[-1], 2 * k):
         if [start for _, start in found] == [0, k]:
             return found[0][0]
         raise Unsupported("gate is not the first half of the tensor, or up not the second")
     raise Unsupported("gate and up are not the two halves of one tensor")
-
-
-def _part(node: Node) -> tuple[Node, int] | None:
-    """What a node is a slice of along the last dimension, and where it starts."""
-    if is_call(node, operator.getitem):
-        split, index = arguments(node)
-        if is_call(split, aten.split.Tensor, aten.split_with_sizes.default) and _last(split, 2):
-            sizes = arguments(split)[1]
-            start = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
-            return (first_arg(split), start) if isinstance(start, int) else None
-    if is_call(node, aten.slice.Tensor) and _last(node, 1) and len(arguments(node)) < 5:
-        start = arguments(node)[2] if len(arguments(node)) > 2 else 0
-        return (first_arg(node), start) if isinstance(start, int) else None
-    return None
-
-
-def _last(node: Node, at: int) -> bool:
-    """Whether the argument `at`, a dimension, is the last one of the tensor that a node reads."""
-    dim = arguments(node)[at] if len(arguments(node)) > at else 0
-    return isinstance(dim, int) and dim % value(first_arg(node)).dim() == value(first_arg(node)).dim() - 1

@@ -10,10 +10,11 @@ from torch.fx import Graph, Node
 from normquant.compile.graph import arguments, overload_name
 
 SELF_QUANTIZING = "takes bf16 and quantizes inside: nothing to fuse in front of it"
+DEEPGEMM = "vllm::fp8_gemm_nt_op"
 
 # name of vLLM's operation -> how a person calls the kernel, and what keeps it from being fused with
 KERNELS: Mapping[str, tuple[str, str]] = {
-    "vllm::fp8_gemm_nt_op": ("DeepGEMM", ""),
+    DEEPGEMM: ("DeepGEMM", ""),
     "_C::cutlass_scaled_mm": ("Cutlass", ""),
     "vllm::w8a8_triton_block_scaled_mm_func": ("Triton", ""),
     "vllm::flashinfer_fp8_blockscale_gemm": ("FlashInfer", SELF_QUANTIZING),

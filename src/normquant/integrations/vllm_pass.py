@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 from normquant.compile import Site, reports
 from normquant.compile.fusion_pass import NormQuantPass
 from normquant.compile.policy import Rules
-from normquant.integrations import lone_quant, silu_quant
+from normquant.integrations import columns, fused_ops, latent_quant, lone_quant, rotary, silu_quant
+from normquant.integrations.graph_warmup import warm_graph
 from normquant.integrations.vllm_linear import linear_kernels, remark
 from normquant.integrations.vllm_records import GraphRecord, append
 from normquant.integrations.vllm_switches import Switches
@@ -37,7 +39,8 @@ EARLIER = (
     "AllReduceFusionPass",
     "RocmAiterAllReduceFusionPass",
 )
-SOURCES = (__file__, silu_quant.__file__, lone_quant.__file__)
+REWRITES = (columns, fused_ops, latent_quant, lone_quant, rotary, silu_quant)
+SOURCES = (__file__, *(str(module.__file__) for module in REWRITES))
 
 
 class VllmNormQuantPass(InductorPass):
@@ -55,16 +58,19 @@ class VllmNormQuantPass(InductorPass):
 
     def __call__(self, graph: Graph) -> None:
         linear = linear_kernels(graph)
+        taken = self._guarded(fused_ops.replace_fused_ops, graph)
         gated = self._guarded(silu_quant.fuse_silu_quant, graph)  # first: what it fuses is not left over later
+        latents = self._guarded(latent_quant.fuse_latents, graph)
         self.fusion(graph)
         report = reports()[-1]
         lone = self._guarded(lone_quant.replace_lone_quants, graph)
         gone = {site.name for site in lone}
         others = tuple(site for site in report.others if site.name not in gone)
-        report = replace(report, sites=(*report.sites, *gated, *lone), others=others)
+        report = replace(report, sites=(*latents, *report.sites, *taken, *gated, *lone), others=others)
         if report.error:
             log.warning("normquant left a graph as it was: %s", report.error)
         log.debug("%s", report)
+        self._warm_up(graph)
         for kernel in filter(remark, linear):
             log.info("normquant: linear kernel %s %s", kernel, remark(kernel))
         if self.directory is None or not (report.sites or report.others or report.error or linear):
@@ -74,6 +80,19 @@ class VllmNormQuantPass(InductorPass):
             append(self.directory, GraphRecord(VERSION, vllm_version, rows, report.to_dict(), linear))
         except OSError as error:
             log.warning("normquant's report was not written: %s", error)
+
+    def _warm_up(self, graph: Graph) -> None:
+        """Have every size of batch compiled now, not by the first request that has it."""
+        start = time.monotonic()
+        try:
+            count = warm_graph(graph)
+        except Exception as error:
+            if self.fusion.strict:
+                raise
+            log.warning("normquant: warming up failed: %s: %s", type(error).__name__, error)
+            return
+        if count:
+            log.info("normquant: %d kernels warmed up in %.1f s", count, time.monotonic() - start)
 
     def _guarded(self, rewrite: Callable[[Graph, Rules], tuple[Site, ...]], graph: Graph) -> tuple[Site, ...]:
         """What a rewrite did; nothing, after a warning, where it failed, unless strict."""

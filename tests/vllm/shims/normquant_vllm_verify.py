@@ -7,6 +7,7 @@ has them, and the fused op runs on the same inputs.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from normquant.compile import fusion_pass, verify
+from normquant.compile.fusion_pass import site_name
+from normquant.compile.match import Match
 from normquant.compile.rewrite import Rewriter
-from normquant.compile.sites import Match, find
+from normquant.compile.sites import find
+from normquant.integrations import latent_quant
 
 ROWS = 5
 
@@ -28,16 +32,32 @@ def install(out: str) -> None:
     if getattr(original, "verifies", False):
         return
 
+    fuse_latents = latent_quant.fuse_latents
+
     def run(graph: Graph, *args: Any) -> Any:
-        copy, nodes = Graph(graph.owning_module), {}
-        copy.output(copy.graph_copy(graph, nodes))
-        with unset_fake_temporarily(), torch.no_grad(), Path(out, "sites.jsonl").open("a") as file:
-            for match in find(copy).matches:
-                file.write(json.dumps(asdict(compare(copy, match))) + "\n")
+        copy = copied(graph)
+        write(out, (compare(copy, match) for match in find(copy).matches))
         return original(graph, *args)
 
+    def run_latents(graph: Graph, *args: Any) -> Any:
+        found = latent_quant.find_latents(copied(graph))
+        write(out, (compare_latents(latents) for latents in found if isinstance(latents, latent_quant.Latents)))
+        return fuse_latents(graph, *args)
+
     run.verifies = True  # type: ignore[attr-defined]
-    fusion_pass.run = run
+    fusion_pass.run, latent_quant.fuse_latents = run, run_latents
+
+
+def copied(graph: Graph) -> Graph:
+    copy = Graph(graph.owning_module)
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
+
+
+def write(out: str, comparisons: Iterable[verify.SiteComparison]) -> None:
+    with unset_fake_temporarily(), torch.no_grad(), Path(out, "sites.jsonl").open("a") as file:
+        for comparison in comparisons:
+            file.write(json.dumps(asdict(comparison)) + "\n")
 
 
 def compare(graph: Graph, match: Match) -> verify.SiteComparison:
@@ -49,6 +69,28 @@ def compare(graph: Graph, match: Match) -> verify.SiteComparison:
     for node in verify._wanted(match):
         evaluate(node, values)
     return verify._compare(match, add, values)
+
+
+def compare_latents(found: latent_quant.Latents) -> verify.SiteComparison:
+    q, kv, k_pe = found.q.norm, found.kv, found.k_pe
+    angles = torch.randn(k_pe.cache.meta["val"].shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    width = found.base.meta["val"].shape[-1]
+    values: dict[Node, Any] = {
+        found.base: exact(ROWS, width, seed=0),
+        q.weight: exact(q.k, seed=1) + 0.5,
+        kv.weight: exact(kv.k, seed=2) + 0.5,
+        k_pe.cache: angles,
+        k_pe.positions: torch.arange(ROWS) * 3 + 1,
+    }
+    x, q_weight, kv_weight, cache, positions = values.values()
+    cos, sin = cache.chunk(2, dim=-1)
+    op = torch.ops.normquant.latent_norm_quant
+    given = op(x, q_weight, kv_weight, cos, sin, positions, q.eps, k_pe.rope, found.spec.encode())
+    (quant,) = found.q.quants
+    counts: list[list[int]] = [[0, 0], [0, 0], [0, 0]]
+    for i, (node, output) in enumerate(zip((quant.data, quant.scale, kv.y, k_pe.y), given, strict=True)):
+        verify._count(counts[min(i, 2)], evaluate(node, values), output)
+    return verify.SiteComparison(site_name(found.q), "latent_norm_quant", *counts[0], *counts[1], *counts[2])
 
 
 def evaluate(node: Node, values: dict[Node, Any]) -> Any:

@@ -1,0 +1,158 @@
+"""Rotary position embedding in aten operations, recognised by what it computes.
+
+    cos, sin = cache[positions]               [M, R], cos in the first half
+    y        = x turned by these angles       [M, R] bf16 or fp16
+
+The embedding is spelled in many ways: products with the halves of x, or with x and a copy of it that is cut, negated
+and put together again; pairs of neighbours or of halves; angles repeated or not. None of them is looked for. The
+operations between x and a candidate for y, which are cuts, views, sums and products and nothing else, are run on
+made-up numbers and have to give what `normquant.reference.rotate` does, to the bit, which also tells roundings apart.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from normquant import reference
+from normquant.compile.graph import (
+    PERMUTES,
+    RESHAPES,
+    SAME_VALUES,
+    UNIT_DIMS,
+    Unsupported,
+    arguments,
+    aten,
+    dtype,
+    is_call,
+    is_tensor,
+    op_name,
+    prims,
+    same_shape,
+    same_size,
+    value,
+)
+from normquant.compile.opaque import functionalized
+from normquant.spec import QuantSpec, Rope
+
+ARITHMETIC = {aten.add.Tensor, aten.mul.Tensor, aten.neg.default, aten.sub.Tensor, prims.convert_element_type.default}
+CUTS = {aten.cat.default, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
+VIEWS = {*PERMUTES, *RESHAPES, *SAME_VALUES, *UNIT_DIMS, aten.expand.default}
+POSITION_DTYPES = (torch.int32, torch.int64)
+ROWS = 3  # of the made-up numbers, where the graph does not say how many
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """y: x turned, [..., R] in the order of x's rows. cache: [positions, R]. positions: [M], which row of the cache
+    belongs to which row of x. inner: the nodes from x, cache and positions to y, y among them."""
+
+    y: Node
+    cache: Node
+    positions: Node
+    rope: Rope
+    inner: frozenset[Node]
+
+
+def find_rotation(x: Node, rows: Any, spec: QuantSpec) -> Rotation:
+    """The rotary embedding of x [rows, R] with the roundings of the op that has this spec; the first in the graph.
+
+    Raises Unsupported where x goes through none, or through one that the op does not have.
+    """
+    if value(x).dim() != 2:
+        raise Unsupported(f"k_pe has shape {tuple(value(x).shape)}; it is followed as [M, R]")
+    followers = _followers(x)
+    for y in followers:
+        if is_tensor(y) and dtype(y) == dtype(x) and same_size(value(y).numel(), value(x).numel()):
+            inner = _between(x, y, rows)
+            gathers = [node for node in inner if _is_gather(node, rows)]
+            rope = _rope(x, y, gathers[0], inner, rows, spec) if len(gathers) == 1 else None
+            if rope is not None:
+                cache, (positions,) = arguments(gathers[0])
+                return Rotation(y, cache, positions, rope, frozenset(inner))
+    readers = {user for node in (x, *followers) for user in node.users if user not in followers}
+    names = ", ".join(sorted({functionalized(user).replace("::", ".") or op_name(user) for user in readers}))
+    raise Unsupported(f"no rotary embedding in aten operations between k_pe and what reads it ({names})")
+
+
+def _followers(x: Node) -> list[Node]:
+    """What is made from x by cuts, views and arithmetic alone, in the order of the graph."""
+    found: set[Node] = set()
+    pending = [x]
+    while pending:
+        new = [user for user in pending.pop().users if _is_pure(user) and user not in found]
+        found.update(new)
+        pending += new
+    return sorted(found)
+
+
+def _is_pure(node: Node) -> bool:
+    return is_call(node, *ARITHMETIC, *CUTS, *VIEWS)
+
+
+def _is_gather(node: Node, rows: Any) -> bool:
+    """Whether node is cache[positions], a row of angles for each row of x."""
+    if not is_call(node, aten.index.Tensor) or len(arguments(node)[1]) != 1:
+        return False
+    cache, (positions,) = arguments(node)
+    fits = is_tensor(positions) and dtype(positions) in POSITION_DTYPES and same_shape(value(positions).shape, (rows,))
+    return fits and value(cache).dim() == 2
+
+
+def _between(x: Node, y: Node, rows: Any) -> list[Node]:
+    """The nodes that y is made with, from x and angles on, in the order of the graph; empty where others take part."""
+    found: set[Node] = set()
+    pending = [y]
+    while pending:
+        node = pending.pop()
+        if node is x or node in found or _is_size(node, rows):
+            continue
+        found.add(node)
+        if _is_pure(node):
+            pending += node.all_input_nodes
+        elif not _is_gather(node, rows):
+            return []
+    return sorted(found)
+
+
+def _is_size(node: Node, rows: Any) -> bool:
+    """Whether node is the number of rows."""
+    size = node.meta.get("val")
+    return isinstance(size, torch.SymInt) and same_size(size, rows)
+
+
+def _rope(x: Node, y: Node, gather: Node, inner: list[Node], rows: Any, spec: QuantSpec) -> Rope | None:
+    """How y turns x, None where it does something else. Raises Unsupported where it is not rounded as the op does."""
+    count, width = rows if isinstance(rows, int) else ROWS, value(x).shape[-1]
+    if value(gather).shape[-1] != width or width % 2:
+        return None
+    with unset_fake_temporarily(), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        values: dict[Node, Any] = {
+            node: torch.randn(count, width, generator=generator, device="cpu").to(dtype(node)) for node in (x, gather)
+        }
+        for node in inner:
+            if node not in values:
+                args, kwargs = map_arg((node.args, node.kwargs), lambda n: values.get(n, count))
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return _compared(values[x], values[gather], values[y].reshape(count, width), spec)
+
+
+def _compared(x: torch.Tensor, angles: torch.Tensor, y: torch.Tensor, spec: QuantSpec) -> Rope | None:
+    """The rope that turns x [M, R] by cos and sin, the halves of angles [M, R], into y [M, R]."""
+    cos, sin = angles.chunk(2, dim=-1)
+    by_product = spec.rounding in ("inner", "twice")
+    other, how = ("none", "once, after the sum") if by_product else ("twice", "after each product")
+    for rope in get_args(Rope):
+        if torch.equal(reference.rotate(x, cos, sin, rope, spec), y):
+            return rope
+        if torch.equal(reference.rotate(x, cos, sin, rope, spec.but(rounding=other)), y):
+            beside = f"beside a norm of rounding={spec.rounding!r} the op does not"
+            raise Unsupported(f"the rotary embedding rounds {how}; {beside}")
+    return None

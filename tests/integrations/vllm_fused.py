@@ -1,0 +1,101 @@
+"""Stand-ins for vLLM's fused CUDA ops and DeepGEMM's linear op: their names, schemas and arithmetic in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+SCALE_STRIDES: list[tuple[int, ...]] = []  # of the scales that the linear op was given
+
+_C = torch.library.Library("_C", "FRAGMENT")
+_VLLM = torch.library.Library("vllm", "FRAGMENT")
+_C.define(
+    "rms_norm_per_block_quant(Tensor(a!) result, Tensor input, Tensor weight, Tensor(b!) scale, float epsilon, "
+    "Tensor? scale_ub, Tensor(c!)? residual, int group_size, bool is_scale_transposed) -> ()"
+)
+_C.define(
+    "silu_and_mul_per_block_quant(Tensor(a!) out, Tensor input, Tensor(b!) scales, int group_size, "
+    "Tensor? scale_ub=None, bool is_scale_transposed=False) -> ()"
+)
+_VLLM.define(
+    "fp8_gemm_nt_op(Tensor q_input, Tensor input_scale, Tensor weight, Tensor weight_scale, Tensor(a!) output, "
+    "bool use_deep_gemm_e8m0) -> ()"
+)
+
+
+def _quantize(y: torch.Tensor, group: int, data: torch.Tensor, scale: torch.Tensor) -> None:
+    grouped = y.unflatten(-1, (-1, group))  # [M, G, group] fp32
+    s = torch.clamp(grouped.abs().amax(-1) / torch.full((), 448.0), min=1.0 / (448.0 * 512.0))
+    data.copy_((grouped / s.unsqueeze(-1)).clamp(-448.0, 448.0).flatten(-2).to(data.dtype))
+    scale.copy_(s)
+
+
+@torch.library.impl(_C, "rms_norm_per_block_quant", "CPU")
+def _norm(result, input, weight, scale, epsilon, scale_ub, residual, group_size, is_scale_transposed) -> None:
+    h = input.float()
+    if residual is not None:
+        h = h + residual.float()
+        residual.copy_(h)
+    n = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon)).to(input.dtype)
+    _quantize((n * weight).float().flatten(0, -2), group_size, result.view(-1, result.shape[-1]), scale)
+
+
+@torch.library.impl(_C, "silu_and_mul_per_block_quant", "CPU")
+def _silu(out, input, scales, group_size, scale_ub=None, is_scale_transposed=False) -> None:
+    gate, up = input.float().chunk(2, dim=-1)
+    _quantize(gate / (1.0 + torch.exp(-gate)) * up, group_size, out, scales)
+
+
+@torch.library.impl(_VLLM, "fp8_gemm_nt_op", "CPU")
+def _gemm(q_input, input_scale, weight, weight_scale, output, use_deep_gemm_e8m0) -> None:
+    SCALE_STRIDES.append(input_scale.stride())
+    x = q_input.float() * input_scale.repeat_interleave(128, 1)
+    output.copy_(F.linear(x, weight.float()))
+
+
+for _name in ("_C::rms_norm_per_block_quant", "_C::silu_and_mul_per_block_quant", "vllm::fp8_gemm_nt_op"):
+    torch.library.register_fake(_name, lambda *args, **kwargs: None, lib=_C if _name.startswith("_C") else _VLLM)
+
+
+def _outputs(m: int, k: int, group: int, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    data = torch.empty((m, k), dtype=torch.float8_e4m3fn)
+    if layout == "row":
+        return data, torch.empty((m, k // group))
+    if layout == "col":
+        return data, torch.empty((k // group, m)).permute(-1, -2)
+    return data, torch.empty_strided((m, k // group), (1, (m + 3) // 4 * 4))
+
+
+def rms_norm_per_block_quant(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    group: int = 128,
+    layout: str = "row",
+    eps: float = 1e-6,
+    bound: torch.Tensor | None = None,
+    transposed: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op on outputs that are allocated for it; residual is changed."""
+    data, scale = _outputs(x.numel() // x.shape[-1], x.shape[-1], group, layout)
+    columns = layout != "row" if transposed is None else transposed
+    result = data.view(x.shape)
+    torch.ops._C.rms_norm_per_block_quant(result, x, weight, scale, eps, bound, residual, group, columns)
+    return result, scale
+
+
+def silu_and_mul_per_block_quant(
+    x: torch.Tensor, *, group: int = 128, layout: str = "row"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op on outputs that are allocated for it."""
+    data, scale = _outputs(x.shape[0], x.shape[1] // 2, group, layout)
+    torch.ops._C.silu_and_mul_per_block_quant(data, x, scale, group, None, layout != "row")
+    return data, scale
+
+
+def deepgemm(data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, *, ue8m0: bool = False) -> torch.Tensor:
+    """The linear op; weight [N, K] with scales of one."""
+    output = torch.empty((data.shape[0], weight.shape[0]), dtype=torch.bfloat16)
+    torch.ops.vllm.fp8_gemm_nt_op(data, scale, weight, torch.ones(1, 1), output, ue8m0)
+    return output
