@@ -130,6 +130,22 @@ def test_every_spelling_of_the_rotation(rope: Rope, dynamic: bool) -> None:
     assert_equal(result, latents(rope)(*inputs()))
 
 
+def test_a_slice_for_each_time_that_the_model_says_k_pe() -> None:
+    # as torch 2.11 has vLLM's graph: the two halves of the pairs are read from two slices, the angles gathered twice
+    def fn(x, q_weight, kv_weight, cache, positions):
+        data, scale = vllm_ops.per_token_group_fp8_quant(norm(x.split([Q, C + R], dim=-1)[0], q_weight))
+        kv_norm = norm(x.split([Q, C + R], dim=-1)[1].split([C, R], dim=-1)[0], kv_weight)
+        first, second = (x.split([Q, C + R], dim=-1)[1].split([C, R], dim=-1)[1].unsqueeze(1) for _ in range(2))
+        cos, sin = cache[positions].chunk(2, dim=-1)[0], cache[positions].chunk(2, dim=-1)[1]
+        turned = products(first[..., ::2], second[..., 1::2], cos.unsqueeze(-2), sin.unsqueeze(-2))
+        return data, scale, kv_norm, torch.stack(turned, dim=-1).flatten(-2)
+
+    result, (site,), left = run(fn, dynamic=True)
+    assert site.fused, site.reason
+    assert left.count("normquant.latent_norm_quant.default") == 1 and "aten.index.Tensor" not in left
+    assert_equal(result, fn(*inputs()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ue8m0", [False, True])
 @pytest.mark.parametrize("layout", ["row", "col", "col_tma"])

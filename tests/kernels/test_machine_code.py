@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
 from machine_code import SM_90, SM_100, Code, compiling, machine_code
 
 from normquant import QuantSpec, specs
@@ -270,6 +271,19 @@ def test_one_binary_for_every_m_and_aligned_stride(module, k, launch):
             launch(empty(m, k + gap)[:, :k], i)
     assert len(kernels) == len(M_AND_WIDTH)
     assert len(set(map(id, kernels))) == 1, "an M, a stride or an eps had a binary of its own"
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_hook_that_watches_compiles_can_read_the_constants(name):
+    # vLLM sets one when it has started, and Triton then writes the constants of each compile as JSON.
+    module, launch = LAUNCHES[name]
+    seen = []
+    with (
+        mock.patch.object(triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: seen.append(kwargs)),
+        compiling(module, SM_90),
+    ):
+        launch(empty(4, 640), Config(4))  # a width that no other test compiles
+    assert seen and specs.HF.encode() in str(seen[0])
 
 
 @pytest.mark.parametrize(

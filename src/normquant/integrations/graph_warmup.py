@@ -42,7 +42,7 @@ def kernels(graph: Graph) -> Iterator[dict[str, Any]]:
 
 
 def _arguments(name: str, node: Node) -> dict[str, Any]:
-    args: list[Any] = arguments(node)
+    args = arguments(node)
     x = value(args[0])
     common = {"spec": QuantSpec.decode(args[-1]), "dtype": x.dtype, "device": x.device}
     if name == "group_quant":

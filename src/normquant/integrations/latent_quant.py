@@ -204,14 +204,10 @@ def _rotation(kv_a: Columns, slices: Slices, spec: QuantSpec) -> Rotation:
     """The rotary embedding of the columns after kv_a. Raises Unsupported where there is none that the op has."""
     x = value(kv_a.base)
     rest = Columns(kv_a.base, kv_a.end, x.shape[-1] - kv_a.end)
-    reason = Unsupported("the columns after kv_a are not read as a whole")
-    for node, at in slices:
-        if at == rest:
-            try:
-                return _checked(find_rotation(node, x.numel() // x.shape[-1], spec))
-            except Unsupported as found:
-                reason = found
-    raise reason
+    copies = [node for node, at in slices if at == rest]
+    if not copies:
+        raise Unsupported("the columns after kv_a are not read as a whole")
+    return _checked(find_rotation(copies, x.numel() // x.shape[-1], spec))
 
 
 def _checked(rotation: Rotation) -> Rotation:

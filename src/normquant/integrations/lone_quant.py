@@ -33,7 +33,7 @@ def replace_lone_quants(graph: Graph, rules: Rules) -> tuple[Site, ...]:
 
 
 def _treat(graph: Graph, anchor: Node, rules: Rules) -> Site | None:
-    source = quantized(anchor)
+    source: Any = anchor.kwargs["input"]  # with its views: attention's output has heads, and is quantized by whole rows
     x = value(source)
     k = x.shape[-1]
     if not isinstance(k, int) or x.dtype not in ACTIVATION_DTYPES or x.stride(-1) != 1 or not rows_are_even(x, k):
@@ -50,6 +50,6 @@ def _treat(graph: Graph, anchor: Node, rules: Rules) -> Site | None:
         return None  # the report of the norm pass has the reason
     op = torch.ops.normquant.group_quant.default
     replace_results(graph, anchor, (quant.data, quant.scale), op, source, k, quant.spec.encode())
-    reason = f"{decision.reason}; its input is {op_name(source)}, so that nothing is fused into it"
+    reason = f"{decision.reason}; its input is {op_name(quantized(anchor))}, so that nothing is fused into it"
     facts: dict[str, Any] = {"m": str(rows), "k": k, "dtype": str(x.dtype)[6:], "spec": quant.spec.encode()}
     return Site(name, source_line(anchor), "fused", reason, op="group_quant", **facts)

@@ -12,6 +12,7 @@ made-up numbers and have to give what `normquant.reference.rotate` does, to the 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -60,31 +61,34 @@ class Rotation:
     inner: frozenset[Node]
 
 
-def find_rotation(x: Node, rows: Any, spec: QuantSpec) -> Rotation:
+def find_rotation(copies: Sequence[Node], rows: Any, spec: QuantSpec) -> Rotation:
     """The rotary embedding of x [rows, R] with the roundings of the op that has this spec; the first in the graph.
 
+    copies: the nodes that are x; vLLM's graphs have a slice for each time that the model says x.
     Raises Unsupported where x goes through none, or through one that the op does not have.
     """
+    x = copies[0]
     if value(x).dim() != 2:
         raise Unsupported(f"k_pe has shape {tuple(value(x).shape)}; it is followed as [M, R]")
-    followers = _followers(x)
+    followers = _followers(copies)
     for y in followers:
         if is_tensor(y) and dtype(y) == dtype(x) and same_size(value(y).numel(), value(x).numel()):
-            inner = _between(x, y, rows)
+            inner = _between(copies, y, rows)
             gathers = [node for node in inner if _is_gather(node, rows)]
-            rope = _rope(x, y, gathers[0], inner, rows, spec) if len(gathers) == 1 else None
+            same = len({(cache, positions) for cache, (positions,) in map(arguments, gathers)}) == 1
+            rope = _rope(copies, y, gathers, inner, rows, spec) if same else None
             if rope is not None:
                 cache, (positions,) = arguments(gathers[0])
                 return Rotation(y, cache, positions, rope, frozenset(inner))
-    readers = {user for node in (x, *followers) for user in node.users if user not in followers}
+    readers = {user for node in (*copies, *followers) for user in node.users if user not in followers}
     names = ", ".join(sorted({functionalized(user).replace("::", ".") or op_name(user) for user in readers}))
     raise Unsupported(f"no rotary embedding in aten operations between k_pe and what reads it ({names})")
 
 
-def _followers(x: Node) -> list[Node]:
+def _followers(copies: Sequence[Node]) -> list[Node]:
     """What is made from x by cuts, views and arithmetic alone, in the order of the graph."""
     found: set[Node] = set()
-    pending = [x]
+    pending = [*copies]
     while pending:
         new = [user for user in pending.pop().users if _is_pure(user) and user not in found]
         found.update(new)
@@ -105,13 +109,13 @@ def _is_gather(node: Node, rows: Any) -> bool:
     return fits and value(cache).dim() == 2
 
 
-def _between(x: Node, y: Node, rows: Any) -> list[Node]:
+def _between(copies: Sequence[Node], y: Node, rows: Any) -> list[Node]:
     """The nodes that y is made with, from x and angles on, in the order of the graph; empty where others take part."""
     found: set[Node] = set()
     pending = [y]
     while pending:
         node = pending.pop()
-        if node is x or node in found or _is_size(node, rows):
+        if node in copies or node in found or _is_size(node, rows):
             continue
         found.add(node)
         if _is_pure(node):
@@ -127,21 +131,25 @@ def _is_size(node: Node, rows: Any) -> bool:
     return isinstance(size, torch.SymInt) and same_size(size, rows)
 
 
-def _rope(x: Node, y: Node, gather: Node, inner: list[Node], rows: Any, spec: QuantSpec) -> Rope | None:
+def _rope(
+    copies: Sequence[Node], y: Node, gathers: Sequence[Node], inner: list[Node], rows: Any, spec: QuantSpec
+) -> Rope | None:
     """How y turns x, None where it does something else. Raises Unsupported where it is not rounded as the op does."""
-    count, width = rows if isinstance(rows, int) else ROWS, value(x).shape[-1]
-    if value(gather).shape[-1] != width or width % 2:
+    count, width = rows if isinstance(rows, int) else ROWS, value(copies[0]).shape[-1]
+    if value(gathers[0]).shape[-1] != width or width % 2:
         return None
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        values: dict[Node, Any] = {
-            node: torch.randn(count, width, generator=generator, device="cpu").to(dtype(node)) for node in (x, gather)
-        }
+        x, angles = (
+            torch.randn(count, width, generator=generator, device="cpu").to(dtype(nodes[0]))
+            for nodes in (copies, gathers)
+        )
+        values: dict[Node, Any] = dict.fromkeys(copies, x) | dict.fromkeys(gathers, angles)
         for node in inner:
             if node not in values:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda n: values.get(n, count))
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return _compared(values[x], values[gather], values[y].reshape(count, width), spec)
+        return _compared(x, angles, values[y].reshape(count, width), spec)
 
 
 def _compared(x: torch.Tensor, angles: torch.Tensor, y: torch.Tensor, spec: QuantSpec) -> Rope | None:

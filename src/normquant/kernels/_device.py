@@ -1,6 +1,7 @@
 """What the kernels share on the device: the order of the sum of squares, the roundings, the quantization, the stores.
 
-Every function takes the QuantSpec itself as a compile-time constant and follows `normquant.reference` line by line.
+Every function takes the QuantSpec as a compile-time constant, a `launch.Constant`, and follows `normquant.reference`
+line by line.
 """
 
 import triton

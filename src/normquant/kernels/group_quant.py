@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import own_groups, quantize_groups, release_dependents, row_offset, wait_for_predecessor
-from normquant.kernels.launch import Config, group_blocks, on_device, stride_unit, target
+from normquant.kernels.launch import Config, constant, group_blocks, on_device, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -63,7 +63,7 @@ def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) 
             x.stride(0) // unit,
             spec.scale_rows(m),
             K=k,
-            SPEC=spec,
+            SPEC=constant(spec),
             BLOCK_G=block_g,
             STRIDE_UNIT=unit,
             PDL=where.pdl,

@@ -22,6 +22,7 @@ import triton.language as tl
 from normquant.kernels._device import norm_quant_rows, row_offset, wait_for_predecessor
 from normquant.kernels.launch import (
     Config,
+    constant,
     log2,
     log_warp,
     on_device,
@@ -193,7 +194,7 @@ def latent_norm_quant(
             C=c,
             R=r,
             ROPE=rope,
-            SPEC=spec,
+            SPEC=constant(spec),
             ROWS=config.rows,
             Q_GROUPS=q_groups,
             LOG_Q=log2(q_groups * spec.group),

@@ -41,6 +41,26 @@ class Config:
             raise ValueError(f"{self}: several rows for a program go with neither a split nor a prefetch")
 
 
+class Constant(str):
+    """A QuantSpec as the compile-time constant of a kernel: its text, which has the spec's fields.
+
+    Triton's hooks, such as serving engines set to watch for compiles, write a kernel's constants as JSON.
+    """
+
+    spec: QuantSpec
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.spec, name)
+
+
+@cache
+def constant(spec: QuantSpec) -> Constant:
+    """The constant that stands for a spec."""
+    text = Constant(spec.encode())
+    text.spec = spec
+    return text
+
+
 @dataclass(frozen=True)
 class Target:
     """The part of a device that a launch depends on; capability is None for Triton's interpreter on CPU."""

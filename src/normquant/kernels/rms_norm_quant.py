@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import norm_quant_rows, prefetch_row, row_offset, wait_for_predecessor
-from normquant.kernels.launch import Config, log2, log_warp, on_device, own_groups, row_groups, stride_unit, target
+from normquant.kernels.launch import (
+    Config,
+    constant,
+    log2,
+    log_warp,
+    on_device,
+    own_groups,
+    row_groups,
+    stride_unit,
+    target,
+)
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -132,7 +142,7 @@ def rms_norm_quant(
             eps,
             weight_offset,
             K=k,
-            SPEC=spec,
+            SPEC=constant(spec),
             ROWS=config.rows,
             GROUPS=groups,
             LOG_N=log2(groups * spec.group),

@@ -24,7 +24,7 @@ from normquant.kernels._device import (
     scale_by_weight,
     wait_for_predecessor,
 )
-from normquant.kernels.launch import Config, group_blocks, on_device, stride_unit, target
+from normquant.kernels.launch import Config, constant, group_blocks, on_device, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -97,7 +97,7 @@ def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = Non
             x.stride(0) // unit,
             spec.scale_rows(m),
             K=k,
-            SPEC=spec,
+            SPEC=constant(spec),
             BLOCK_G=block_g,
             STRIDE_UNIT=unit,
             PDL=where.pdl,
