@@ -18,8 +18,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "normquant"
 IMPORTS: dict[str, set[str]] = {
     "spec": set(),
     "specs": {"spec"},
+    "rcp": set(),
     "checks": {"spec"},
-    "reference": {"spec"},
+    "reference": {"spec", "rcp"},
     "kernels": {"spec"},
     "ops": {"reference", "kernels", "checks"},
     "linear": {"ops"},

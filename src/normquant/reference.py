@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from normquant.rcp import approximate_reciprocal
 from normquant.spec import AMAX_SHIFT, FP8_MAX, QuantSpec, Rope, empty_scale
 
 
@@ -81,7 +82,9 @@ def quantize(y: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tens
     elif spec.divide == "reciprocal":
         q = grouped * scale.reciprocal().unsqueeze(-1)
     else:
-        q = grouped * ((amax * AMAX_SHIFT).reciprocal() * (FP8_MAX * AMAX_SHIFT)).unsqueeze(-1)
+        fast = spec.divide == "fast_amax" and amax.is_cuda
+        inverse = (approximate_reciprocal if fast else torch.reciprocal)(amax * AMAX_SHIFT)
+        q = grouped * (inverse * (FP8_MAX * AMAX_SHIFT)).unsqueeze(-1)
     return q.clamp(-FP8_MAX, FP8_MAX).to(spec.dtype).flatten(-2), scale
 
 

@@ -12,7 +12,7 @@ import torch
 ScaleEncoding = Literal["fp32", "ue8m0", "ue8m0_packed"]
 Layout = Literal["row", "col", "col_tma"]
 Rounding = Literal["none", "inner", "once", "twice"]
-Divide = Literal["scale", "reciprocal", "amax"]
+Divide = Literal["scale", "reciprocal", "amax", "fast_amax"]
 ScaleBy = Literal["scalar", "divide", "multiply"]
 Sum = Literal["fp32", "rounded"]
 Rope = Literal["interleaved", "half", "interleaved_to_half"]
@@ -43,7 +43,8 @@ class QuantSpec:
     floor: lower bound of a group's amax. scale_floor: lower bound of the scale. One of them must be positive.
     scale_by: how amax becomes a scale: "scalar" as torch divides by a Python scalar (a product with the fp32 reciprocal
         on CUDA, a division on CPU), "divide" amax / 448 correctly rounded, "multiply" amax * fp32(1/448).
-    divide: how a value y becomes data: "scale" y / s, "reciprocal" y * (1/s), "amax" y * (448 * (1/amax)).
+    divide: how a value y becomes data: "scale" y / s, "reciprocal" y * (1/s), "amax" y * (448 * (1/amax)), "fast_amax"
+        the same on CPU and with the GPU's approximate reciprocal on CUDA, as code built with fast math computes it.
 
     Raises ValueError for a combination that is not one of these.
     """
@@ -72,9 +73,10 @@ class QuantSpec:
         one_of("divide", self.divide, get_args(Divide))
         if self.scale == "ue8m0_packed" and self.layout != "col_tma":
             raise ValueError(f"scale='ue8m0_packed' has layout={self.layout!r}; only 'col_tma' is accepted")
-        if self.divide == "amax" and (self.is_ue8m0 or self.scale_floor):
+        if self.divide.endswith("amax") and (self.is_ue8m0 or self.scale_floor):
             raise ValueError(
-                "divide='amax' ignores the stored scale, so it is accepted only for fp32 scales without scale_floor"
+                f"divide={self.divide!r} ignores the stored scale, so it is accepted only for fp32 scales without "
+                f"scale_floor"
             )
         floors = self.floor, self.scale_floor
         if not (all(0 <= f < math.inf for f in floors) and max(self.floor / FP8_MAX, self.scale_floor) >= MIN_SCALE):

@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from compare import assert_bitwise
 from inputs import activations, awkward, weights
 
 import normquant as nq
 from normquant import QuantSpec, reference, specs
+from normquant.kernels._device import reciprocal_approximate
 from normquant.kernels.latent_norm_quant import latent_norm_quant
 from normquant.kernels.launch import Config
 from normquant.kernels.silu_mul_quant import silu_mul_quant
+from normquant.rcp import approximate_reciprocal
 
 Q, C, R = 1536, 512, 64  # DeepSeek-R1
 SPECS = {
@@ -104,3 +108,17 @@ def test_latent_norm_quant_in_every_config(config):
     x, spec = activations(257, Q + C + R).cuda(), SPECS["packed"]
     args = (x, weights(Q).cuda(), weights(C, seed=1).cuda(), cos, sin, None, 1e-6, "interleaved", spec)
     assert_bitwise(latent_norm_quant(*args, True, config), reference.latent_norm_quant(*args))
+
+
+@triton.jit
+def rcp_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, reciprocal_approximate(tl.load(x_ptr + i)))
+
+
+@pytest.mark.parametrize("exponent", [-100, -14, 0, 15, 100])
+def test_the_approximate_reciprocal_of_every_mantissa(exponent):
+    x = (torch.arange(1024, 2048) * 2.0 ** (exponent - 10)).float().cuda()
+    out = torch.empty_like(x)
+    rcp_kernel[(1,)](x, out, 1024)
+    assert_bitwise((approximate_reciprocal(x),), (out,))

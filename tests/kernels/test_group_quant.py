@@ -43,7 +43,7 @@ def test_every_format(group, scale):
     check(awkward(9, 2304), QuantSpec(group=group, scale=scale, layout="col_tma"), split=3)
 
 
-@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax"])
+@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax", "fast_amax"])
 @pytest.mark.parametrize("scale_by", ["scalar", "divide", "multiply"])
 def test_every_pair_of_mantissas(divide, scale_by):
     # Every bf16 mantissa, at 16 magnitudes, beside every mantissa as the amax of its group: all ties of the division.

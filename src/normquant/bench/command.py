@@ -89,6 +89,7 @@ def layer_suite(args: argparse.Namespace) -> Iterator[tuple[list[Record], str]]:
 def kernel_suite(args: argparse.Namespace) -> Iterator[tuple[list[Record], str]]:
     """Each case: the records of all providers and a line about them."""
     from normquant.bench.kernels import measure
+    from normquant.bench.precompile import precompile
     from normquant.bench.providers import PROVIDERS
 
     names = args.providers.split(",") if args.providers else [p.name for p in PROVIDERS]
@@ -100,7 +101,10 @@ def kernel_suite(args: argparse.Namespace) -> Iterator[tuple[list[Record], str]]
         if p.name in names and p.missing:
             print(f"{p.name}: left out, {p.missing} is not installed", file=sys.stderr)
     providers = [p for p in PROVIDERS if p.name in names and not p.missing]
-    for case in grid_cases(args):
+    cases = grid_cases(args)
+    if trouble := precompile(cases, providers):
+        print(trouble, file=sys.stderr)
+    for case in cases:
         new = list(measure(case, providers, args.samples))
         yield [*new], line(new)
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, fields, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from normquant.bench.cases import Case, Inputs, inputs
+from normquant.bench.precompile import everywhere
 from normquant.bench.timing import Timing, sets_needed, time_calls
 from normquant.kernels.launch import Config
 
@@ -72,16 +70,16 @@ def measure(case: Case, samples: int) -> dict[Config, Timing]:
     return {config: timings[str(n)] for n, config in enumerate(configs)}
 
 
-def precompile(cases: Sequence[Case]) -> None:
-    """Compile every candidate of every (op, K) into Triton's cache, one process a core: compiling is most of tuning."""
+def precompile(cases: Sequence[Case]) -> str | None:
+    """Compile every candidate of every (op, K) into Triton's cache, since compiling is most of tuning.
+
+    Returns what went wrong, if something did; what is missing is compiled when it is measured.
+    """
     wanted = {(case.op_name, case.k, config): case for case in cases for config in candidates(case)}
-    work = [(replace(case, m=2), config) for (_, _, config), case in wanted.items()]
-    with ProcessPoolExecutor(min(len(work), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        list(pool.map(_launch_once, work, chunksize=8))
+    return everywhere(_launch_once, [(replace(case, m=2), config) for (_, _, config), case in wanted.items()])
 
 
-def _launch_once(work: tuple[Case, Config]) -> None:
-    case, config = work
+def _launch_once(case: Case, config: Config) -> None:
     launcher(case)(inputs(case, 1)[0], config)
     torch.cuda.synchronize()
 

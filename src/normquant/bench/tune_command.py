@@ -44,7 +44,8 @@ def configs(args: argparse.Namespace, cases: list[Case]) -> Path:
 
     path = args.output or tune.table_path(torch.cuda.get_device_capability())
     print(f"compiling on {os.cpu_count()} cores", file=sys.stderr)
-    tune.precompile(cases)
+    if trouble := tune.precompile(cases):
+        print(trouble, file=sys.stderr)
     table = json.loads(path.read_text()) if path.is_file() else {}
     for op, widths in tune.tune(cases, args.samples, lambda text: print(text, flush=True)).items():
         table.setdefault(op, {}).update(widths)

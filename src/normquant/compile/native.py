@@ -27,6 +27,8 @@ def decompose(graph: Graph, ops: Sequence[Node]) -> None:
     spec = quants[0].spec
     if spec.scale == "ue8m0_packed":
         raise Unsupported("packed scales are not made by aten operations")
+    if spec.divide == "fast_amax":
+        raise Unsupported("the approximate reciprocal is not made by aten operations")
     rows = value(source).numel() // k
     if spec.layout == "col_tma" and not (isinstance(rows, int) and rows % TMA_ALIGN == 0):
         raise Unsupported("TMA-aligned scales take a copy where the rows are not a multiple of 4")

@@ -164,8 +164,12 @@ def quantize(y, SPEC: tl.constexpr, ON_CUDA: tl.constexpr):
         amax = max_or_nan(amax, SPEC.floor)
     s = group_scale(amax, SPEC, ON_CUDA)
     # The quotients are those of IEEE division to the bit: tests go through every pair of bf16 and of fp16 mantissas.
-    hi, lo = reciprocal(amax * AMAX_SHIFT if SPEC.divide == "amax" else s, ON_CUDA)
-    if SPEC.divide == "amax":
+    if SPEC.divide == "fast_amax" and ON_CUDA:
+        hi = reciprocal_approximate(amax * AMAX_SHIFT)
+        lo = 0.0
+    else:
+        hi, lo = reciprocal(amax * AMAX_SHIFT if SPEC.divide == "amax" or SPEC.divide == "fast_amax" else s, ON_CUDA)
+    if SPEC.divide == "amax" or SPEC.divide == "fast_amax":
         q = y * ((hi + lo) * (FP8_MAX * AMAX_SHIFT))[:, None]
     elif SPEC.divide == "reciprocal" or SPEC.scale != "fp32":  # the reciprocal of a power of two is exact
         q = y * (hi + lo)[:, None]

@@ -1,0 +1,77 @@
+"""Compiling ahead of a measurement, one process a core: the caches on disk are what the measuring process finds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from normquant.bench.cases import Case, inputs
+from normquant.bench.providers import Provider, compiled
+from normquant.warmup import warmup
+
+CHUNK = 8  # calls that one process makes before it takes the next ones
+
+
+def precompile(cases: Sequence[Case], providers: Sequence[Provider]) -> str | None:
+    """Compile what this package and torch.compile run on the cases.
+
+    Returns what went wrong, if something did; what is missing is compiled when it is measured.
+    """
+    ops = {(case.op_name, case.k): case for case in cases}
+    names = {p.name for p in providers}
+    work: list[tuple[str, Case]] = []
+    if "torch.compile" in names:  # these take longest, so they go first
+        work += [("torch.compile", case) for case in ops.values() if compiled(case)]
+    if "normquant" in names:
+        work += [("normquant", case) for case in ops.values()]
+    return everywhere(_compile, work, chunk=1)
+
+
+def _compile(provider: str, case: Case) -> None:
+    if provider == "normquant":
+        warmup(case.op_name, case.k, case.spec)
+        return
+    run = compiled(case)
+    for m in (1, 2):  # the second stands for all others
+        if run is not None:
+            run(inputs(Case(case.op, m, case.k, case.normed, case.spec), 1)[0])
+    torch.cuda.synchronize()
+
+
+def everywhere(call: Callable[..., None], work: Sequence[tuple], chunk: int = CHUNK) -> str | None:
+    """Make all calls, each with one tuple of arguments, in a process a core; returns what went wrong, None if nothing.
+
+    A call that fails, or ends its process, does not keep those in other processes from going on.
+    """
+    if not work:
+        return None
+    troubles = []
+    chunks = [work[i : i + chunk] for i in range(0, len(work), chunk)]
+    with ProcessPoolExecutor(min(len(chunks), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(_all, call, part): part for part in chunks}
+        for future in as_completed(futures):
+            try:
+                troubles += future.result()
+            except BrokenProcessPool as error:
+                return f"compiling ahead stopped, a process died: {error}"
+    return f"{len(troubles)} of {len(work)} did not compile ahead, the first: {troubles[0]}" if troubles else None
+
+
+def _all(call: Callable[..., None], work: Sequence[tuple]) -> list[str]:
+    troubles = []
+    for args in work:
+        try:
+            call(*args)
+        except Exception as error:
+            troubles.append(f"{_shown(args)}: {type(error).__name__}: {error}")
+    return troubles
+
+
+def _shown(args: tuple[Any, ...]) -> str:
+    return ", ".join(map(str, args))
