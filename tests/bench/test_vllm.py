@@ -122,7 +122,7 @@ def test_every_request_fits(tmp_path: Path):
     assert arguments["max_model_len"] > 2048 and arguments["max_num_batched_tokens"] >= 2048
     per_token = 2 * 4 * (512 + 64)  # bytes, layers, latent and RoPE
     assert arguments["kv_cache_memory_bytes"] > per_token * 16 * (64 + one.decoded)
-    assert one.decoded > 2 * 5 * 32
+    assert one.decoded > 5 * 32
 
 
 @pytest.mark.parametrize(("layers", "moe"), [(4, 0), (4, 4), (16, 4)])

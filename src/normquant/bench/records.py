@@ -139,9 +139,9 @@ def current_run(version: str) -> Run:
 
 
 def current_command() -> str:
-    """The command line of this process, without where its records go."""
+    """The command line of this process, without where its results go."""
     words = iter(sys.argv[1:])
-    return " ".join(["normquant", *(w for w in words if not (w == "--output" and next(words, "")))])
+    return " ".join(["normquant", *(w for w in words if not (w in ("--output", "--keep") and next(words, "")))])
 
 
 def time_fields(timing: Timing, digits: int) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class Job:
 
     @property
     def decoded(self) -> int:
-        """Tokens that each request of a batch decodes: an unprofiled and a profiled window a sample, and a margin."""
-        return 1 + 2 * WARM_UP + 2 * self.samples * self.steps
+        """Tokens that each request of a batch decodes: a window a sample, and a margin."""
+        return 1 + 2 * WARM_UP + self.samples * self.steps
 
     @property
     def longest(self) -> int:

@@ -6,12 +6,13 @@ writes a line for each figure. Lines are JSON objects on the standard output; ev
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,25 +152,29 @@ def check_scales(engine: Engine, job: Job) -> dict[str, int]:
 
 
 def measure(engine: Engine, job: Job, send: Send) -> None:
-    """Prompts first, so that each batch's figures can be kept with them."""
-    found = [measure_prefill(engine, job, length) for length in job.prefill]
-    send({"kind": "prefill", "ms": {k: v for f in found for k, v in f[0].items()},
-          "gpu_us": {k: v for f in found for k, v in f[1].items()}})  # fmt: skip
+    """Wall times first: a profiler that was there once slows down every launch after it."""
+    ms = {str(length): prefill_ms(engine, job, length) for length in job.prefill}
+    tpot = {batch: step_ms(engine, job, batch) for batch in job.batches}
+    send({"kind": "prefill", "ms": ms, "gpu_us": {str(n): prefill_us(engine, job, n) for n in job.prefill}})
     for batch in job.batches:
-        send({"kind": "batch", "batch": batch, **measure_batch(engine, job, batch)})
+        send({"kind": "batch", "batch": batch, "tpot_ms": tpot[batch], **profile_batch(engine, job, batch)})
 
 
-def measure_prefill(engine: Engine, job: Job, length: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds, and microseconds of the GPU, of a prompt of `length` tokens, each by the length."""
-    ms, us = [], []
+def prefill_ms(engine: Engine, job: Job, length: int) -> float:
+    """Wall time of a prompt of `length` tokens."""
     for _ in range(2):
         prefill(engine, job, length)
-    for _ in range(job.samples):
-        ms.append(timed(lambda: prefill(engine, job, length)) * 1e3)
-        kernels = profile.recorded(lambda: prefill(engine, job, length))
-        us.append(profile.window(kernels, 1).us)
-    keep(job, f"prefill-{length}", profile.by_name(kernels, 1))
-    return {str(length): round(statistics.median(ms), 3)}, {str(length): round(statistics.median(us), 1)}
+    return round(
+        statistics.median(timed(lambda: prefill(engine, job, length)) for _ in range(2 * job.samples)) * 1e3, 3
+    )
+
+
+def prefill_us(engine: Engine, job: Job, length: int) -> float:
+    """Microseconds of the GPU of a prompt of `length` tokens."""
+    prefill(engine, job, length)
+    runs = [profile.recorded(lambda: prefill(engine, job, length)) for _ in range(job.samples)]
+    keep(job, f"prefill-{length}", profile.by_name(runs[-1], 1))
+    return round(statistics.median(profile.window(kernels, 1).us for kernels in runs), 1)
 
 
 def prefill(engine: Engine, job: Job, length: int) -> None:
@@ -181,21 +186,32 @@ def prefill(engine: Engine, job: Job, length: int) -> None:
         raise ValueError(f"a prompt of {length} tokens ran as {engine.steps[before:]}")
 
 
-def measure_batch(engine: Engine, job: Job, batch: int) -> dict[str, Any]:
-    """Figures of a step that decodes `batch` requests, of windows with no prompt in them."""
+@contextlib.contextmanager
+def decoding(engine: Engine, job: Job, batch: int) -> Iterator[None]:
+    """Within: `batch` requests, every step decodes one token of each. Afterwards they are gone."""
     before = len(engine.steps)
     for request in range(batch):
         engine.add(made_up(PROMPT, job.model["vocab_size"], request), job.decoded)
     while Step(batch, batch) not in engine.steps[before:]:
         engine.step()
     decode(engine, batch, WARM_UP)
-    walls, windows = [], []
-    for _ in range(job.samples):
-        walls.append(timed(lambda: decode(engine, batch, job.steps)) / job.steps)
-        kernels = profile.recorded(lambda: decode(engine, batch, job.steps))
-        windows.append(profile.window(kernels, job.steps))
+    yield
     engine.finish()
-    keep(job, f"decode-{batch}", profile.by_name(kernels, job.steps))
+
+
+def step_ms(engine: Engine, job: Job, batch: int) -> float:
+    """Wall time of a step that decodes `batch` requests."""
+    with decoding(engine, job, batch):
+        windows = [timed(lambda: decode(engine, batch, job.steps)) for _ in range(job.samples)]
+    return round(statistics.median(windows) / job.steps * 1e3, 4)
+
+
+def profile_batch(engine: Engine, job: Job, batch: int) -> dict[str, Any]:
+    """Figures of a step that decodes `batch` requests, of windows with no prompt in them."""
+    with decoding(engine, job, batch):
+        runs = [profile.recorded(lambda: decode(engine, batch, job.steps)) for _ in range(job.samples)]
+    windows = [profile.window(kernels, job.steps) for kernels in runs]
+    keep(job, f"decode-{batch}", profile.by_name(runs[-1], job.steps))
     us = summary([w.us for w in windows])
     return {
         "gpu_us_per_step": round(us.us, 2),
@@ -205,7 +221,6 @@ def measure_batch(engine: Engine, job: Job, batch: int) -> dict[str, Any]:
         "sum_us_per_step": round(statistics.median(w.sum_us for w in windows), 2),
         "classes": {c: round(statistics.median(w.classes.get(c, 0.0) for w in windows), 2) for c in profile.CLASSES},
         "kernels": round(statistics.median(w.kernels for w in windows)),
-        "tpot_ms": round(statistics.median(walls) * 1e3, 4),
     }
 
 
