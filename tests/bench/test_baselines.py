@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from normquant.bench.compare import key
 from normquant.bench.records import problems, read
 
 ROOT = Path(__file__).parents[2]
@@ -18,8 +19,7 @@ def test_every_record_fits_the_schema():
 
 
 def test_no_case_is_there_twice():
-    names = ("suite", "model", "setting", "op", "m", "k", "normed", "provider", "linear", "layers", "moe", "batch")
-    cases = [tuple(r.get(name) for name in names) for r in RECORDS]
+    cases = [key(record) for record in RECORDS]
     assert len(cases) == len(set(cases))
 
 

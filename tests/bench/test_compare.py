@@ -24,6 +24,15 @@ def test_cases_are_matched_by_everything_that_is_not_measured():
     assert (gone, added) == (1, 1)
 
 
+def test_steps_of_vllm_are_compared_too():
+    step = {"suite": "vllm", "setting": "normquant", "linear": "deepgemm", "layers": 16, "moe": False, "batch": 1}
+    before, after = (
+        step | {"gpu_us_per_step": v, "us_p10": v, "us_p90": v, "classes": {"gemm": v}} for v in (9.0, 12.0)
+    )
+    (change,), *_ = compare([before], [after, after | {"batch": 16}])
+    assert change.ratio == pytest.approx(4 / 3) and change.case == "normquant deepgemm batch=1"
+
+
 @pytest.mark.parametrize(
     ("before", "after", "spread", "code"),
     [(1.0, 1.2, 0.01, 1), (1.0, 1.04, 0.001, 0), (1.0, 1.2, 0.2, 0), (1.2, 1.0, 0.01, 0)],

@@ -16,6 +16,7 @@ RECORD = KernelRecord(
     **CASE,
     normed=False,
     provider="normquant",
+    inputs="dram",
     **timing_fields(Timing(2.0, 1.5, 2.5, 9), 4000),
     pct_of_copy=None,
     match="bitwise",

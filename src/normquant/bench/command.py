@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels = suites.add_parser("kernels", help="each op on the shapes of DeepSeek, Qwen and Llama, beside its peers")
     add_grid(kernels)
     kernels.add_argument("--providers", help="comma-separated, of those that are installed (default: all)")
+    kernels.add_argument("--l2", action="store_true", help="inputs that stay in the L2 (default: they come from DRAM)")
     layer = suites.add_parser("layer", help="whole decoder layers of transformers, compiled stock and fused")
     layer.add_argument("--models", help="comma-separated (default: all)")
     layer.add_argument("--m", type=integers, metavar="M,...", help="tokens (default: 1,16,64,1024,8192)")
@@ -105,7 +106,7 @@ def kernel_suite(args: argparse.Namespace) -> Iterator[tuple[list[Record], str]]
     if trouble := precompile(cases, providers):
         print(trouble, file=sys.stderr)
     for case in cases:
-        new = list(measure(case, providers, args.samples))
+        new = list(measure(case, providers, args.samples, args.l2))
         yield [*new], line(new)
 
 

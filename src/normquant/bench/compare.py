@@ -9,7 +9,11 @@ from pathlib import Path
 
 from normquant.bench.records import read
 
-NOT_THE_CASE = {"us", "us_p10", "us_p90", "n", "gbps", "pct_of_copy", "match", "torch", "triton", "version", "command"}
+# What makes two records the same case, of whatever suite; the other fields were measured, or are versions.
+CASE = (
+    *("suite", "op", "model", "setting", "linear", "layers", "moe", "batch", "m", "k"),
+    *("group", "layout", "scale", "residual", "normed", "provider", "inputs", "policy", "gpu"),
+)
 
 
 @dataclass(frozen=True)
@@ -28,27 +32,32 @@ class Change:
 
 
 def key(record: dict) -> tuple:
-    """What makes two records the same case: everything but the measurement and the versions."""
-    return tuple(sorted((name, str(value)) for name, value in record.items() if name not in NOT_THE_CASE))
+    """What makes two records the same case."""
+    return tuple(str(record.get(name)) for name in CASE)
+
+
+def us(record: dict) -> float | None:
+    """What a record measured: a call, or a step of vLLM on the GPU."""
+    return record.get("us", record.get("gpu_us_per_step"))
 
 
 def compare(before: Iterable[dict], after: Iterable[dict]) -> tuple[list[Change], int, int]:
     """The cases in both, and how many are only in `before` and only in `after`."""
-    old, new = {key(r): r for r in before if "us" in r}, {key(r): r for r in after if "us" in r}
+    old, new = ({key(r): r for r in records if us(r) is not None} for records in (before, after))
     changes = [change(old[k], new[k]) for k in old if k in new]
     return changes, len(old.keys() - new.keys()), len(new.keys() - old.keys())
 
 
 def change(before: dict, after: dict) -> Change:
     """The change between two records of one case."""
-    low, high = sorted((before, after), key=lambda r: r["us"])
-    separate = low.get("us_p90", low["us"]) < high.get("us_p10", high["us"])
-    return Change(label(before), before["us"], after["us"], separate)
+    low, high = sorted((before, after), key=lambda r: us(r) or 0.0)
+    separate = low.get("us_p90", us(low)) < high.get("us_p10", us(high))
+    return Change(label(before), us(before) or 0.0, us(after) or 0.0, separate)
 
 
 def label(record: dict) -> str:
     """A case in a few words."""
-    words = [record.get(name) for name in ("provider", "setting", "op", "model") if record.get(name)]
+    words = [record.get(name) for name in ("provider", "setting", "linear", "op", "model") if record.get(name)]
     sizes = [f"{name}={record[name]}" for name in ("m", "k", "batch") if name in record]
     return " ".join([*map(str, words), *sizes, *(["normed"] if record.get("normed") else [])])
 

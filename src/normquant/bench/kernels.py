@@ -12,18 +12,21 @@ from normquant.bench import copies
 from normquant.bench.cases import LATENT, Case, Inputs, inputs
 from normquant.bench.providers import EPS, Provider, Run, calls
 from normquant.bench.records import KernelRecord, current_run, timing_fields
-from normquant.bench.timing import Call, Timing, sets_needed, time_calls
+from normquant.bench.timing import Call, Timing, sets_in_l2, sets_needed, time_calls
 from normquant.spec import QuantSpec
 from normquant.version import VERSION
 
 COPIES = ("torch copy_", "triton copy")
 
 
-def measure(case: Case, providers: Sequence[Provider], samples: int) -> Iterator[KernelRecord]:
-    """Records of all providers that do this case, of two copies of as many bytes, and of an empty kernel."""
+def measure(case: Case, providers: Sequence[Provider], samples: int, in_l2: bool = False) -> Iterator[KernelRecord]:
+    """Records of all providers that do this case, of two copies of as many bytes, and of an empty kernel.
+
+    in_l2: inputs stay in the L2, as those do that the kernel before has just written; else they come from DRAM.
+    """
     runs = {p: run for p in providers if (run := p.build(case)) is not None}
     matches = {p.name: check(case, p, run) for p, run in runs.items()}
-    sets = sets_needed(case.traffic[0])
+    sets = sets_in_l2(case.bytes) if in_l2 else sets_needed(case.traffic[0])
     data = inputs(case, sets)
     work: dict[str, Sequence[Call]] = {p.name: calls(run, data) for p, run in runs.items()}
     work |= {"torch copy_": copies.torch_copy(case.bytes, sets), "triton copy": copies.triton_copy(case.bytes, sets)}
@@ -31,10 +34,10 @@ def measure(case: Case, providers: Sequence[Provider], samples: int) -> Iterator
     timings = time_calls(work, samples)
     copy_us = min(timings[name].us for name in COPIES)
     for name, timing in timings.items():
-        yield record(case, name, timing, copy_us, matches.get(name, "not an op"))
+        yield record(case, name, timing, copy_us, matches.get(name, "not an op"), "l2" if in_l2 else "dram")
 
 
-def record(case: Case, provider: str, timing: Timing, copy_us: float, match: str) -> KernelRecord:
+def record(case: Case, provider: str, timing: Timing, copy_us: float, match: str, inputs_in: str) -> KernelRecord:
     """One record; `copy_us` is the better copy's time for as many bytes."""
     nothing = provider == "empty kernel"
     return KernelRecord(
@@ -48,6 +51,7 @@ def record(case: Case, provider: str, timing: Timing, copy_us: float, match: str
         residual=case.residual,
         normed=case.normed,
         provider=provider,
+        inputs=inputs_in,
         **timing_fields(timing, 0 if nothing else case.bytes),
         pct_of_copy=None if nothing else round(100 * copy_us / timing.us, 1),
         match=match,

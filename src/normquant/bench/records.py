@@ -31,6 +31,7 @@ class Run:
 class KernelRecord:
     """One provider on one case of `normquant bench kernels`.
 
+    inputs: "dram", 64 sets of them or as many as make five times the L2; "l2", as many as stay in it.
     us, us_p10, us_p90: microseconds a call, over n samples. bytes: what the op must move. gbps: bytes / us.
     pct_of_copy: gbps as a percentage of the better copy's of as many bytes in the same run; None for an empty kernel.
     match: how the data compares with the reference of the provider's own rule: "bitwise", "N of TOTAL values differ",
@@ -47,6 +48,7 @@ class KernelRecord:
     residual: bool
     normed: bool
     provider: str
+    inputs: str
     us: float
     us_p10: float
     us_p90: float

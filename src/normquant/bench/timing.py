@@ -1,8 +1,9 @@
 """GPU time of a call, as a serving engine with CUDA graphs would see it.
 
 A provider is captured into a CUDA graph that calls it many times in a row, each time on the next of several sets of
-inputs, together larger than the L2, so that every call finds its inputs in DRAM. Providers take turns replaying their
-graphs in one process, so that clocks and temperature drift over all of them alike. Each replay is one raw sample.
+inputs. As far as 64 sets go, they are together larger than the L2, so that every call finds its inputs in DRAM; or they
+are kept well within it. Providers take turns replaying their graphs in one process, so that clocks and temperature
+drift over all of them alike. Each replay is one raw sample.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ def sets_needed(bytes_read: int, device: torch.device | str = "cuda") -> int:
     """How many input sets of `bytes_read` make up five times the L2; at least two, at most 64."""
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, min(MAX_SETS, -(-5 * l2 // bytes_read)))
+
+
+def sets_in_l2(bytes_moved: int, device: torch.device | str = "cuda") -> int:
+    """How many input sets keep, with the outputs, to half of the L2; at least two, at most 64."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(MAX_SETS, l2 // 2 // bytes_moved))
 
 
 def time_calls(
