@@ -36,23 +36,23 @@ def key(record: dict) -> tuple:
     return tuple(str(record.get(name)) for name in CASE)
 
 
-def us(record: dict) -> float | None:
+def us(record: dict) -> float:
     """What a record measured: a call, or a step of vLLM on the GPU."""
-    return record.get("us", record.get("gpu_us_per_step"))
+    return record["us"] if "us" in record else record["gpu_us_per_step"]
 
 
 def compare(before: Iterable[dict], after: Iterable[dict]) -> tuple[list[Change], int, int]:
     """The cases in both, and how many are only in `before` and only in `after`."""
-    old, new = ({key(r): r for r in records if us(r) is not None} for records in (before, after))
+    old, new = ({key(r): r for r in records} for records in (before, after))
     changes = [change(old[k], new[k]) for k in old if k in new]
     return changes, len(old.keys() - new.keys()), len(new.keys() - old.keys())
 
 
 def change(before: dict, after: dict) -> Change:
     """The change between two records of one case."""
-    low, high = sorted((before, after), key=lambda r: us(r) or 0.0)
+    low, high = sorted((before, after), key=us)
     separate = low.get("us_p90", us(low)) < high.get("us_p10", us(high))
-    return Change(label(before), us(before) or 0.0, us(after) or 0.0, separate)
+    return Change(label(before), us(before), us(after), separate)
 
 
 def label(record: dict) -> str:
