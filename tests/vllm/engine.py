@@ -1,6 +1,8 @@
 """Run vLLM once in this process and print, as the last line, a JSON object of what it did. `python engine.py '{...}'`
 
-The model is a DeepSeek-V3 small enough for a CPU: three dense layers, block FP8, weights made up from a seed.
+The model is a DeepSeek-V3 small enough for a CPU: three dense layers, block FP8, weights made up from a seed. What the
+options have under "config" is another model's config.json, what they have under "compilation" replaces settings of the
+compilation; the others are arguments of `vllm.LLM`.
 """
 
 from __future__ import annotations
@@ -68,11 +70,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def write_model() -> str:
+def write_model(config: dict[str, Any]) -> str:
     """The folder of the model, beside vLLM's caches: its path is part of what they are found by."""
     directory = Path(os.environ["VLLM_CACHE_ROOT"]).parent / "model"
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(MODEL))
+    (directory / "config.json").write_text(json.dumps(config))
     return str(directory)
 
 
@@ -86,8 +88,10 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
         "compile_sizes": [],
         "pass_config": passes,
         "inductor_compile_config": inductor,
+        **options.pop("compilation", {}),
     }
-    llm = LLM(model=write_model(), compilation_config=compilation, **SETTINGS, **options)
+    model = write_model(options.pop("config", MODEL))
+    llm = LLM(model=model, compilation_config=compilation, **SETTINGS, **options)
     prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 2 for j in range(9 + i)]} for i in range(3)]
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=1)
     outputs = llm.generate(prompts, sampling, use_tqdm=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from normquant.bench.records import VllmRecord
-from normquant.bench.vllm import Failure, measure
+from normquant.bench.vllm import LOG, Failure, measure
 from normquant.bench.vllm_job import Job
 
-SHIMS = Path(__file__).parent / "shims"
-MODEL = runpy.run_path(str(SHIMS.parent / "engine.py"))["MODEL"]
+Environment = Callable[[Path], dict[str, str]]
+MODEL = runpy.run_path(str(Path(__file__).parent / "engine.py"))["MODEL"]
 COMPILATION = {
     "cudagraph_mode": "NONE",
     "compile_sizes": [],
@@ -38,15 +37,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> Callable[[], list[VllmRecord | Failure]]:
+def found(folder: Path, environment: Environment) -> Callable[[], list[VllmRecord | Failure]]:
     """Records without the plugin and with it, and of one that asks for a kernel that is not there."""
 
     def run() -> list[VllmRecord | Failure]:
         jobs = [job(folder, "off"), job(folder, "normquant")]
         refused = replace(job(folder, "default"), linear="deepgemm")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(SHIMS), os.environ.get("PYTHONPATH")])))
-            return list(measure([jobs, [refused]], 500, lambda cache: {}))
+            for name, value in environment(folder).items():
+                patch.setenv(name, value)
+            return list(measure([[*jobs, refused]], 500, lambda cache: {}))
 
     return cache(run)
 
@@ -74,5 +74,7 @@ def test_the_plugin_was_on_in_one_of_them(found: Callable[[], list[VllmRecord | 
 
 def test_another_linear_kernel_is_refused(found: Callable[[], list[VllmRecord | Failure]]) -> None:
     (failure,) = (f for f in found() if isinstance(f, Failure))
-    assert "vLLM chose ReferenceBlockKernel for the linears, not deepgemm" in failure.log
+    assert failure.reason == "starting: ended with exit code 1" and failure.log
+    log = (Path(failure.job.folder) / LOG).read_text()  # its end is what others print when the process exits
+    assert "vLLM chose ReferenceBlockKernel for the linears, not deepgemm" in log
     assert json.loads((Path(failure.job.folder) / "job.json").read_text())["linear"] == "deepgemm"

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 
 from normquant.integrations.vllm_records import find, read
 
+Environment = Callable[[Path], dict[str, str]]
 HERE = Path(__file__).parent
 START_SECONDS = 300
 
@@ -50,7 +51,7 @@ def write_model(directory: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def server(tmp_path_factory: pytest.TempPathFactory, environment: Environment) -> Iterator[tuple[str, Path]]:
     """The address of a running server, and the folder of its caches and its log."""
     root = tmp_path_factory.mktemp("server")
     model = root / "model"
@@ -67,14 +68,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     command += ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.1", "--served-model-name", "tiny"]
     command += ["--compilation-config", json.dumps(compilation)]
     command += ["--additional-config", json.dumps({"normquant": {"policy": "always"}})]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("NORMQUANT")} | {
-        "VLLM_CACHE_ROOT": str(root / "vllm"),
-        "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "shims"), os.environ.get("PYTHONPATH")])),
-    }
     with (root / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment(root), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             wait_for(f"http://127.0.0.1:{port}/health", process, root / "log")
             yield f"http://127.0.0.1:{port}", root

@@ -1,0 +1,212 @@
+"""The engines that the tests look at, each in a process of its own and run once, and what every process of vLLM gets.
+
+A test asks for an engine by the name of its setting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from normquant.integrations.vllm_records import FILE, GraphRecord, read
+
+Environment = Callable[[Path], dict[str, str]]
+HERE = Path(__file__).parent
+# vLLM binds a thread to every core; where several processes run at once, each waits at every barrier for the others'.
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+ALWAYS = {"additional_config": {"normquant": {"policy": "always"}}}
+# What DeepSeek-R1 has; vLLM spells this rotary embedding in another way than the plain one.
+YARN = {
+    "hf_overrides": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        }
+    }
+}
+DENSE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 1024,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+}
+# vLLM has no FP8 experts for a CPU. What they read is quantized inside of them, so that no graph shows the difference.
+EXPERTS = DENSE | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "quantization_config": DENSE["quantization_config"]
+    | {"modules_to_not_convert": [f"model.layers.{i}.mlp.{part}" for i in range(6) for part in ("experts", "gate")]},
+}
+# vLLM would put a pass for MLA into the graph of a whole model, and that pass needs CUDA.
+PASSES = {"fuse_norm_quant": False, "fuse_act_quant": False, "fuse_rope_kvcache_cat_mla": False}
+ONE_GRAPH = {"splitting_ops": [], "custom_ops": ["+quant_fp8", "+rms_norm"], "pass_config": PASSES}
+PARTITIONED = {
+    "use_inductor_graph_partition": True,
+    "custom_ops": ["+quant_fp8", "-rms_norm"],
+    "pass_config": PASSES,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of an engine. after: the engine whose caches it goes on with; without one it has caches of its own."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    environ: dict[str, str] = field(default_factory=dict)
+    after: str = ""
+
+
+# What others wait for comes first, and then what takes longest.
+SETTINGS = {
+    "off": Setting(),
+    "failing_pass": Setting(ALWAYS, {"NORMQUANT_SHIM": "failing_pass"}),
+    "yarn_off": Setting(YARN),
+    "yarn_on": Setting(ALWAYS | YARN),
+    "on": Setting(ALWAYS, {"NORMQUANT": "1", "NORMQUANT_SHIM": "verify"}, after="off"),
+    "native_quant": Setting(ALWAYS, {"NORMQUANT_SHIM": "native_quant"}),
+    "dense_off": Setting({"config": DENSE, "compilation": ONE_GRAPH}),
+    "dense_on": Setting(ALWAYS | {"config": DENSE, "compilation": ONE_GRAPH}),
+    "dense_partitioned": Setting(ALWAYS | {"config": DENSE, "compilation": PARTITIONED}),
+    "experts_off": Setting({"config": EXPERTS, "compilation": ONE_GRAPH}),
+    "experts_on": Setting(ALWAYS | {"config": EXPERTS, "compilation": ONE_GRAPH}),
+    "other_version": Setting({}, {"NORMQUANT": "1", "NORMQUANT_SHIM": "other_version"}, after="off"),
+    "on_again": Setting(ALWAYS, {"NORMQUANT": "1"}, after="on"),
+    "off_again": Setting({}, {"NORMQUANT": "0"}, after="on"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """An engine's last line, what it logged, the plugin's report when it ended, and the folder of its caches."""
+
+    result: dict[str, Any]
+    log: str
+    report: str | None
+    folder: Path
+
+    @property
+    def records(self) -> list[GraphRecord]:
+        return list(read(Path(self.result["cache"]) / FILE))
+
+    @property
+    def sites(self) -> list[dict[str, Any]]:
+        return [site for record in self.records for site in record.report["sites"]]
+
+    @property
+    def says(self) -> list[str]:
+        return [line for line in self.log.splitlines() if "normquant 0." in line or "normquant left" in line]
+
+
+def run_engine(folder: Path, options: dict[str, Any], environ: dict[str, str]) -> Run:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "engine.py"), json.dumps(options)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=folder,
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-6000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    report = Path(result["cache"]) / FILE
+    return Run(result, log, report.read_text() if report.exists() else None, folder)
+
+
+@pytest.fixture(scope="session")
+def environment() -> Environment:
+    """The environment of a process whose caches lie under a folder."""
+
+    def of(folder: Path) -> dict[str, str]:
+        stock = {name: value for name, value in os.environ.items() if not name.startswith("NORMQUANT")}
+        return {
+            **stock,
+            **ENVIRONMENT,
+            "VLLM_CACHE_ROOT": str(folder / "vllm"),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "shims"), os.environ.get("PYTHONPATH")])),
+        }
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def engines(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, environment: Environment
+) -> Iterator[dict[str, Future[Run]]]:
+    """The engines that the selected tests look at, and those that these go on from; a few of them run at once."""
+    runs: dict[str, Future[Run]] = {}
+    wanted = needed(request.session.items)
+
+    def run(name: str) -> Run:
+        setting = SETTINGS[name]
+        folder = runs[setting.after].result().folder if setting.after else tmp_path_factory.mktemp(name)
+        environ = environment(folder) | {"NORMQUANT_SHIM_OUT": str(folder)} | setting.environ
+        return run_engine(folder, setting.options, environ)
+
+    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+        for name in SETTINGS:
+            if name in wanted:
+                runs[name] = pool.submit(run, name)
+        yield runs
+        pool.shutdown(cancel_futures=True)
+
+
+def needed(items: list[pytest.Item]) -> set[str]:
+    """The settings that tests name, and those that come before them."""
+    names = {name for item in items for name in getattr(item, "fixturenames", ())} & SETTINGS.keys()
+    while before := {SETTINGS[name].after for name in names if SETTINGS[name].after} - names:
+        names |= before
+    return names
+
+
+def engine(name: str) -> Callable[..., Run]:
+    @pytest.fixture(scope="session", name=name)
+    def fixture(engines: dict[str, Future[Run]]) -> Run:
+        return engines[name].result()
+
+    return fixture
+
+
+globals().update({name: engine(name) for name in SETTINGS})  # where pytest looks for fixtures
