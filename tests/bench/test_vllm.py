@@ -104,6 +104,7 @@ def test_each_setting_has_its_own_environment(tmp_path: Path):
     assert "VLLM_USE_DEEP_GEMM" not in default
     assert environment(job(tmp_path, linear="cutlass"), base)["VLLM_USE_DEEP_GEMM"] == "0"
     assert default["PATH"] == "/bin" and default["VLLM_CACHE_ROOT"] != ours["VLLM_CACHE_ROOT"]
+    assert default["DG_JIT_CACHE_DIR"] == ours["DG_JIT_CACHE_DIR"] == str(tmp_path / "deep_gemm")
 
 
 def test_settings_differ_in_one_thing(tmp_path: Path):

@@ -92,13 +92,14 @@ def read(path: Path) -> Job:
 
 
 def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of the job's process: caches of its own, and no switch but the setting's."""
+    """The environment of the job's process: caches of its own but for the GEMMs', and no switch but the setting's."""
     folder = Path(job.folder)
     found = {n: v for n, v in base.items() if n != "NORMQUANT" and not n.startswith("VLLM_USE_DEEP_GEMM")}
     found |= ENVIRONMENT
     found["VLLM_CACHE_ROOT"] = str(job.cache)
     found["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     found["TRITON_CACHE_DIR"] = str(folder / "triton")
+    found["DG_JIT_CACHE_DIR"] = str(folder.parent / "deep_gemm")  # the same GEMMs in every setting, minutes of nvcc
     if job.setting == "normquant":
         found["NORMQUANT"] = "1"
     if job.linear == "cutlass":  # DeepGEMM is what vLLM takes where it may, and asking for it moves the experts to it
