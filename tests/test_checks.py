@@ -104,9 +104,20 @@ def test_compiled(name):
     assert given in message and accepted in message, message
 
 
+def rope(x, heads, r, rows=M):
+    cos = angles(rows, r // 2)
+    return torch.ops.normquant.rope_last(x, cos, cos, None, heads, r, "half", QuantSpec().encode())
+
+
 OP_CASES = {
     "3-D x": (lambda: torch.ops.normquant.group_quant(x(2, 3, K), QuantSpec().encode()), "3 dimensions", "[M, K]"),
     "1-D x": (lambda: torch.ops.normquant.silu_mul_quant(x(K), QuantSpec().encode()), "1 dimensions", "[M, K]"),
+    "1-D x to be turned": (lambda: rope(x(K), 4, 32), "(384,)", "[M, H * D]"),
+    "fp32 to be turned": (lambda: rope(x(dtype=torch.float32), 4, 32), "float32", "bfloat16, float16"),
+    "heads of several widths": (lambda: rope(x(), 7, 32), "384 columns", "7 heads of one width"),
+    "more than a head": (lambda: rope(x(), 16, 32), "r is 32", "even number of the 24 values"),
+    "an odd part of a head": (lambda: rope(x(), 4, 31), "r is 31", "even number"),
+    "few angles to turn by": (lambda: rope(x(), 4, 32, rows=4), "4", "5 rows"),
     "a spec that is none": (lambda: torch.ops.normquant.group_quant(x(), "fp8"), "'fp8'", "encoded QuantSpec"),
 }
 

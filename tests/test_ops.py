@@ -36,6 +36,11 @@ def latent_args(m: int, strided: bool) -> tuple:
     return x, weights(Q), weights(C), cos_sin[:, : R // 2], cos_sin[:, R // 2 :], positions, 1e-6, "half"
 
 
+def rope_args(m: int, strided: bool) -> tuple:
+    *_, cos, sin, positions, _, _ = latent_args(m, strided)
+    return x_of(m, strided=strided), cos, sin, positions, K // 48, R, "interleaved_to_half"
+
+
 def add_args(m: int, strided: bool) -> tuple:
     # opcheck cannot clone an empty tensor with gaps between its rows
     residual = x_of(m, seed=1, strided=not strided and m > 0)
@@ -52,6 +57,7 @@ CASES = {
 }
 CASES |= {f"{name}_with_norm": CASES[name] for name in ("rms_norm_quant", "add_rms_norm_quant")}
 CASES["latent_norm_quant_with_kv"] = latent_args
+CASES["rope_last"] = rope_args
 
 
 def test_every_op_has_a_case():
@@ -86,7 +92,7 @@ def test_the_fake_says_what_the_op_gives(op, spec):
         real = getattr(OPS, op)(*args)
         meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
         fake = getattr(OPS, op)(*meta)
-        for r, f in zip(real, fake, strict=True):
+        for r, f in zip(flat(real), flat(fake), strict=True):
             assert (f.dtype, f.shape, f.stride()) == (r.dtype, r.shape, r.stride()), (m, strided)
 
 
@@ -94,7 +100,7 @@ def test_the_fake_says_what_the_op_gives(op, spec):
 def test_inputs_are_neither_changed_nor_returned(op):
     args = (*CASES[op](5, True), QuantSpec().encode())
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-    outputs = getattr(OPS, op)(*args)
+    outputs = flat(getattr(OPS, op)(*args))
     given = [a for a in args if isinstance(a, torch.Tensor)]
     for a, b in zip(args, before, strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -87,6 +87,35 @@ def check_latent(
         raise ValueError(f"x has {x.shape[1]} columns and the weights {q} + {c}; an even number must remain for k_pe")
     check_norm(x[:, :q], None, q_weight, spec)
     check_norm(x[:, q : q + c], None, kv_weight, spec)
+    _check_angles(x, cos, sin, positions, r, rope)
+
+
+def check_rope_last(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    heads: int,
+    r: int,
+    rope: str,
+    spec: QuantSpec,
+) -> None:
+    """x must be [M, heads * D] bf16 or fp16 with last stride 1, r even and at most D; the rest as `check_latent`."""
+    if x.dim() != 2 or x.dtype not in ACTIVATION_DTYPES or x.stride(1) != 1:
+        raise ValueError(
+            f"x is {_describe(x)} with stride {x.stride()}; accepted: [M, H * D], {_names(ACTIVATION_DTYPES)}, last "
+            f"stride 1"
+        )
+    if heads <= 0 or x.shape[1] == 0 or x.shape[1] % heads:
+        raise ValueError(f"x has {x.shape[1]} columns, which are not {heads} heads of one width")
+    if r <= 0 or r % 2 or r > x.shape[1] // heads:
+        raise ValueError(f"r is {r}; accepted: an even number of the {x.shape[1] // heads} values of a head")
+    _check_angles(x, cos, sin, positions, r, rope)
+
+
+def _check_angles(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None, r: int, rope: str
+) -> None:
     one_of("rope", rope, get_args(Rope))
     for name, t in (("cos", cos), ("sin", sin)):
         if t.dim() != 2 or t.shape[1] < r // 2 or t.stride(1) != 1 or not t.dtype.is_floating_point:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from normquant import reference
-from normquant.checks import check_latent, check_norm, check_quant, check_silu_mul, rows
+from normquant.checks import check_latent, check_norm, check_quant, check_rope_last, check_silu_mul, rows
 from normquant.spec import QuantizedActivation, QuantSpec, Rope
 
 LIBRARY = torch.library.Library("normquant", "DEF")
@@ -159,6 +159,22 @@ def _register_latent(name: str, quantize_kv: bool) -> None:
 
 _register_latent("latent_norm_quant", quantize_kv=False)
 _register_latent("latent_norm_quant_with_kv", quantize_kv=True)
+
+
+def _rope_last_cuda(*args):
+    from normquant.kernels.rope_last import rope_last
+
+    return rope_last(*args)
+
+
+# For the compile pass: the queries of latent attention, of which the spec says only how the products are rounded.
+_register(
+    "rope_last(Tensor x, Tensor cos, Tensor sin, Tensor? positions, int heads, int r, str rope, str spec) -> Tensor",
+    check_rope_last,
+    lambda x, *args: x.new_empty(x.shape),
+    reference.rope_last,
+    _rope_last_cuda,
+)
 
 
 def _activation(lead: torch.Size, quantized: tuple[torch.Tensor, ...], spec: QuantSpec) -> QuantizedActivation:

@@ -138,9 +138,9 @@ def silu_mul_quant(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torc
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope, spec: QuantSpec) -> torch.Tensor:
-    """x [M, R] turned by the angles of cos and sin [M, R/2], in x's dtype (Su et al. 2021, equation 34)."""
+    """x [..., R] turned by the angles of cos and sin [..., R/2], in x's dtype (Su et al. 2021, equation 34)."""
     pairs = x.float().unflatten(-1, (2, -1) if rope == "half" else (-1, 2))
-    a, b = pairs.unbind(-2 if rope == "half" else -1)  # [M, R/2] each
+    a, b = pairs.unbind(-2 if rope == "half" else -1)  # [..., R/2] each
 
     def product(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         p = u * v.float()
@@ -148,6 +148,24 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope, sp
 
     turned = product(a, cos) - product(b, sin), product(b, cos) + product(a, sin)
     return torch.stack(turned, -1 if rope == "interleaved" else -2).flatten(-2).to(x.dtype)
+
+
+def rope_last(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    heads: int,
+    r: int,
+    rope: Rope,
+    spec: QuantSpec,
+) -> torch.Tensor:
+    """x [M, H * D] -> the same, the last r of the D values of each head turned."""
+    at = slice(0, x.shape[0]) if positions is None else positions
+    cos, sin = (t[at, : r // 2].unsqueeze(1) for t in (cos, sin))  # [M, 1, R/2] each
+    parts = x.unflatten(1, (heads, -1))  # [M, H, D]
+    copied, last = parts.split((parts.shape[-1] - r, r), dim=-1)
+    return torch.cat((copied, rotate(last, cos, sin, rope, spec)), dim=-1).flatten(1)
 
 
 def latent_norm_quant(

@@ -43,3 +43,8 @@ def latent_norm_quant(m: int, q: int, c: int, r: int, spec: QuantSpec, *, quanti
     """The qkv_a row, both weights, and a row of cos and sin in; q data and scale, kv norm and k_pe out."""
     read = (m * (q + c + r) + q + c + m * r) * ACTIVATION_BYTES
     return read, spec.bytes(m, q) + m * (c + r) * ACTIVATION_BYTES + (spec.bytes(m, c) if quantize_kv else 0)
+
+
+def rope_last(m: int, k: int, r: int) -> Traffic:
+    """A row of k values and a row of cos and sin, r values, in; the row out."""
+    return m * (k + r) * ACTIVATION_BYTES, m * k * ACTIVATION_BYTES

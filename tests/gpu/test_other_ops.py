@@ -1,4 +1,4 @@
-"""group_quant, silu_mul_quant and latent_norm_quant on a GPU, against the reference there."""
+"""group_quant, silu_mul_quant, latent_norm_quant and rope_last on a GPU, against the reference there."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from normquant import QuantSpec, reference, specs
 from normquant.kernels._device import reciprocal_approximate
 from normquant.kernels.latent_norm_quant import latent_norm_quant
 from normquant.kernels.launch import Config
+from normquant.kernels.rope_last import rope_last
 from normquant.kernels.silu_mul_quant import silu_mul_quant
 from normquant.rcp import approximate_reciprocal
 
@@ -108,6 +109,19 @@ def test_latent_norm_quant_in_every_config(config):
     x, spec = activations(257, Q + C + R).cuda(), SPECS["packed"]
     args = (x, weights(Q).cuda(), weights(C, seed=1).cuda(), cos, sin, None, 1e-6, "interleaved", spec)
     assert_bitwise(latent_norm_quant(*args, True, config), reference.latent_norm_quant(*args))
+
+
+@pytest.mark.parametrize("rope", ["interleaved", "half", "interleaved_to_half"])
+@pytest.mark.parametrize(("heads", "d"), [(16, 192), (128, 192), (3, 64), (5, 88)])
+def test_rope_last(heads, d, rope):
+    for dtype, rounding in ((torch.bfloat16, "twice"), (torch.float16, "once")):
+        cache = angles(512, dtype)
+        for m in (0, 1, 9, 257):
+            wide = awkward(m, heads * d + 64, dtype).cuda()
+            positions = torch.arange(m, device="cuda").flip(0)
+            for x, at in ((wide[:, : heads * d], positions), (wide[:, 3 : heads * d + 3], positions.int())):
+                args = (x, cache, cache[:, R // 2 :], at, heads, R, rope, QuantSpec(rounding=rounding))
+                assert_bitwise((rope_last(*args),), (reference.rope_last(*args),))
 
 
 @triton.jit

@@ -51,6 +51,7 @@ def test_each_op_says_its_width_and_spec():
             "interleaved",
             spec,
         ),
+        (OPS.rope_last, shape(4, 3072), shape(9, 64), shape(9, 64), None, 16, 64, "interleaved", spec),
         (torch.ops.aten.relu, shape(4, 4)),
     )
     found = list(kernels(graph))

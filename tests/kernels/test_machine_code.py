@@ -11,7 +11,7 @@ import triton
 from machine_code import SM_90, SM_100, Code, compiling, machine_code
 
 from normquant import QuantSpec, specs
-from normquant.kernels import group_quant, latent_norm_quant, rms_norm_quant, silu_mul_quant
+from normquant.kernels import group_quant, latent_norm_quant, rms_norm_quant, rope_last, silu_mul_quant
 from normquant.kernels.launch import Config, Target, config
 
 CAPABILITIES = (SM_90, SM_100)
@@ -148,6 +148,15 @@ def test_several_rows_for_a_program(name, rows):
     assert scales == 32 and min(values) >= 64
 
 
+@pytest.mark.parametrize("k", [5120, 7168])
+def test_a_weight_that_is_read_late_leaves_registers(k):
+    early, late = (compiled("norm", k, Config(8, late_weight=late), SM_90) for late in (False, True))
+    assert_clean(late)
+    assert_pdl_in_place(late)
+    assert Counter(late.widths("LDG")) == Counter(early.widths("LDG"))
+    assert late.registers <= 64 < early.registers  # four programs of 256 threads, and not three
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["norm", "add_norm"])
 def test_a_prefetch_stands_before_the_wait_and_reads_nothing(name, weight_dtype):
@@ -251,6 +260,28 @@ def test_latent_norm_quant(choice, capability):
     assert sum(((got - wide) + (wide - got)).values()) <= 5, f"{got} instead of {wide} and the five of k_pe"
 
 
+def rope(x, *, heads=16, r=64, how="interleaved", angles=64):
+    cos = torch.empty(x.shape[0], angles, dtype=x.dtype)[:, : r // 2]
+    positions = torch.empty(x.shape[0], dtype=torch.int64)
+    rope_last.rope_last(x, cos, cos, positions, heads, r, how, QuantSpec(rounding="twice"))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("how", ["interleaved", "half", "interleaved_to_half"])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_rope_last(heads, how, capability):
+    code = machine_code(rope_last, lambda: rope(empty(4, heads * 192), heads=heads, how=how), capability)
+    assert_clean(code)
+    assert_pdl_in_place(code)
+    assert not code.places("LDS") and not code.places("STS")  # pairs are taken apart within a thread
+    # 16 heads for a program: 128 values of each copied, halves of 32 turned; a position, and angles in one access each
+    values, half = accesses(16 * 128, 16, code.threads), accesses(16 * 32, 16, code.threads)
+    pairs = accesses(16 * 64, 16, code.threads)
+    loads = (half + half if how == "half" else pairs) + half + half + Counter({64: 1})
+    assert Counter(code.widths("LDG")) == values + loads
+    assert Counter(code.widths("STG")) == values + (pairs if how == "interleaved" else half + half)
+
+
 M_AND_WIDTH = ((1, 0), (2, 8), (16, 512), (17, 8192), (4096, 24))  # Triton tells 1, multiples of 16 and others apart
 
 
@@ -262,8 +293,9 @@ M_AND_WIDTH = ((1, 0), (2, 8), (16, 512), (17, 8192), (4096, 24))  # Triton tell
         (group_quant, 512, lambda x, i: quant(x, Config(4), spec=QuantSpec(layout="col_tma"))),
         (silu_mul_quant, 1024, lambda x, i: silu_mul_quant.silu_mul_quant(x, QuantSpec(layout="col_tma"), Config(4))),
         (latent_norm_quant, 2112, lambda x, i: latent(x, Config(4), eps=10.0**-i, angles=32 + 8 * i)),
+        (rope_last, 768, lambda x, i: rope(x, heads=4, angles=32 + 8 * i)),
     ],
-    ids=["norm", "add_norm", "quant", "silu", "latent"],
+    ids=["norm", "add_norm", "quant", "silu", "latent", "rope"],
 )
 def test_one_binary_for_every_m_and_aligned_stride(module, k, launch):
     with compiling(module, SM_90) as kernels:

@@ -17,8 +17,8 @@ ROUNDINGS = ("none", "inner", "once", "twice")
 NAMED = [name for name in vars(specs) if name.isupper()]
 
 
-def check(x, residual, weight, spec, *, split=1, rows=1, weight_offset=0.0, eps=1e-6):
-    config = Config(4, split, rows)
+def check(x, residual, weight, spec, *, split=1, rows=1, late_weight=False, weight_offset=0.0, eps=1e-6):
+    config = Config(4, split, rows, late_weight=late_weight)
     got = interpreter.run("rms_norm_quant", x, residual, weight, eps, spec, weight_offset, True, config)
     if residual is None:
         data, scale, norm = reference.rms_norm_quant(x, weight, eps, spec, weight_offset)
@@ -58,6 +58,13 @@ def test_several_rows_for_a_program(k, rows, layout):
     for m in (1, 2, 9, 16):
         x, residual = awkward(m, k, strided=True), activations(m, k, seed=1)
         check(x, residual if m % 2 else None, weights(k), spec, rows=rows)
+
+
+@pytest.mark.parametrize("weight_offset", [0.0, 1.0])
+def test_a_weight_that_is_read_late(weight_offset):
+    for m, rows in ((1, 1), (9, 1), (9, 4)):
+        x, residual = awkward(m, 512), activations(m, 512, seed=1)
+        check(x, residual, weights(512), QuantSpec(), rows=rows, late_weight=True, weight_offset=weight_offset)
 
 
 @pytest.mark.parametrize("name", NAMED)

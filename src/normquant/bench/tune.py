@@ -39,6 +39,8 @@ def candidates(case: Case) -> Iterator[Config]:
                 yield Config(num_warps, split, rows)
                 if norm and case.m <= PREFETCH_UP_TO:
                     yield Config(num_warps, split, prefetch=True)
+                if not independent and case.m >= SEVERAL_FROM:
+                    yield Config(num_warps, split, rows, late_weight=True)
 
 
 def launcher(case: Case) -> Callable[[Inputs, Config], object]:

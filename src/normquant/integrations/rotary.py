@@ -43,7 +43,15 @@ from normquant.compile.opaque import functionalized
 from normquant.spec import QuantSpec, Rope
 
 ARITHMETIC = {aten.add.Tensor, aten.mul.Tensor, aten.neg.default, aten.sub.Tensor, prims.convert_element_type.default}
-CUTS = {aten.cat.default, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
+CUTS = {
+    aten.cat.default,
+    aten.copy.default,
+    aten.slice.Tensor,
+    aten.slice_scatter.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    operator.getitem,
+}
 VIEWS = {*PERMUTES, *RESHAPES, *SAME_VALUES, *UNIT_DIMS, aten.expand.default}
 POSITION_DTYPES = (torch.int32, torch.int64)
 ROWS = 3  # of the made-up numbers, where the graph does not say how many
@@ -70,37 +78,38 @@ def find_rotation(copies: Sequence[Node], rows: Any, spec: QuantSpec) -> Rotatio
     x = copies[0]
     if value(x).dim() != 2:
         raise Unsupported(f"k_pe has shape {tuple(value(x).shape)}; it is followed as [M, R]")
-    followers = _followers(copies)
-    for y in followers:
+    made = followers(copies)
+    for y in made:
         if is_tensor(y) and dtype(y) == dtype(x) and same_size(value(y).numel(), value(x).numel()):
-            inner = _between(copies, y, rows)
-            gathers = [node for node in inner if _is_gather(node, rows)]
+            inner = between(copies, y, rows)
+            gathers = [node for node in inner if is_gather(node, rows)]
             same = len({(cache, positions) for cache, (positions,) in map(arguments, gathers)}) == 1
             rope = _rope(copies, y, gathers, inner, rows, spec) if same else None
             if rope is not None:
                 cache, (positions,) = arguments(gathers[0])
                 return Rotation(y, cache, positions, rope, frozenset(inner))
-    readers = {user for node in (*copies, *followers) for user in node.users if user not in followers}
+    readers = {user for node in (*copies, *made) for user in node.users if user not in made}
     names = ", ".join(sorted({functionalized(user).replace("::", ".") or op_name(user) for user in readers}))
     raise Unsupported(f"no rotary embedding in aten operations between k_pe and what reads it ({names})")
 
 
-def _followers(copies: Sequence[Node]) -> list[Node]:
+def followers(copies: Sequence[Node]) -> list[Node]:
     """What is made from x by cuts, views and arithmetic alone, in the order of the graph."""
     found: set[Node] = set()
     pending = [*copies]
     while pending:
-        new = [user for user in pending.pop().users if _is_pure(user) and user not in found]
+        new = [user for user in pending.pop().users if is_pure(user) and user not in found]
         found.update(new)
         pending += new
     return sorted(found)
 
 
-def _is_pure(node: Node) -> bool:
+def is_pure(node: Node) -> bool:
+    """Whether node is a cut, a view or arithmetic."""
     return is_call(node, *ARITHMETIC, *CUTS, *VIEWS)
 
 
-def _is_gather(node: Node, rows: Any) -> bool:
+def is_gather(node: Node, rows: Any) -> bool:
     """Whether node is cache[positions], a row of angles for each row of x."""
     if not is_call(node, aten.index.Tensor) or len(arguments(node)[1]) != 1:
         return False
@@ -109,7 +118,7 @@ def _is_gather(node: Node, rows: Any) -> bool:
     return fits and value(cache).dim() == 2
 
 
-def _between(copies: Sequence[Node], y: Node, rows: Any) -> list[Node]:
+def between(copies: Sequence[Node], y: Node, rows: Any) -> list[Node]:
     """The nodes that y is made with, from x and angles on, in the order of the graph; empty where others take part."""
     found: set[Node] = set()
     pending = [y]
@@ -118,9 +127,9 @@ def _between(copies: Sequence[Node], y: Node, rows: Any) -> list[Node]:
         if node in copies or node in found or _is_size(node, rows):
             continue
         found.add(node)
-        if _is_pure(node):
+        if is_pure(node):
             pending += node.all_input_nodes
-        elif not _is_gather(node, rows):
+        elif not is_gather(node, rows):
             return []
     return sorted(found)
 
@@ -144,12 +153,18 @@ def _rope(
             torch.randn(count, width, generator=generator, device="cpu").to(dtype(nodes[0]))
             for nodes in (copies, gathers)
         )
-        values: dict[Node, Any] = dict.fromkeys(copies, x) | dict.fromkeys(gathers, angles)
-        for node in inner:
-            if node not in values:
-                args, kwargs = map_arg((node.args, node.kwargs), lambda n: values.get(n, count))
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return _compared(x, angles, values[y].reshape(count, width), spec)
+        given = dict.fromkeys(copies, x) | dict.fromkeys(gathers, angles)
+        return _compared(x, angles, computed(y, inner, given, count).reshape(count, width), spec)
+
+
+def computed(y: Node, inner: Sequence[Node], given: dict[Node, torch.Tensor], count: int) -> torch.Tensor:
+    """y as the nodes of inner, in the order of the graph, make it of the values given, for so many rows."""
+    values: dict[Node, Any] = dict(given)
+    for node in inner:
+        if node not in values:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: values.get(n, count))
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values[y]
 
 
 def _compared(x: torch.Tensor, angles: torch.Tensor, y: torch.Tensor, spec: QuantSpec) -> Rope | None:

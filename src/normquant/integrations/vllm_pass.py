@@ -18,7 +18,7 @@ from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 from normquant.compile import Site, reports
 from normquant.compile.fusion_pass import NormQuantPass
 from normquant.compile.policy import Rules
-from normquant.integrations import columns, fused_ops, latent_quant, lone_quant, rotary, silu_quant
+from normquant.integrations import columns, fused_ops, latent_quant, lone_quant, q_rope, rotary, silu_quant
 from normquant.integrations.graph_warmup import warm_graph
 from normquant.integrations.vllm_linear import linear_kernels, remark
 from normquant.integrations.vllm_records import GraphRecord, append
@@ -39,7 +39,7 @@ EARLIER = (
     "AllReduceFusionPass",
     "RocmAiterAllReduceFusionPass",
 )
-REWRITES = (columns, fused_ops, latent_quant, lone_quant, rotary, silu_quant)
+REWRITES = (columns, fused_ops, latent_quant, lone_quant, q_rope, rotary, silu_quant)
 SOURCES = (__file__, *(str(module.__file__) for module in REWRITES))
 
 
@@ -61,12 +61,13 @@ class VllmNormQuantPass(InductorPass):
         taken = self._guarded(fused_ops.replace_fused_ops, graph)
         gated = self._guarded(silu_quant.fuse_silu_quant, graph)  # first: what it fuses is not left over later
         latents = self._guarded(latent_quant.fuse_latents, graph)
+        turned = self._guarded(q_rope.fuse_q_rope, graph)
         self.fusion(graph)
         report = reports()[-1]
         lone = self._guarded(lone_quant.replace_lone_quants, graph)
         gone = {site.name for site in lone}
         others = tuple(site for site in report.others if site.name not in gone)
-        report = replace(report, sites=(*latents, *report.sites, *taken, *gated, *lone), others=others)
+        report = replace(report, sites=(*latents, *turned, *report.sites, *taken, *gated, *lone), others=others)
         if report.error:
             log.warning("normquant left a graph as it was: %s", report.error)
         log.debug("%s", report)

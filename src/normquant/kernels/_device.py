@@ -289,11 +289,12 @@ def norm_quant_rows(
     LOG_N: tl.constexpr,  # log2 of GROUPS times the group
     LOG_WARP: tl.constexpr,  # log2 of the neighbours that one warp holds
     BLOCK_G: tl.constexpr,
+    LATE_WEIGHT: tl.constexpr,  # read the weight after the sums of squares, so that it holds no registers before
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    # Whole rows are read for the sums of squares, and all loads stand before the first store.
+    # Whole rows are read for the sums of squares, and all other loads stand before the first store.
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     row, column, inside = row_tile(first_row, first, m, K, SPEC, ROWS, BLOCK_G)
     h_own = load_sum(x_ptr, residual_ptr, row, column, inside, stride_xm, stride_rm, STRIDE_UNIT)
@@ -302,7 +303,8 @@ def norm_quant_rows(
     else:
         _, whole, in_row = row_tile(first_row, 0, m, K, SPEC, ROWS, GROUPS)
         h = load_sum(x_ptr, residual_ptr, row, whole, in_row, stride_xm, stride_rm, STRIDE_UNIT)
-    w = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+    if not LATE_WEIGHT:
+        w = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32)
     release_dependents(PDL)
 
     out = row.to(tl.int64) * K + column
@@ -311,12 +313,14 @@ def norm_quant_rows(
         if SPEC.sum == "rounded":
             h = h.to(DTYPE).to(tl.float32)
             h_own = h_own.to(DTYPE).to(tl.float32)
-    if weight_offset != 0.0:
-        w += weight_offset
     mean = divide_by_constant(sums_of_squares(h, ROWS, GROUPS * SPEC.group, LOG_N, LOG_WARP), K, ON_CUDA)
     rstd = tl.rsqrt(mean + eps)  # scalar, or [ROWS]
     if ROWS > 1:
         rstd = tl.reshape(tl.broadcast_to(rstd[:, None], (ROWS, GROUPS)), (ROWS * GROUPS, 1))
+    if LATE_WEIGHT:
+        w = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+    if weight_offset != 0.0:
+        w += weight_offset
     y = scale_by_weight(h_own * rstd, w, SPEC, DTYPE, ON_CUDA)
     if norm_ptr is not None:
         tl.store(norm_ptr + out, y.to(DTYPE), mask=inside)

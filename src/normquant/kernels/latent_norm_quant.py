@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import norm_quant_rows, row_offset, wait_for_predecessor
+from normquant.kernels._rope import turn
 from normquant.kernels.launch import (
     Config,
     constant,
@@ -70,6 +71,7 @@ def latent_norm_quant_kernel(
     LOG_C_WARP: tl.constexpr,
     R_BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,  # groups of q_a that a program writes
+    LATE_WEIGHT: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
@@ -80,7 +82,8 @@ def latent_norm_quant_kernel(
     if part < tl.num_programs(1) - 1:
         norm_quant_rows(
             x_ptr, None, q_weight_ptr, q_data_ptr, q_scale_ptr, None, None, stride_xm, 0, first_row, part * BLOCK_G, m,
-            scale_rows, eps, 0.0, Q, SPEC, ROWS, Q_GROUPS, LOG_Q, LOG_Q_WARP, BLOCK_G, STRIDE_UNIT, PDL, ON_CUDA,
+            scale_rows, eps, 0.0, Q, SPEC, ROWS, Q_GROUPS, LOG_Q, LOG_Q_WARP, BLOCK_G, LATE_WEIGHT, STRIDE_UNIT, PDL,
+            ON_CUDA,
         )  # fmt: skip
     else:
         # k_pe is stored last, so that its loads do not keep those of kv_a waiting behind a store
@@ -91,7 +94,8 @@ def latent_norm_quant_kernel(
         )  # fmt: skip
         norm_quant_rows(
             x_ptr + Q, None, kv_weight_ptr, kv_data_ptr, kv_scale_ptr, None, kv_norm_ptr, stride_xm, 0, first_row, 0, m,
-            scale_rows, eps, 0.0, C, SPEC, ROWS, C_GROUPS, LOG_C, LOG_C_WARP, C_GROUPS, STRIDE_UNIT, PDL, ON_CUDA,
+            scale_rows, eps, 0.0, C, SPEC, ROWS, C_GROUPS, LOG_C, LOG_C_WARP, C_GROUPS, LATE_WEIGHT, STRIDE_UNIT, PDL,
+            ON_CUDA,
         )  # fmt: skip
         store_pairs(k_pe_ptr + row.to(tl.int64) * R, u, v, row < m, R, R_BLOCK, ROPE == "interleaved")
 
@@ -119,9 +123,7 @@ def rotate(
     b = tl.load(x_ptr + second, mask=mask, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + position * stride_cos + i, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + position * stride_sin + i, mask=mask, other=0.0).to(tl.float32)
-    u = product(a, cos, SPEC, DTYPE) - product(b, sin, SPEC, DTYPE)
-    v = product(b, cos, SPEC, DTYPE) + product(a, sin, SPEC, DTYPE)
-    return u.to(DTYPE), v.to(DTYPE)
+    return turn(a, b, cos, sin, SPEC, DTYPE)
 
 
 @triton.jit
@@ -135,14 +137,6 @@ def store_pairs(out_ptr, u, v, there, R: tl.constexpr, R_BLOCK: tl.constexpr, IN
         second = i + R // 2
     tl.store(out_ptr + first, u, mask=there & (i < R // 2))
     tl.store(out_ptr + second, v, mask=there & (i < R // 2))
-
-
-@triton.jit
-def product(a, b, SPEC: tl.constexpr, DTYPE: tl.constexpr):
-    p = a * b
-    if SPEC.rounding == "inner" or SPEC.rounding == "twice":
-        p = p.to(DTYPE).to(tl.float32)
-    return p
 
 
 def latent_norm_quant(
@@ -204,6 +198,7 @@ def latent_norm_quant(
             LOG_C_WARP=log_warp(c_groups * spec.group, True, config),
             R_BLOCK=power_of_two(r // 2),
             BLOCK_G=block_g,
+            LATE_WEIGHT=config.late_weight,
             STRIDE_UNIT=unit,
             PDL=where.pdl,
             ON_CUDA=where.on_cuda,

@@ -28,13 +28,15 @@ class Config:
     """num_warps of a program, over how many programs a row is split, and how many rows a program takes.
 
     rows: a power of two, one where a row is split. prefetch: whether a norm asks the L2 for its row while the kernel
-    before it is still running, which pays where few rows leave the GPU idle.
+    before it is still running, which pays where few rows leave the GPU idle. late_weight: whether a norm reads its
+    weight only when the sum of squares is there, which leaves registers for more programs where many rows fill the GPU.
     """
 
     num_warps: int
     split: int = 1
     rows: int = 1
     prefetch: bool = False
+    late_weight: bool = False
 
     def __post_init__(self) -> None:
         if self.rows > 1 and (self.split > 1 or self.prefetch):

@@ -56,6 +56,7 @@ def rms_norm_quant_kernel(
     LOG_WARP: tl.constexpr,  # log2 of the neighbouring values that one warp holds
     BLOCK_G: tl.constexpr,  # groups that a program writes, a power of two
     PREFETCH: tl.constexpr,  # into the L2, before the wait for the predecessor
+    LATE_WEIGHT: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
@@ -91,6 +92,7 @@ def rms_norm_quant_kernel(
         LOG_N,
         LOG_WARP,
         BLOCK_G,
+        LATE_WEIGHT,
         STRIDE_UNIT,
         PDL,
         ON_CUDA,
@@ -149,6 +151,7 @@ def rms_norm_quant(
             LOG_WARP=log_warp(groups * spec.group, block_g == groups, config),
             BLOCK_G=block_g,
             PREFETCH=config.prefetch and where.pdl,
+            LATE_WEIGHT=config.late_weight,
             STRIDE_UNIT=unit,
             PDL=where.pdl,
             ON_CUDA=where.on_cuda,

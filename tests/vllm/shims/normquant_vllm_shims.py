@@ -70,10 +70,10 @@ def register() -> None:
         _quantize_with_the_op()
     if "failing_pass" in FAULTS:
         from normquant.compile import fusion_pass
-        from normquant.integrations import fused_ops, latent_quant, lone_quant, silu_quant
+        from normquant.integrations import fused_ops, latent_quant, lone_quant, q_rope, silu_quant
 
         fusion_pass.find = silu_quant.fuse_silu_quant = lone_quant.replace_lone_quants = _fail
-        fused_ops.replace_fused_ops = latent_quant.fuse_latents = _fail
+        fused_ops.replace_fused_ops = latent_quant.fuse_latents = q_rope.fuse_q_rope = _fail
     if "verify" in FAULTS:
         import normquant_vllm_verify
 

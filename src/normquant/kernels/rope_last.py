@@ -1,0 +1,154 @@
+"""Rotary position embedding of the last values of every head, the others copied: what q needs before the attention.
+
+A row is H heads of [nope | pe], 128 + 64 values for DeepSeek-R1:
+
+    nope  copied
+    pe    rotary position embedding by the angles of the row
+
+Bytes moved per row in bf16, with D values in a head and R of them turned: read 2HD, and 2R of cos and sin; written 2HD.
+
+Grid: M * H / BLOCK_H. A program takes neighbouring heads, of one row or of several, and one binary does for every M.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from normquant.kernels._device import release_dependents, row_offset, wait_for_predecessor
+from normquant.kernels._rope import turn
+from normquant.kernels.launch import Config, constant, on_device, power_of_two, stride_unit, target
+from normquant.spec import QuantSpec
+
+CONFIG = Config(4)
+VALUES = 4096  # of a program at the most: enough bytes on the way for each of its threads, registers for many programs
+
+
+@triton.jit(do_not_specialize=["m", "stride_xm", "stride_cos", "stride_sin"])
+def rope_last_kernel(
+    x_ptr,  # [M, H * D] bf16 or fp16, any row stride
+    cos_ptr,  # [positions, R/2], any row stride
+    sin_ptr,  # like cos
+    position_ptr,  # [M] int32 or int64, or None: row i is at position i
+    out_ptr,  # [M, H * D] like x, contiguous
+    m,
+    stride_xm,
+    stride_cos,
+    stride_sin,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    ROPE: tl.constexpr,
+    SPEC: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # heads of a program, a power of two
+    COPY_BLOCK: tl.constexpr,  # D - R, rounded up to a power of two
+    R_BLOCK: tl.constexpr,  # R/2, rounded up to a power of two
+    STRIDE_UNIT: tl.constexpr,
+    ANGLE_UNIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    row = head // H
+    there = row < m
+    x_at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + head % H * D
+    out_at = out_ptr + head.to(tl.int64) * D
+    i = tl.arange(0, R_BLOCK)[None, :]
+    column = tl.arange(0, COPY_BLOCK)[None, :]
+
+    wait_for_predecessor(PDL)
+    position = row.to(tl.int64)
+    if position_ptr is not None:
+        position = tl.load(position_ptr + row, mask=there, other=0).to(tl.int64)
+    if D > R:
+        copied = tl.load(x_at + column, mask=there & (column < D - R))
+    a, b = load_pairs(x_at + (D - R), there, R, R_BLOCK, BLOCK_H, ROPE == "half")
+    angle = there & (i < R // 2)
+    cos = tl.load(cos_ptr + row_offset(position, stride_cos, ANGLE_UNIT) + i, mask=angle, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row_offset(position, stride_sin, ANGLE_UNIT) + i, mask=angle, other=0.0).to(tl.float32)
+    release_dependents(PDL)
+
+    if D > R:
+        tl.store(out_at + column, copied, mask=there & (column < D - R))
+    u, v = turn(a.to(tl.float32), b.to(tl.float32), cos, sin, SPEC, x_ptr.dtype.element_ty)
+    store_pairs(out_at + (D - R), u, v, there, R, R_BLOCK, BLOCK_H, ROPE != "interleaved")
+
+
+@triton.jit
+def load_pairs(
+    x_ptr, there, R: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, HALVES: tl.constexpr
+):  # fmt: skip
+    # x_ptr, there [BLOCK_H, 1] -> [BLOCK_H, R/2] firsts and seconds of the pairs. Neighbours are loaded together and
+    # taken apart in registers: alone, each would be an access of its own.
+    i = tl.arange(0, R_BLOCK)[None, :]
+    if HALVES:
+        a = tl.load(x_ptr + i, mask=there & (i < R // 2), other=0.0)
+        b = tl.load(x_ptr + R // 2 + i, mask=there & (i < R // 2), other=0.0)
+    else:
+        j = tl.arange(0, 2 * R_BLOCK)[None, :]
+        both = tl.load(x_ptr + j, mask=there & (j < R), other=0.0)
+        a, b = tl.split(tl.reshape(both, (BLOCK_H, R_BLOCK, 2)))
+    return a, b
+
+
+@triton.jit
+def store_pairs(
+    out_ptr, u, v, there, R: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, HALVES: tl.constexpr
+):
+    i = tl.arange(0, R_BLOCK)[None, :]
+    if HALVES:
+        tl.store(out_ptr + i, u, mask=there & (i < R // 2))
+        tl.store(out_ptr + R // 2 + i, v, mask=there & (i < R // 2))
+    else:
+        j = tl.arange(0, 2 * R_BLOCK)[None, :]
+        tl.store(out_ptr + j, tl.reshape(tl.join(u, v), (BLOCK_H, 2 * R_BLOCK)), mask=there & (j < R))
+
+
+def heads_of_program(d: int) -> int:
+    """Heads of d values that a program takes, a power of two: as many as come to at most `VALUES`, or one."""
+    return max(1, power_of_two(VALUES // d + 1) // 2)
+
+
+def rope_last(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    heads: int,
+    r: int,
+    rope: str,
+    spec: QuantSpec,
+) -> torch.Tensor:
+    """Launch on checked inputs: x [M, H * D] -> the same with the last r values of each head turned."""
+    m, d = x.shape[0], x.shape[1] // heads
+    where = target(x.device)
+    out = torch.empty((m, x.shape[1]), dtype=x.dtype, device=x.device)
+    if m == 0:
+        return out
+    unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
+    block = heads_of_program(d)
+    with on_device(x.device):
+        rope_last_kernel[(-(-m * heads // block),)](
+            x,
+            cos,
+            sin,
+            positions,
+            out,
+            m,
+            x.stride(0) // unit,
+            cos.stride(0) // angle_unit,
+            sin.stride(0) // angle_unit,
+            H=heads,
+            D=d,
+            R=r,
+            ROPE=rope,
+            SPEC=constant(spec),
+            BLOCK_H=block,
+            COPY_BLOCK=power_of_two(max(1, d - r)),
+            R_BLOCK=power_of_two(r // 2),
+            STRIDE_UNIT=unit,
+            ANGLE_UNIT=angle_unit,
+            PDL=where.pdl,
+            **where.options(CONFIG),
+        )
+    return out
