@@ -122,9 +122,7 @@ def _is_fused(node: Node) -> bool:
 
 
 def _site(fused: Node, pairs: tuple[tuple[str, str], ...], before: Mapping[str, Node]) -> Site:
-    roots = dict.fromkeys(
-        root for arg in arguments(fused) if arg.meta["val"].dim() > 1 for root in _roots(arg, before)
-    )
+    roots = dict.fromkeys(root for arg in arguments(fused) if arg.meta["val"].dim() > 1 for root in _roots(arg, before))
     weight = next(arg for arg in arguments(fused) if arg.meta["val"].dim() == 1)
     users = before[weight.name].users if weight.name in before else ()
     name = next((module_of(user) for user in users), "") or fused.name

@@ -97,12 +97,14 @@ def _time(
     torch._dynamo.reset()  # dynamo holds a few compiled forms of a function and no more
     try:
         with torch.no_grad():
-            return timing.time_calls({
-                STOCK: _calls(sets),
-                FUSED: _calls(sets, options=options),
-                EMPTY: [functools.partial(one.add_, 1)],
-                COPY: [functools.partial(target.copy_, source)],
-            })
+            return timing.time_calls(
+                {
+                    STOCK: _calls(sets),
+                    FUSED: _calls(sets, options=options),
+                    EMPTY: [functools.partial(one.add_, 1)],
+                    COPY: [functools.partial(target.copy_, source)],
+                }
+            )
     finally:
         torch._dynamo.reset()
 

@@ -90,9 +90,7 @@ def norm_weights(graph: Graph) -> dict[str, str]:
 def _backend(recordings: list[Recording], inner: Any, graph_module: Any, example_inputs: Any, **kwargs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(
-        graph_module, example_inputs, inner_compile=functools.partial(_inner_compile, recordings, inner)
-    )
+    return compile_fx(graph_module, example_inputs, inner_compile=functools.partial(_inner_compile, recordings, inner))
 
 
 def _inner_compile(recordings: list[Recording], inner: Any, graph_module: Any, inputs: Any, **kwargs: Any) -> Any:
