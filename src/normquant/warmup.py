@@ -42,7 +42,10 @@ def warmup(
     """
     from normquant.kernels import launch
 
-    capability = launch.target(torch.device(device)).capability
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; warmup launches kernels on one")
+    capability = launch.target(device).capability
     if capability is None:
         raise ValueError(f"there is nothing to compile for {device}; warmup needs a CUDA device")
     run = _launcher(op, k, spec, dtype, weight_dtype or dtype, weight_offset, latent, rope, device)

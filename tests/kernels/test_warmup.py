@@ -68,6 +68,11 @@ def test_what_cannot_be_warmed():
     with pytest.raises(ValueError, match="nothing to compile for cpu"):
         nq.warmup("rms_norm_quant", 512, device="cpu")
     with (
+        mock.patch.object(torch.cuda, "is_available", lambda: False),
+        pytest.raises(ValueError, match="there is no CUDA device here"),
+    ):
+        nq.warmup("rms_norm_quant", 512)
+    with (
         mock.patch.object(launch, "target", lambda device: Target(True, SM_90)),
         pytest.raises(ValueError, match="op is 'rms_norm'; accepted: the ops of"),
     ):
