@@ -159,6 +159,7 @@ def test_a_browser_draws_it(tmp_path: Path, scheme: str) -> None:
     page.write_text(audit_html.page(data(), "a layer").replace("</body>", probe))
     shot = tmp_path / "report.png"
     base = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,900"]
+    base.append("--virtual-time-budget=5000")  # or the page may be read before its load event
     options = {"check": True, "capture_output": True, "timeout": 60}
     dom = subprocess.run([*base, "--dump-dom", page.as_uri()], text=True, **options).stdout  # type: ignore[call-overload]
     assert "<title>triton_poi_fused_0 / 0-2</title>" in dom
