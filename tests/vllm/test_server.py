@@ -122,5 +122,5 @@ def test_the_report_command_reads_the_servers_cache(server: tuple[str, Path]) ->
         [sys.executable, "-m", "normquant", "vllm-report", str(root / "vllm")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "10 of 10 sites fused in 3 compiled graphs" in done.stdout
+    assert "12 of 12 sites fused in 3 compiled graphs" in done.stdout
     assert "layers.*.self_attn.mla_attn.q_a_layernorm K=256" in done.stdout
