@@ -56,15 +56,28 @@ def run_with_pass(
     """Trace `fn` as torch.compile does, rewrite its graphs, execute them eagerly."""
     outcome = Outcome()
 
-    def inner(gm: GraphModule, inputs: Any, **_: Any) -> Callable[[list[Any]], Any]:
+    def change(gm: GraphModule) -> None:
         from torch._inductor.fx_passes.post_grad import view_to_reshape
 
         view_to_reshape(gm)
         gm.graph.eliminate_dead_code()
         outcome.reports.append(run(gm.graph, rules or Rules("always"), strict))
+        outcome.graphs.append(gm)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(fn, backend=interpreting(change), dynamic=dynamic, fullgraph=fullgraph)
+        outcome.result = compiled(*args, **kwargs)
+    return outcome
+
+
+def interpreting(change: Callable[[GraphModule], None]) -> Callable[[GraphModule, list[Any]], Any]:
+    """A backend of torch.compile that runs the graphs that Inductor would lower eagerly, each after `change`."""
+
+    def inner(gm: GraphModule, inputs: Any, **_: Any) -> Callable[[list[Any]], Any]:
+        change(gm)
         gm.graph.lint()
         gm.recompile()
-        outcome.graphs.append(gm)
 
         def call(inputs: list[Any]) -> Any:
             return Interpreter(gm).run(*inputs)
@@ -77,10 +90,7 @@ def run_with_pass(
 
         return compile_fx(gm, inputs, inner_compile=inner)
 
-    torch._dynamo.reset()
-    with torch.no_grad():
-        outcome.result = torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=fullgraph)(*args, **kwargs)
-    return outcome
+    return backend
 
 
 def site_of_graph(gm: GraphModule) -> Site:

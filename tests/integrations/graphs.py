@@ -6,9 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Interpreter
+from compile.harness import interpreting
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
 
 from normquant.compile import Site
+from normquant.compile.policy import Rules
+
+
+class Pass(CustomGraphPass):
+    """A rewrite that always fuses, as a pass of Inductor; its graphs are not cached."""
+
+    def __init__(self, rewrite: Callable[[Graph, Rules], tuple[Site, ...]]) -> None:
+        self.rewrite = rewrite
+
+    def __call__(self, graph: Graph) -> None:
+        self.rewrite(graph, Rules("always"))
+
+    def uuid(self) -> None:
+        return None
 
 
 def run(
@@ -18,29 +34,16 @@ def run(
     sites: list[Site] = []
     left: list[str] = []
 
-    def inner(gm: GraphModule, inputs: Any, **_: Any) -> Callable[[list[Any]], Any]:
+    def change(gm: GraphModule) -> None:
         sites.extend(rewrite(gm.graph))
-        gm.graph.lint()
-        gm.recompile()
         left.extend(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
-
-        def call(inputs: list[Any]) -> Any:
-            return Interpreter(gm).run(*inputs)
-
-        call._boxed_call = True  # type: ignore[attr-defined]
-        return call
-
-    def backend(gm: GraphModule, inputs: list[Any]) -> Any:
-        from torch._inductor.compile_fx import compile_fx
-
-        return compile_fx(gm, inputs, inner_compile=inner)
 
     torch._dynamo.reset()
     if dynamic:
         for arg in args:
             torch._dynamo.mark_dynamic(arg, 0)
     with torch.no_grad(), torch._inductor.config.patch(enable_auto_functionalized_v2=False):  # as vLLM sets it
-        return torch.compile(fn, backend=backend)(*args), sites, left
+        return torch.compile(fn, backend=interpreting(change))(*args), sites, left
 
 
 def assert_equal(given: Any, expected: Any) -> None:

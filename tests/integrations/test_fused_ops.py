@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 from compile.harness import exact
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
-from torch.fx import Graph
 
 from normquant.compile.policy import Rules
 from normquant.integrations.fused_ops import replace_fused_ops
@@ -116,14 +114,6 @@ def test_scales_that_only_deepgemm_reads_are_aligned_for_it(dynamic: bool) -> No
     assert_equal([result], [fn(*args)])
 
 
-class Pass(CustomGraphPass):
-    def __call__(self, graph: Graph) -> None:
-        replace_fused_ops(graph, Rules("always"))
-
-    def uuid(self) -> None:
-        return None
-
-
 def test_inductor_hands_the_aligned_scales_on_as_they_are() -> None:
     def fn(x, w):
         return deepgemm(*silu_and_mul_per_block_quant(x, layout="col"), w)
@@ -133,7 +123,9 @@ def test_inductor_hands_the_aligned_scales_on_as_they_are() -> None:
     torch._dynamo.mark_dynamic(args[0], 0)
     SCALE_STRIDES.clear()
     with torch.no_grad(), torch._inductor.config.patch(enable_auto_functionalized_v2=False):
-        result, code = run_and_get_code(torch.compile(fn, options={"post_grad_custom_post_pass": Pass()}), *args)
+        result, code = run_and_get_code(
+            torch.compile(fn, options={"post_grad_custom_post_pass": graphs.Pass(replace_fused_ops)}), *args
+        )
     assert SCALE_STRIDES == [(1, 8)]
     assert "normquant.silu_mul_quant" in code[0] and "copy" not in code[0].partition("def call(")[2]
     assert_equal([result], [fn(*args)])

@@ -9,7 +9,6 @@ import pytest
 import torch
 from compile import vllm_ops
 from compile.harness import exact
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph
 
@@ -205,20 +204,14 @@ def test_the_op_stands_where_its_inputs_are() -> None:
     assert_equal(result, fn(*inputs()))
 
 
-class Pass(CustomGraphPass):
-    def __call__(self, graph: Graph) -> None:
-        fuse_latents(graph, Rules("always"))
-
-    def uuid(self) -> None:
-        return None
-
-
 def test_inductor_makes_no_kernel_for_the_op() -> None:
     args = inputs()
     torch._dynamo.reset()
     torch._dynamo.mark_dynamic(args[0], 0)
     torch._dynamo.mark_dynamic(args[-1], 0)
-    compiled = torch.compile(lambda *args: latents()(*args)[:4], options={"post_grad_custom_post_pass": Pass()})
+    compiled = torch.compile(
+        lambda *args: latents()(*args)[:4], options={"post_grad_custom_post_pass": graphs.Pass(fuse_latents)}
+    )
     with torch.no_grad(), torch._inductor.config.patch(enable_auto_functionalized_v2=False):
         result, (code,) = run_and_get_code(compiled, *args)
     body = code.partition("def call(")[2]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from compile.harness import exact
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter
@@ -208,20 +207,12 @@ def test_after_the_latents_no_rotation_is_left() -> None:
     assert_equal(result, fn(*args))
 
 
-class Pass(CustomGraphPass):
-    def __call__(self, graph: Graph) -> None:
-        fuse_q_rope(graph, Rules("always"))
-
-    def uuid(self) -> None:
-        return None
-
-
 def test_inductor_makes_no_kernel_for_the_op() -> None:
     args = inputs()
     torch._dynamo.reset()
     torch._dynamo.mark_dynamic(args[0], 0)
     torch._dynamo.mark_dynamic(args[-1], 0)
-    compiled = torch.compile(attention(), options={"post_grad_custom_post_pass": Pass()})
+    compiled = torch.compile(attention(), options={"post_grad_custom_post_pass": graphs.Pass(fuse_q_rope)})
     with torch.no_grad():
         result, (code,) = run_and_get_code(compiled, *args)
     body = code.partition("def call(")[2]

@@ -178,10 +178,12 @@ def engines(
     """The engines that the selected tests look at, and those that these go on from; a few of them run at once."""
     runs: dict[str, Future[Run]] = {}
     wanted = needed(request.session.items)
+    base = tmp_path_factory.mktemp("engines")  # here, as mktemp is not for several threads
 
     def run(name: str) -> Run:
         setting = SETTINGS[name]
-        folder = runs[setting.after].result().folder if setting.after else tmp_path_factory.mktemp(name)
+        folder = runs[setting.after].result().folder if setting.after else base / name
+        folder.mkdir(exist_ok=True)
         environ = environment(folder) | {"NORMQUANT_SHIM_OUT": str(folder)} | setting.environ
         return run_engine(folder, setting.options, environ)
 

@@ -29,8 +29,6 @@ from normquant.compile.graph import (
     is_tensor,
     is_view,
     mutation_regions,
-    op_name,
-    peel,
     value,
 )
 from normquant.compile.match import Match, Rejected, anchor_of
@@ -41,12 +39,11 @@ from normquant.compile.report import Site
 from normquant.compile.rewrite import Rewriter, copy_meta, op_spec
 from normquant.compile.sites import find
 from normquant.integrations.columns import Columns, columns
-from normquant.integrations.rotary import Rotation, find_rotation
+from normquant.integrations.rotary import Rotation, check_cache, find_rotation, updates_cache
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 NORM_NODES = 32  # how far behind kv_a its norm is looked for
 Slices = list[tuple[Node, Columns]]
-CACHE_UPDATE = "vllm.unified_mla_kv_cache_update"
 
 
 @dataclass(frozen=True)
@@ -212,9 +209,8 @@ def _rotation(kv_a: Columns, slices: Slices, spec: QuantSpec) -> Rotation:
 
 def _checked(rotation: Rotation) -> Rotation:
     """The rotation. Raises Unsupported where it is better left to someone else."""
-    if peel(rotation.cache, is_view).op == "call_function":
-        raise Unsupported("the cache of cos and sin is computed in the graph; the op would need all of it")
-    if any(op_name(user) == CACHE_UPDATE for user in _readers(rotation.y)):
+    check_cache(rotation.cache)
+    if any(map(updates_cache, _readers(rotation.y))):
         raise Unsupported("vLLM puts the rotary embedding into its update of the kv cache (fuse_rope_kvcache_cat_mla)")
     return rotation
 

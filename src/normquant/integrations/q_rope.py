@@ -28,10 +28,8 @@ from normquant.compile.graph import (
     aten,
     dtype,
     is_tensor,
-    is_view,
     mutation_regions,
     op_name,
-    peel,
     same_shape,
     same_size,
     value,
@@ -40,8 +38,16 @@ from normquant.compile.policy import Facts, Rules
 from normquant.compile.report import Site
 from normquant.compile.rewrite import copy_meta
 from normquant.compile.sites import rows_are_even
-from normquant.integrations.latent_quant import CACHE_UPDATE
-from normquant.integrations.rotary import ROWS, between, computed, followers, is_gather, is_pure
+from normquant.integrations.rotary import (
+    ROWS,
+    between,
+    check_cache,
+    computed,
+    followers,
+    is_gather,
+    is_pure,
+    updates_cache,
+)
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec, Rope
 
 SPECS = (QuantSpec(rounding="twice"), QuantSpec(rounding="once"))  # each product of a rotation is rounded, or its sum
@@ -194,8 +200,7 @@ def _treat(graph: Graph, turned: Turned, rules: Rules, regions: dict[Node, int])
 def _check(turned: Turned, regions: dict[Node, int]) -> None:
     """Raise Unsupported where the op does not have it, or where it is better left to someone else."""
     x, y, cache, positions = (value(node) for node in (turned.x, turned.y, turned.cache, turned.positions))
-    if peel(turned.cache, is_view).op == "call_function":
-        raise Unsupported("the cache of cos and sin is computed in the graph; the op would need all of it")
+    check_cache(turned.cache)
     if x.stride(-1) != 1 or not rows_are_even(x, turned.width):
         raise Unsupported(f"{turned.x.name} has stride {tuple(x.stride())}; the kernel needs evenly spaced rows")
     if cache.stride(1) != 1 or positions.stride(0) != 1:
@@ -215,7 +220,7 @@ def _is_contiguous(y: torch.Tensor) -> bool:
 
 def _check_readers(turned: Turned) -> None:
     angles = followers(turned.gathers)
-    if any(op_name(user) == CACHE_UPDATE for node in angles for user in node.users):
+    if any(updates_cache(user) for node in angles for user in node.users):
         raise Unsupported("vLLM puts it into its update of the kv cache (fuse_rope_kvcache_cat_mla)")
     parts = turned.inner & set(angles) & set(followers([turned.x])) - {turned.y}
     others = {op_name(user) for node in parts for user in node.users if user not in turned.inner}

@@ -33,7 +33,9 @@ from normquant.compile.graph import (
     dtype,
     is_call,
     is_tensor,
+    is_view,
     op_name,
+    peel,
     prims,
     same_shape,
     same_size,
@@ -91,6 +93,17 @@ def find_rotation(copies: Sequence[Node], rows: Any, spec: QuantSpec) -> Rotatio
     readers = {user for node in (*copies, *made) for user in node.users if user not in made}
     names = ", ".join(sorted({functionalized(user).replace("::", ".") or op_name(user) for user in readers}))
     raise Unsupported(f"no rotary embedding in aten operations between k_pe and what reads it ({names})")
+
+
+def check_cache(cache: Node) -> None:
+    """Raise Unsupported for a cache of cos and sin that the ops cannot read where it lies."""
+    if peel(cache, is_view).op == "call_function":
+        raise Unsupported("the cache of cos and sin is computed in the graph; the op would need all of it")
+
+
+def updates_cache(node: Node) -> bool:
+    """Whether node is vLLM's update of the kv cache, into which vLLM may put the rotary embedding itself."""
+    return op_name(node) == "vllm.unified_mla_kv_cache_update"
 
 
 def followers(copies: Sequence[Node]) -> list[Node]:

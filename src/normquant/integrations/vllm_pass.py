@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch.fx import Graph
@@ -24,6 +24,8 @@ from normquant.integrations.vllm_linear import linear_kernels, remark
 from normquant.integrations.vllm_records import GraphRecord, append
 from normquant.integrations.vllm_switches import Switches
 from normquant.version import VERSION
+
+T = TypeVar("T")
 
 log = logging.getLogger("vllm.normquant")  # below "vllm", so that vLLM's own handlers show it
 
@@ -85,25 +87,22 @@ class VllmNormQuantPass(InductorPass):
     def _warm_up(self, graph: Graph) -> None:
         """Have every size of batch compiled now, not by the first request that has it."""
         start = time.monotonic()
-        try:
-            count = warm_graph(graph)
-        except Exception as error:
-            if self.fusion.strict:
-                raise
-            log.warning("normquant: warming up failed: %s: %s", type(error).__name__, error)
-            return
-        if count:
+        if count := self._attempt("warming up", lambda: warm_graph(graph)):
             log.info("normquant: %d kernels warmed up in %.1f s", count, time.monotonic() - start)
 
     def _guarded(self, rewrite: Callable[[Graph, Rules], tuple[Site, ...]], graph: Graph) -> tuple[Site, ...]:
-        """What a rewrite did; nothing, after a warning, where it failed, unless strict."""
+        """What a rewrite did; nothing where it failed."""
+        return self._attempt(rewrite.__name__, lambda: rewrite(graph, self.fusion.rules)) or ()
+
+    def _attempt(self, name: str, step: Callable[[], T]) -> T | None:
+        """What a step returns; None, after a warning, where it failed, unless strict."""
         try:
-            return rewrite(graph, self.fusion.rules)
+            return step()
         except Exception as error:
             if self.fusion.strict:
                 raise
-            log.warning("normquant: %s failed: %s: %s", rewrite.__name__, type(error).__name__, error)
-            return ()
+            log.warning("normquant: %s failed: %s: %s", name, type(error).__name__, error)
+            return None
 
 
 def pass_key(fusion: NormQuantPass) -> str:
