@@ -249,6 +249,7 @@ def test_dropped_ue8m0_within_and_beside_a_program() -> None:
     assert check(program(fused), program(rounds))["dropped-ue8m0"] == [(fused.name, 0)], "another part rounds"
     assert "dropped-ue8m0" not in check(program(fused, drops)), "nobody rounds"
     assert "dropped-ue8m0" not in check(program(rounds, call(1, "normquant.rms_norm_quant", "x", "'ue8m0'")))
+    assert "dropped-ue8m0" not in check(program(rounds, call(1, "normquant.rope_last", "x", "'fp32'"))), "no scales"
 
 
 @pytest.mark.parametrize(

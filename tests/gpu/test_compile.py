@@ -85,6 +85,11 @@ def test_replays_of_a_cuda_graph_give_the_bits_of_the_default_mode() -> None:
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
+# Made outside of the compiled code, where torch 2.11 with dynamic=True takes a spec's floats for symbols and breaks the
+# graph. Not "col_tma": of a padded tensor that a graph returns, Inductor asks whether M % 4 is 0.
+COLUMNS = QuantSpec(layout="col")
+
+
 class Site(torch.nn.Module):
     """A residual add, a norm and its quantization."""
 
@@ -94,8 +99,7 @@ class Site(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
         h = x + residual
-        # not "col_tma": of a padded tensor that a graph returns, Inductor asks whether M % 4 is 0
-        q = nq.group_quant(self.norm(h), spec=QuantSpec(layout="col"))
+        q = nq.group_quant(self.norm(h), spec=COLUMNS)
         return q.data, q.scale, h
 
 

@@ -73,6 +73,7 @@ def uses_ue8m0(name: str, arguments: tuple[str, ...]) -> bool | None:
         return True
     if known.quantizes:
         return known.ue8m0 is not None and len(arguments) > known.ue8m0 and arguments[known.ue8m0] == "True"
-    if name.startswith("normquant.") and "quant" in name:
+    package, _, op = name.rpartition(".")
+    if package == "normquant" and "quant" in op:
         return any("ue8m0" in argument for argument in arguments)
     return None

@@ -91,17 +91,19 @@ def kernel_suite(args: argparse.Namespace) -> Iterator[tuple[list[Record], str]]
     """Each case: the records of all providers and a line about them."""
     from normquant.bench.kernels import measure
     from normquant.bench.precompile import precompile
-    from normquant.bench.providers import PROVIDERS
+    from normquant.bench.providers import BY_NAME
 
-    names = args.providers.split(",") if args.providers else [p.name for p in PROVIDERS]
-    if unknown := set(names) - {p.name for p in PROVIDERS}:
-        raise ValueError(
-            f"unknown providers {', '.join(sorted(unknown))}; accepted: {', '.join(p.name for p in PROVIDERS)}"
-        )
-    for p in PROVIDERS:
-        if p.name in names and p.missing:
-            print(f"{p.name}: left out, {p.missing} is not installed", file=sys.stderr)
-    providers = [p for p in PROVIDERS if p.name in names and not p.missing]
+    names = args.providers.split(",") if args.providers else list(BY_NAME)
+    if unknown := set(names) - set(BY_NAME):
+        raise ValueError(f"unknown providers {', '.join(sorted(unknown))}; accepted: {', '.join(BY_NAME)}")
+    providers = []
+    for name, provider in BY_NAME.items():
+        if name not in names:
+            continue
+        if lacks := provider.lacks():
+            print(f"{name}: left out, {lacks}", file=sys.stderr)
+        else:
+            providers.append(provider)
     cases = grid_cases(args)
     if trouble := precompile(cases, providers):
         print(trouble, file=sys.stderr)

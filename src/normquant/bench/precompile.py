@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from normquant.bench.cases import Case, inputs
-from normquant.bench.providers import Provider, compiled
+from normquant.bench.providers import BY_NAME, Provider
 from normquant.warmup import warmup
 
 CHUNK = 8  # calls that one process makes before it takes the next ones
@@ -24,11 +24,9 @@ def precompile(cases: Sequence[Case], providers: Sequence[Provider]) -> str | No
     Returns what went wrong, if something did; what is missing is compiled when it is measured.
     """
     ops = {(case.op_name, case.k): case for case in cases}
-    names = {p.name for p in providers}
-    work: list[tuple[str, Case]] = []
-    if "torch.compile" in names:  # these take longest, so they go first
-        work += [("torch.compile", case) for case in ops.values() if compiled(case)]
-    if "normquant" in names:
+    first = [p for p in providers if p.name.startswith("torch.compile")]  # these take longest
+    work = [(p.name, case) for p in first for case in ops.values() if p.build(case)]
+    if any(p.name == "normquant" for p in providers):
         work += [("normquant", case) for case in ops.values()]
     return everywhere(_compile, work, chunk=1)
 
@@ -37,7 +35,7 @@ def _compile(provider: str, case: Case) -> None:
     if provider == "normquant":
         warmup(case.op_name, case.k, case.spec)
         return
-    run = compiled(case)
+    run = BY_NAME[provider].build(case)
     for m in (1, 2):  # the second stands for all others
         if run is not None:
             run(inputs(Case(case.op, m, case.k, case.normed, case.spec), 1)[0])

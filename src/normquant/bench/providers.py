@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,26 +22,32 @@ Quantized = tuple[torch.Tensor, torch.Tensor]
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # data, scale, norm, sum
 Run = Callable[[Inputs], Quantized]
 EPS = 1e-6
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A name, the package that it needs, the arithmetic that it claims, and `build(case)`, which gives its function.
+    """A name, the arithmetic that it claims, what it lacks here, and `build(case)`, which gives its function.
 
     `build` returns None for a case that the provider does not do. Its function takes a set of inputs and returns data
     [M, K] and scale [M, K/group]; it may overwrite the residual. `spec` is the rule that its output is held against,
-    None where the compiler is free to round as it likes.
+    None where the compiler is free to round as it likes. `lacks` says what keeps it from running here, None if nothing.
     """
 
     name: str
     build: Callable[[Case], Run | None]
     spec: Callable[[Case], QuantSpec] | None
-    package: str | None = None
+    lacks: Callable[[], str | None] = lambda: None
 
-    @property
-    def missing(self) -> str | None:
-        """The package that is needed and not installed."""
-        return self.package if self.package and find_spec(self.package) is None else None
+
+def packages(*names: str) -> Callable[[], str | None]:
+    """What a provider lacks that needs these packages."""
+
+    def lacks() -> str | None:
+        missing = [name for name in names if find_spec(name) is None]
+        return f"{', '.join(missing)} not installed" if missing else None
+
+    return lacks
 
 
 def calls(run: Run, sets: Sequence[Inputs]) -> Sequence[Call]:
@@ -83,25 +91,40 @@ def eager(case: Case) -> Run | None:
     return lambda i: _norm_quant(i.x, i.residual, i.weight, case.normed)[:2]
 
 
-def compiled(case: Case) -> Run | None:
-    """The same graph through torch.compile, compiled for each K and once for every M above one."""
-    if case.op not in ("rms_norm_quant", "add_rms_norm_quant"):
-        return None
+def compiled(nested: bool) -> Callable[[Case], Run | None]:
+    """The same graph through torch.compile, compiled for each K and once for every M above one.
 
-    def call(i: Inputs) -> Quantized:
-        any_rows((i.x, i.residual))
-        for t in (i.x, i.residual):
-            if t is not None:
-                torch._dynamo.mark_static(t, 1)  # else a second K would make K symbolic
-        with no_recompile_limit():
-            return _compiled()(i.x, i.residual, i.weight, case.normed)[:2]
+    nested: with Inductor's nested reductions, which make one kernel of the norm and the groups' maxima.
+    """
 
-    return call
+    def build(case: Case) -> Run | None:
+        if case.op not in ("rms_norm_quant", "add_rms_norm_quant"):
+            return None
+
+        def call(i: Inputs) -> Quantized:
+            any_rows((i.x, i.residual))
+            for t in (i.x, i.residual):
+                if t is not None:
+                    torch._dynamo.mark_static(t, 1)  # else a second K would make K symbolic
+            with no_recompile_limit():
+                return _compiled(nested)(i.x, i.residual, i.weight, case.normed)[:2]
+
+        return call
+
+    return build
 
 
 @cache
-def _compiled() -> Callable[..., Outputs]:
-    return torch.compile(_norm_quant, fullgraph=True)
+def _compiled(nested: bool) -> Callable[..., Outputs]:
+    options: dict[str, Any] | None = {"triton.nested_reduction": True} if nested else None
+    return torch.compile(_norm_quant, fullgraph=True, options=options)
+
+
+def no_nested_reductions() -> str | None:
+    """What the provider with nested reductions lacks."""
+    from torch._inductor import config
+
+    return None if hasattr(config.triton, "nested_reduction") else f"no nested reductions in torch {torch.__version__}"
 
 
 def norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -113,7 +136,7 @@ def norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _aten_quant(y: torch.Tensor) -> Quantized:
     grouped = y.float().unflatten(-1, (-1, 128))
     scale = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
-    return (grouped / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(-2), scale.squeeze(-1)
+    return (grouped / scale).clamp(-448.0, 448.0).to(FP8).flatten(-2), scale.squeeze(-1)
 
 
 def _norm_quant(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, normed: bool) -> Outputs:
@@ -128,11 +151,10 @@ def vllm_fused(case: Case) -> Run | None:
 
     if case.normed or case.op not in ("rms_norm_quant", "add_rms_norm_quant", "silu_mul_quant"):
         return None
-    fp8 = torch.float8_e4m3fn
     if case.op == "silu_mul_quant":
-        return lambda i: vllm_ops.silu_and_mul_per_block_quant(i.x, 128, fp8, is_scale_transposed=True)
+        return lambda i: vllm_ops.silu_and_mul_per_block_quant(i.x, 128, FP8, is_scale_transposed=True)
     return lambda i: vllm_ops.rms_norm_per_block_quant(
-        i.x, i.weight, EPS, fp8, [1, 128], residual=i.residual, is_scale_transposed=True, tma_alignment=4
+        i.x, i.weight, EPS, FP8, [1, 128], residual=i.residual, is_scale_transposed=True, tma_alignment=4
     )
 
 
@@ -167,6 +189,38 @@ def vllm_unfused(case: Case) -> Run | None:
     return runs.get(case.op)
 
 
+def helion(case: Case) -> Run | None:
+    """vLLM's kernels in Helion, with the configs that it brings, which are of widths 2048, 4096 and 5120."""
+    if case.normed or case.op == "latent_norm_quant":
+        return None
+
+    def outputs(i: Inputs) -> Quantized:
+        scale = torch.empty(case.k // 128, (case.m + 3) // 4 * 4, device=i.x.device)
+        return torch.empty(case.m, case.k, dtype=FP8, device=i.x.device), scale.t()[: case.m]
+
+    def norm(i: Inputs) -> Quantized:
+        data, scale = outputs(i)
+        kernel(data, i.x, i.weight, scale, EPS, None, i.residual, 128, True)
+        return data, scale
+
+    def silu(i: Inputs) -> Quantized:
+        data, scale = outputs(i)
+        kernel(data, i.x, scale, 128, None, True)
+        return data, scale
+
+    def quant(i: Inputs) -> Quantized:
+        data, scale = outputs(i)
+        kernel(i.x, data, scale, 128, 1e-10, -448.0, 448.0, False, True, True)
+        return data, scale
+
+    name, run = {
+        "silu_mul_quant": ("silu_and_mul_per_block_quant", silu),
+        "group_quant": ("per_token_group_fp8_quant", quant),
+    }.get(case.op, ("rms_norm_per_block_quant", norm))
+    kernel = getattr(import_module(f"vllm.kernels.helion.ops.{name}"), name)
+    return run
+
+
 def flashinfer(pdl: bool) -> Callable[[Case], Run | None]:
     """FlashInfer's `fused_add_rmsnorm_fp8_block_quant`, which always adds a residual and always writes the norm."""
 
@@ -177,7 +231,7 @@ def flashinfer(pdl: bool) -> Callable[[Case], Run | None]:
             return None
 
         def run(i: Inputs) -> Quantized:
-            data = torch.empty_like(i.x, dtype=torch.float8_e4m3fn)
+            data = torch.empty_like(i.x, dtype=FP8)
             norm = torch.empty_like(i.x)
             scale = torch.empty(case.k // 128, (case.m + 3) // 4 * 4, device=i.x.device)
             fused_add_rmsnorm_fp8_block_quant(data, scale, norm, i.x, i.residual, i.weight, EPS, pdl)
@@ -196,13 +250,21 @@ def _vllm_unfused_spec(case: Case) -> QuantSpec:
     return specs.VLLM if case.op == "silu_mul_quant" else specs.VLLM_OPS
 
 
+def _helion_spec(case: Case) -> QuantSpec:
+    """The scale is a product with 1/448, also on a CPU."""
+    return specs.VLLM if case.op == "group_quant" else _vllm_fused_spec(case).but(scale_by="multiply")
+
+
 PROVIDERS = (
     Provider("normquant", normquant, lambda case: case.spec),
     Provider("normquant q_a alone", q_a_alone, lambda case: case.spec),
     Provider("torch eager", eager, lambda case: specs.HF),
-    Provider("torch.compile", compiled, None),
-    Provider("vllm fused", vllm_fused, _vllm_fused_spec, "vllm"),
-    Provider("vllm unfused", vllm_unfused, _vllm_unfused_spec, "vllm"),
-    Provider("flashinfer", flashinfer(False), lambda case: specs.FLASHINFER, "flashinfer"),
-    Provider("flashinfer pdl", flashinfer(True), lambda case: specs.FLASHINFER, "flashinfer"),
+    Provider("torch.compile", compiled(nested=False), None),
+    Provider("torch.compile nested", compiled(nested=True), None, no_nested_reductions),
+    Provider("vllm fused", vllm_fused, _vllm_fused_spec, packages("vllm")),
+    Provider("vllm unfused", vllm_unfused, _vllm_unfused_spec, packages("vllm")),
+    Provider("vllm helion", helion, _helion_spec, packages("vllm", "helion")),
+    Provider("flashinfer", flashinfer(False), lambda case: specs.FLASHINFER, packages("flashinfer")),
+    Provider("flashinfer pdl", flashinfer(True), lambda case: specs.FLASHINFER, packages("flashinfer")),
 )
+BY_NAME = {p.name: p for p in PROVIDERS}
