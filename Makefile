@@ -31,7 +31,7 @@ endif
 # A first set-up shows pip's progress; an update in place has nothing to show but a page of "already satisfied".
 QUIET := $(if $(STALE),,$(if $(wildcard $(STAMP)),--quiet))
 
-.PHONY: help setup demo test setup-vllm test-vllm lint wheel clean FORCE
+.PHONY: help setup demo test setup-vllm test-vllm test-torch lint wheel clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -87,6 +87,27 @@ setup-vllm: $(VLLM_STAMP)  ## make build/vllm-* with vLLM for a CPU, 3.5 GB (don
 
 test-vllm: $(VLLM_STAMP)  ## set up vLLM for a CPU, then run the tests with it; VLLM=0.30.0 for another version
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
+
+# Another torch than the one of constraints.txt, for the tests of what depends on it most: the compile pass, the code that
+# Inductor generates and Triton's machine code. The default index has CUDA builds, whose packages are large.
+TORCH ?= 2.14.1
+TORCH_VENV := build/torch-$(TORCH)
+TORCH_STAMP := $(TORCH_VENV)/.setup-complete
+TORCH_GB := 9
+
+$(TORCH_STAMP): pyproject.toml constraints.txt
+	@rm -rf $(TORCH_VENV); free=$$(( $$(df -Pk . | awk 'NR == 2 { print $$4 }') >> 20 )); \
+		if (( free < $(TORCH_GB) )); then \
+			echo "$(TORCH_VENV) needs $(TORCH_GB) GB of disk to set up, and $$free GB are free." >&2; exit 1; fi
+	@echo "setting up $(TORCH_VENV) with $$($(PYTHON) -V), up to 6 GB"; $(PYTHON) -m venv $(TORCH_VENV)
+	@grep -vE '^(torch|triton)==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	$(TORCH_VENV)/bin/python -m pip install --constraint $(TORCH_VENV)/constraints.txt torch==$(TORCH) hatchling
+	$(TORCH_VENV)/bin/python -m pip install --quiet --constraint $(TORCH_VENV)/constraints.txt --no-build-isolation \
+		--editable '.[nogpu,hf,dev]'
+	@touch $(TORCH_STAMP)
+
+test-torch: $(TORCH_STAMP)  ## set up another torch in build/torch-*, then run the tests of the compiler; TORCH=2.14.1
+	$(TORCH_VENV)/bin/python -m pytest tests/compile tests/audit tests/kernels/test_machine_code.py $(ARGS)
 
 lint: $(STAMP)  ## set up, then ruff and mypy
 	$(BIN)/ruff check .

@@ -85,3 +85,20 @@ def test_a_symbolic_size_gives_the_same_bytes_at_the_same_size() -> None:
     symbolic = audit(*GRAPHS["rms_norm"], dynamic=True)
     assert symbolic.programs[0].sizes and not fixed.programs[0].sizes
     assert symbolic.bytes == fixed.bytes
+
+
+def test_rows_of_several_inputs_that_are_one_symbol() -> None:
+    """Inductor then reads the symbol off an input, or gives it two names."""
+
+    def fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        x, y = empty(M, 512), empty(M, 512)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(y, 0)
+        return x, y
+
+    report = audit(fn, inputs)
+    assert [(launch.bytes_read, launch.bytes_written) for launch in report.launches] == BY_HAND["add"]
+    assert set(report.programs[0].sizes.values()) == {M}

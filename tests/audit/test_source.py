@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normquant.audit import build, disk, files, sizes, wrappercode
+from normquant.audit import build, disk, files, kernelcode, sizes, wrappercode
 from normquant.audit.digits import Bound, Digit, distinct
 from normquant.audit.disk import audit_path
 from normquant.audit.files import Unusable
@@ -147,6 +147,81 @@ def test_passes_over_a_row_are_counted() -> None:
     loop = "for r0_offset in tl.range(0, r0_numel, R0_BLOCK):\n    tmp0 = tl.load(in_ptr0 + (xindex), xmask)\n"
     (kernel,) = program(module(loop + loop + "tl.store(out_ptr0 + (xindex), tmp0, xmask)")).kernels
     assert [(access.bytes, access.loads) for access in kernel.reads] == [(4096 * 2, 2)]
+
+
+def bytes_moved(text: str) -> list[tuple[str, int, int]]:
+    return [(launch.name, launch.bytes_read, launch.bytes_written) for launch in program(text).launches]
+
+
+ASSERTED = "assert_size_stride(arg0_1, (64, 64), (64, 1))"
+
+
+def test_assertions_about_tensors_launch_nothing() -> None:
+    """As torch 2.14 writes them: several tensors in one call, and a result of an operator with its dtype."""
+    grouped = "assert_size_stride_grouped((arg0_1, ), ((64, 64), ), ((64, 1), ), 'input')"
+    result = "assert_tensor_metadata(arg0_1, (64, 64), (64, 1), torch.bfloat16, 'torch.ops.aten.topk.default')"
+    for written in (grouped, result):
+        assert bytes_moved(module(COPY).replace(ASSERTED, written)) == [("triton_poi_fused_0", 8192, 8192)]
+
+
+def test_a_size_that_is_read_off_an_input() -> None:
+    """As torch 2.13 writes a size that is no input of its own."""
+    read = f"arg0_1_size = arg0_1.size()\n    s0 = arg0_1_size[0]\n    {ASSERTED.replace('(64, 64)', '(s0, 64)')}"
+    text = module(COPY, "triton_poi_fused_0.run(arg0_1, buf0, 64*s0, stream=stream0)")
+    text = text.replace(ASSERTED, read).replace("empty_strided_cuda((64,", "empty_strided_cuda((s0,")
+    text = text.replace("    xnumel = 4096\n", "")
+    text += "def get_args():\n    arg0_1 = rand_strided((64, 64), (64, 1), device='cuda:0', dtype=torch.bfloat16)\n"
+    found = program(text)
+    assert found.sizes == {"s0": 64} and bytes_moved(text) == [("triton_poi_fused_0", 8192, 8192)]
+    larger = build.build(wrappercode.read_module(text, "test"), {"s0": 128})
+    assert [launch.bytes_read for launch in larger.launches] == [16384]
+
+
+SHARED_BODY = """
+@triton_heuristics.foreach(
+    num_warps=8,
+    triton_meta={'signature': {'in_ptr0': '*bf16', 'in_ptr1': '*bf16', 'out_ptr0': '*bf16', 'out_ptr1': '*bf16'}},
+    inductor_meta={'mutated_arg_names': []},
+)
+@triton.jit
+def triton_for_fused_0(in_ptr0, in_ptr1, out_ptr0, out_ptr1):
+    pid = tl.program_id(0)
+    XBLOCK: tl.constexpr = 1024
+    num_xblocks_0 = tl.cdiv(64, XBLOCK)
+    num_xblocks_1 = num_xblocks_0 + tl.cdiv(128, XBLOCK)
+    if pid < num_xblocks_0:
+        pid_offset = pid
+        xnumel = 64
+        foreach_arg0 = in_ptr0
+        foreach_arg1 = out_ptr0
+    elif pid < num_xblocks_1:
+        pid_offset = pid - num_xblocks_0
+        xnumel = 128
+        foreach_arg0 = in_ptr1
+        foreach_arg1 = out_ptr1
+    else:
+        pid_offset = 0
+        xnumel = 0
+        foreach_arg0 = in_ptr0
+        foreach_arg1 = out_ptr0
+    xoffset = pid_offset * XBLOCK
+    xindex = xoffset + tl.arange(0, XBLOCK)[:]
+    xmask = xindex < xnumel
+    x0 = xindex
+    tmp0 = tl.load(foreach_arg0 + (x0), xmask).to(tl.float32)
+    tl.store(foreach_arg1 + (x0), tmp0 * 2, xmask)
+"""
+
+
+def test_kernels_of_a_foreach_that_share_one_body() -> None:
+    """As torch 2.14 writes them."""
+    uses = kernelcode.read_uses(kernelcode.read_kernel(SHARED_BODY), {})
+    assert [(site.pointer, distinct(site.index.digits, site.bounds)) for site in uses.loads] == [
+        ("in_ptr0", 64), ("in_ptr1", 128),
+    ]  # fmt: skip
+    assert [(s.site.pointer, distinct(s.site.index.digits, s.site.bounds)) for s in uses.stores] == [
+        ("out_ptr0", 64), ("out_ptr1", 128),
+    ]  # fmt: skip
 
 
 def test_memory_that_is_reused_is_another_tensor() -> None:
@@ -330,9 +405,11 @@ def test_one_file_of_ten_megabytes(tmp_path: Path) -> None:
     path.write_text(head + "".join(kernels) + "def call(args):" + body)
     assert path.stat().st_size > 10_000_000
     code = (
-        "import json, resource, sys, time\nfrom normquant.audit.disk import audit_path\nbegan = time.perf_counter()\n"
+        "import json, sys, time\nfrom normquant.audit.disk import audit_path\nbegan = time.perf_counter()\n"
         "(report,) = audit_path(sys.argv[1])\nspent = time.perf_counter() - began\n"
-        "print(json.dumps([len(report.kernels), spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))"
+        # not ru_maxrss: a child's begins at what its parent, the test run, has used
+        "peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(json.dumps([len(report.kernels), spent, int(peak)]))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
     kernels_read, spent, peak_kib = json.loads(done.stdout)

@@ -109,7 +109,7 @@ import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == {package!r}:
-            raise ImportError(f"No module named {{name!r}}")
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)  # as torch 2.14 expects it
 sys.meta_path.insert(0, Blocked())
 from normquant.cli import main
 raise SystemExit(main(["demo"]))

@@ -116,7 +116,12 @@ class _Reader:
         self.member: str | None = None
 
     def block(self, statements: list[ast.stmt]) -> None:
-        for statement in statements:
+        for position, statement in enumerate(statements):
+            members = _members_of_one_body(statement) if self.member is None else []
+            for member in members:
+                self.branch(member.test, [*member.body, *statements[position + 1 :]])
+            if members:
+                return
             self.statement(statement)
 
     def statement(self, statement: ast.stmt) -> None:
@@ -280,6 +285,17 @@ class _Reader:
         order = len(self.uses.loads) + len(self.uses.stores)
         index = replace(at, pointer=None)
         return Site(str(at.pointer), index, held.bounds or (), masked, self.section, order)
+
+
+def _members_of_one_body(statement: ast.stmt) -> list[ast.If]:
+    """The branches that choose pointers and sizes for the code that follows: from torch 2.14 on, those kernels of a
+    foreach that do the same to different tensors share one body."""
+    found: list[ast.If] = []
+    while isinstance(statement, ast.If) and _combo_member(statement.test) is not None:
+        found.append(statement)
+        statement = statement.orelse[0] if statement.orelse else ast.Pass()
+    names = {n.id for part in found[:1] for node in part.body for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return found if any(name.startswith("foreach_arg") for name in names) else []
 
 
 def _combo_member(test: ast.expr) -> str | None:

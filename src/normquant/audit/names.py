@@ -36,6 +36,7 @@ class Names:
         self.names: dict[str, Tensor | ast.expr] = {}
         self.lists: dict[str, list[ast.expr]] = {}
         self.weights: dict[str, int] = {}
+        self.examples: dict[str, Tensor] = {}  # inputs as the module's own benchmark would make them, sizes as numbers
         self.shapes_in_comments = dict(comments.shapes(lines))
 
     def set_tensor(self, tensor: Tensor) -> None:
@@ -57,6 +58,19 @@ class Names:
             self.module.tensors.pop(source, None)
         self.names[name] = self.names[source] = ast.Name(name)
 
+    def set_sizes(self, name: str, tensor: str, attribute: str) -> None:
+        """All sizes of an input, or all its strides, under a name: `arg1_1_size = arg1_1.size()`."""
+        example = self.examples.get(tensor)
+        if example is not None:
+            self.lists[name] = list((example.size if attribute == "size" else example.stride) or ())
+
+    def set_symbol_of(self, name: str, whole: str, index: int) -> None:
+        """One of them under a name of its own: `s22 = arg1_1_size[0]`. Its value is that of the example input."""
+        sizes = self.lists.get(whole, [])
+        if index < len(sizes) and isinstance(example := sizes[index], ast.Constant) and isinstance(example.value, int):
+            self.module.hints[name] = example.value
+        self.names[name] = ast.Name(name)
+
     def parameters(self, names: list[str], given: list[Tensor | ast.expr] | None) -> None:
         """The arguments of a function: `given` for a subgraph, else the program's inputs."""
         for position, name in enumerate(names):
@@ -70,6 +84,7 @@ class Names:
             self.module.inputs.append(name)
             dtype, size, stride = self.shapes_in_comments.get(name, ("", None, None))
             example = self.module.tensors.get(name, Tensor(name, name))
+            self.examples[name] = example
             tensor = Tensor(name, name, example.dtype or dtype, size or example.size, stride or example.stride)
             self.set_tensor(tensor)
 
@@ -160,12 +175,11 @@ class Names:
                 return held if isinstance(held, Tensor) else node
         return node
 
-    def asserted(self, name: str, call: ast.Call) -> None:
+    def asserted(self, name: str, size: ast.expr, stride: ast.expr) -> None:
         """`assert_size_stride(buf2, (64, 512), (512, 1))` says the form of a call's result."""
         held = self.names.get(name)
         if isinstance(held, Tensor):
-            size, stride = self.size(call.args[1]), self.size(call.args[2])
-            tensor = Tensor(held.buffer, held.storage, held.dtype, size, stride)
+            tensor = Tensor(held.buffer, held.storage, held.dtype, self.size(size), self.size(stride))
             self.names[name] = self.module.tensors[name] = tensor
 
     def argument(self, node: ast.expr) -> Tensor | ast.expr:

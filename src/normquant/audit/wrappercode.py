@@ -9,8 +9,9 @@ from normquant.audit import comments
 from normquant.audit.module import Call, Module, NotGenerated, Tensor
 from normquant.audit.names import Names, dotted, is_symbol
 
-_IGNORED = frozenset({
-    "assert_size_stride", "assert_alignment", "get_raw_stream", "set_device", "clear", "start_graph", "end_graph",
+_ASSERTS_FORM = frozenset({"assert_size_stride", "assert_size_stride_grouped", "assert_tensor_metadata"})
+_IGNORED = _ASSERTS_FORM | frozenset({
+    "assert_alignment", "get_raw_stream", "set_device", "clear", "start_graph", "end_graph",
     "run_intermediate_hooks", "check_deferred_runtime_asserts", "synchronize", "copy_if_misaligned", "append", "print",
     "_check", "record_stream", "wait_stream", "device", "range", "len", "item",
 })  # fmt: skip
@@ -169,10 +170,14 @@ class _Reader:
         match value:
             case ast.Name(id=source) if is_symbol(name):
                 self.names.set_symbol(name, source)
+            case ast.Subscript(value=ast.Name(id=whole), slice=ast.Constant(value=int() as index)) if is_symbol(name):
+                self.names.set_symbol_of(name, whole, index)
             case ast.Name() | ast.Subscript():
                 self.names.alias(name, value, reused=self.lines[line - 1].rstrip().endswith("# reuse"))
             case ast.List(elts=parts):
                 self.names.lists[name] = parts
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=whole), attr="size" | "stride" as attribute), args=[]):
+                self.names.set_sizes(name, whole, attribute)
             case ast.Call(func=func) if dotted(func).rpartition(".")[2] == "copy_if_misaligned":
                 return
             case ast.Call(func=func) as call:
@@ -210,9 +215,19 @@ class _Reader:
             self.add(path, path, call, line, ())
         elif path and method not in _IGNORED and path not in _IGNORED:
             self.extern(path, call, line, results)
-        elif method == "assert_size_stride" and len(call.args) >= 3 and isinstance(call.args[0], ast.Name):
-            self.names.asserted(call.args[0].id, call)
+        elif method in _ASSERTS_FORM:
+            self.asserted(call)
         return None
+
+    def asserted(self, call: ast.Call) -> None:
+        """The forms of tensors: of one, or from torch 2.14 on of several in one call, each argument a tuple."""
+        match call.args:
+            case [ast.Name(id=name), size, stride, *_]:
+                self.names.asserted(name, size, stride)
+            case [ast.Tuple(elts=tensors), ast.Tuple(elts=sizes), ast.Tuple(elts=strides), *_]:
+                for tensor, size, stride in zip(tensors, sizes, strides, strict=False):
+                    if isinstance(tensor, ast.Name):
+                        self.names.asserted(tensor.id, size, stride)
 
     def subgraph(self, func: ast.expr, path: str) -> ast.FunctionDef | None:
         match func:

@@ -1,5 +1,5 @@
 """The strategy `native`: an opaque quantization becomes aten operations, so that the compiler can make one kernel of it
-and of what stands before it. Scales in columns come out of a transposed amax, without a copy."""
+and of what stands before it. Scales in columns are stored there by that kernel, without a copy: see `_by_column`."""
 
 from __future__ import annotations
 
@@ -50,21 +50,32 @@ def _quantize(graph: Graph, y: Node, spec: QuantSpec) -> tuple[Node, Node]:
 
     wide = new(prims.convert_element_type.default, y, torch.float32)
     grouped = new(aten.reshape.default, wide, [-1, groups, spec.group])  # [M, G, group]
-    by_column = spec.layout != "row"
-    reduced = new(aten.permute.default, grouped, [1, 0, 2]) if by_column else grouped
-    amax = new(aten.amax.default, new(aten.abs.default, reduced), [-1])  # [G, M] or [M, G]
+    amax = new(aten.amax.default, new(aten.abs.default, grouped), [-1])  # [M, G]
     if spec.floor:
         amax = new(aten.clamp_min.default, amax, spec.floor)
     scale = _scale(new, amax, spec)
-    if by_column:
-        amax, scale = (new(aten.permute.default, node, [1, 0]) for node in (amax, scale))  # [M, G]
     data = new(
         aten.clamp_max.default,
         new(aten.clamp_min.default, _divided(new, grouped, amax, scale, spec), -FP8_MAX),
         FP8_MAX,
     )
     fp8 = new(prims.convert_element_type.default, data, spec.dtype)
-    return new(aten.reshape.default, fp8, [-1, k]), scale
+    return new(aten.reshape.default, fp8, [-1, k]), scale if spec.layout == "row" else _by_column(new, scale)
+
+
+def _by_column(new: Any, scale: Node) -> Node:
+    """[M, G] stored by columns. A transposed amax would be stored so, too, but what is computed from it would walk over
+    [G, M], and Inductor makes one kernel only of what walks over the rows as the norm does."""
+    from torch._inductor import inductor_prims  # noqa: F401  # registers the operator
+
+    rows = value(scale).shape[0]
+    if not isinstance(rows, int):
+        if torch.__version__ < (2, 13):  # its Inductor cannot put strides in order that are symbols
+            columns = new(aten.permute.default, scale, [1, 0])
+            stored = new(aten.clone.default, columns, memory_format=torch.contiguous_format)
+            return new(aten.permute.default, stored, [1, 0])
+        rows = new(aten.sym_size.int, scale, 0)
+    return new(prims.inductor_force_stride_order.default, scale, [1, rows])
 
 
 def _scale(new: Any, amax: Node, spec: QuantSpec) -> Node:

@@ -90,18 +90,25 @@ def normalization(n: Node, inner: set[Node]) -> tuple[Node, float | Node, int]:
     if is_call(rstd, aten.reciprocal.default, aten.mul.Tensor):
         raise Unsupported("the norm takes the reciprocal of a square root; the kernels take rsqrt")
     variance = step_in(first_arg(rstd), inner, keeps_order)
-    if not is_call(variance, *ADDS) or number(variance.kwargs.get("alpha", 1)) != 1:
-        raise Unsupported(f"rsqrt of {op_name(variance)}, not of a mean plus epsilon")
+    mean, eps = _mean_and_epsilon(variance)
+    square, dims = _mean(step_in(mean, inner, keeps_order), inner)
+    _check_square(square, h, inner)
+    _check_rows(value(rstd_use), value(h), dims)
+    return h, eps, dims
+
+
+def _mean_and_epsilon(variance: Node) -> tuple[Node, float | Node]:
+    """The terms of mean + eps. From torch 2.14 on Inductor drops an eps of 0 before the pass sees the graph."""
+    if not is_call(variance, *ADDS):
+        return variance, 0.0
+    if number(variance.kwargs.get("alpha", 1)) != 1:
+        raise Unsupported("epsilon is added with a factor")
     terms = list(arguments(variance)[:2])
     constants = [_epsilon(term) for term in terms]
     if constants == [None, None]:
         raise Unsupported("epsilon is computed in the graph")
     eps = next(c for c in constants if c is not None)
-    mean = next(t for t, c in zip(terms, constants, strict=True) if c is None)
-    square, dims = _mean(step_in(mean, inner, keeps_order), inner)
-    _check_square(square, h, inner)
-    _check_rows(value(rstd_use), value(h), dims)
-    return h, eps, dims
+    return next(t for t, c in zip(terms, constants, strict=True) if c is None), eps
 
 
 def _epsilon(term: object) -> float | Node | None:
