@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from normquant import QuantSpec
 from normquant.bench import strategies
 from normquant.bench.cases import Case, Inputs
 from normquant.bench.timing import Timing
@@ -27,6 +28,27 @@ def test_the_site_becomes_the_op_that_its_entry_names(op, normed):
         found = torch.compile(strategies.site(case), fullgraph=True, options=strategies.options("fused"))(sample)
     assert [s.op for s in last_report().sites] == [case.op_name]
     assert len(found) == 2 + case.residual + normed
+
+
+def test_only_what_the_pass_did_is_timed(monkeypatch):
+    timed = []
+
+    def time_calls(work, samples):
+        timed.append(set(work))
+        return us(1.0, 2.0)
+
+    case = Case("rms_norm_quant", 4, 256)
+    sets = [Inputs(torch.randn(m, 256, dtype=torch.bfloat16), torch.ones(256, dtype=torch.bfloat16)) for m in (4, 4)]
+    monkeypatch.setattr(strategies, "time_calls", time_calls)
+    monkeypatch.setattr(strategies, "inputs", lambda case, n: sets)
+    monkeypatch.setattr(strategies, "sets_needed", lambda size: 2)
+    (entry,) = strategies.measure([case], 1)
+    assert (entry["m"], entry["us"]) == ([1, 4], {"fused": 1.0, "stock": 2.0})
+    by_row = Case("rms_norm_quant", 4, 256, spec=QuantSpec())
+    assert len(list(strategies.measure([by_row, by_row], 1))) == 2  # the second finds all compiled
+    # scales of TMA, padded for any number of rows, are not to be had in aten operations
+    everything = {"fused", "native", "stock"}
+    assert timed == [everything - {"native"}, everything, everything]
 
 
 def test_a_table_is_written_as_the_policy_reads_it(tmp_path):

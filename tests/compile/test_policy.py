@@ -60,7 +60,7 @@ def test_auto_on_sm90_without_an_entry_goes_by_the_rule() -> None:
     with on((9, 0)):
         assert Rules().decide("a", facts(k=1280)).strategy == "fused"
         assert Rules().decide("a", facts(op="group_quant")).strategy == "fused"
-        assert Rules().decide("a", facts(op="rope_last")).strategy == "stock"
+        assert Rules().decide("a", facts(op="rope_last")).strategy == "fused"
 
 
 def test_auto_goes_by_the_table_that_tune_wrote(tmp_path) -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 
 from normquant.bench.cases import Case, Inputs, inputs
 from normquant.bench.compiling import any_rows, no_recompile_limit
 from normquant.bench.providers import norm
 from normquant.bench.timing import Call, Timing, sets_needed, time_calls
-from normquant.compile import inductor_options
+from normquant.compile import clear, inductor_options, reports
 
 POLICIES = {"fused": "always", "native": "native", "stock": "never"}
 LAST = 2**31 - 1  # what was measured at the most rows speaks for all above
@@ -40,13 +41,22 @@ def site(case: Case) -> Site:
 
 
 def measure(op: Sequence[Case], samples: int) -> Iterator[dict[str, Any]]:
-    """Entries of the table for cases of one op and width, ascending in m; each speaks for the rows up to its own m."""
+    """Entries of the table for cases of one op and width, ascending in m; each speaks for the rows up to its own m.
+
+    A strategy that the pass could not apply, and so left the site to the compiler, is not in them.
+    """
     compiled = {name: torch.compile(site(op[0]), fullgraph=True, options=options(name)) for name in POLICIES}
+    became: dict[str, str] = {}
     for first, case in zip(firsts(op), op, strict=True):
         sets = inputs(case, sets_needed(case.traffic[0]))
-        with torch.no_grad(), no_recompile_limit():
-            work = {name: calls(run, sets) for name, run in compiled.items()}
-            yield entry(case, first, time_calls(work, samples))
+        with torch.no_grad(), no_recompile_limit(), inductor_config.patch(force_disable_caches=True):
+            work: dict[str, list[Call]] = {}
+            for name, run in compiled.items():
+                clear()
+                work[name] = calls(run, sets)
+                for report in reports():  # none where nothing was compiled
+                    became[name] = report.sites[0].strategy
+            yield entry(case, first, time_calls({n: w for n, w in work.items() if became[n] == n}, samples))
     torch._dynamo.reset()
 
 
