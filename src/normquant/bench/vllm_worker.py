@@ -7,12 +7,15 @@ writes a line for each figure. Lines are JSON objects on the standard output; ev
 from __future__ import annotations
 
 import contextlib
+import cProfile
 import json
 import os
+import pstats
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from normquant.bench.vllm_scales import counted
 
 Send = Callable[[dict[str, Any]], None]
 LOAD_FORMAT = "normquant_bench"
+SETTLE_S = 1.0  # of work before a wall time: this process has waited for the others, and the GPU was idle
+CALLS = 60  # lines of a listing of Python's calls
 SHORT = 8  # tokens of a prompt where only scales are looked at
 
 
@@ -155,6 +160,8 @@ def measure(engine: Engine, job: Job, send: Send) -> None:
     """Wall times first: a profiler that was there once slows down every launch after it."""
     ms = {str(length): prefill_ms(engine, job, length) for length in job.prefill}
     tpot = {batch: step_ms(engine, job, batch) for batch in job.batches}
+    for length in job.prefill:
+        keep_calls(job, f"prefill-{length}-calls", partial(prefill, engine, job, length))
     send({"kind": "prefill", "ms": ms, "gpu_us": {str(n): prefill_us(engine, job, n) for n in job.prefill}})
     for batch in job.batches:
         send({"kind": "batch", "batch": batch, "tpot_ms": tpot[batch], **profile_batch(engine, job, batch)})
@@ -162,11 +169,11 @@ def measure(engine: Engine, job: Job, send: Send) -> None:
 
 def prefill_ms(engine: Engine, job: Job, length: int) -> float:
     """Wall time of a prompt of `length` tokens."""
-    for _ in range(2):
-        prefill(engine, job, length)
-    return round(
-        statistics.median(timed(lambda: prefill(engine, job, length)) for _ in range(2 * job.samples)) * 1e3, 3
-    )
+    run = partial(prefill, engine, job, length)
+    settled = time.monotonic() + SETTLE_S
+    while time.monotonic() < settled:
+        run()
+    return round(statistics.median(timed(run) for _ in range(2 * job.samples)) * 1e3, 3)
 
 
 def prefill_us(engine: Engine, job: Job, length: int) -> float:
@@ -254,6 +261,14 @@ def keep(job: Job, name: str, kernels: Sequence[tuple[str, str, float, float]]) 
     """The kernels of the last window, in the job's folder."""
     text = "\n".join(f"{us:10.2f} us {count:8.2f} x  {cls:<11} {kernel}" for cls, kernel, count, us in kernels)
     (Path(job.folder) / f"{name}.txt").write_text(text + "\n")
+
+
+def keep_calls(job: Job, name: str, run: Callable[[], object]) -> None:
+    """Where a call spends the CPU's time, by Python function, in the job's folder."""
+    profiler = cProfile.Profile()
+    profiler.runcall(run)
+    with (Path(job.folder) / f"{name}.txt").open("w") as file:
+        pstats.Stats(profiler, stream=file).sort_stats("tottime").print_stats(CALLS)
 
 
 if __name__ == "__main__":
