@@ -9,12 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch.fx import Graph, GraphModule, Interpreter
 
 from normquant.compile import FusionReport, Site, fusion_pass
 from normquant.compile.fusion_pass import run
 from normquant.compile.policy import Rules
+
+keeps_roundings = pytest.mark.skipif(
+    torch.__version__ < (2, 13),
+    reason="before 2.13 Inductor removes a cast to bf16 that is widened again, before the pass sees the graph",
+)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from .harness import assert_same, run_with_pass
+from .harness import assert_same, keeps_roundings, run_with_pass
 from .random_graphs import sample
 
 COUNT = int(os.environ.get("NORMQUANT_RANDOM_GRAPHS", "240"))
@@ -19,6 +19,7 @@ CHUNK = 40
 READ_THE_NORM = ("norm", "router", "norm twice")
 
 
+@keeps_roundings
 @pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, CHUNK))
 def test_compiled_is_eager_to_the_bit(first: int) -> None:
     fused = 0
