@@ -157,6 +157,17 @@ def test_a_weight_that_is_read_late_leaves_registers(k):
     assert late.registers <= 64 < early.registers  # four programs of 256 threads, and not three
 
 
+@pytest.mark.parametrize(("name", "read"), [("norm", 1), ("add_norm", 2)])
+def test_what_is_read_once_leaves_the_l2_first(name, read):
+    plain, hinted = (compiled(name, 7168, Config(8, evict_first=hint), SM_90) for hint in (False, True))
+    assert_clean(hinted)
+    assert_pdl_in_place(hinted)
+    assert Counter(hinted.widths("LDG")) == Counter(plain.widths("LDG"))
+    loads = hinted.ptx.count("ld.global.L1::evict_first.L2::cache_hint")
+    assert "evict_first" not in plain.ptx and loads >= read
+    assert loads < hinted.ptx.count("ld.global"), "the weight stays"
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["norm", "add_norm"])
 def test_a_prefetch_stands_before_the_wait_and_reads_nothing(name, weight_dtype):

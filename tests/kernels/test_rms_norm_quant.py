@@ -17,8 +17,8 @@ ROUNDINGS = ("none", "inner", "once", "twice")
 NAMED = [name for name in vars(specs) if name.isupper()]
 
 
-def check(x, residual, weight, spec, *, split=1, rows=1, late_weight=False, weight_offset=0.0, eps=1e-6):
-    config = Config(4, split, rows, late_weight=late_weight)
+def check(x, residual, weight, spec, *, weight_offset=0.0, eps=1e-6, **config):
+    config = Config(4, **config)
     got = interpreter.run("rms_norm_quant", x, residual, weight, eps, spec, weight_offset, True, config)
     if residual is None:
         data, scale, norm = reference.rms_norm_quant(x, weight, eps, spec, weight_offset)
@@ -65,6 +65,20 @@ def test_a_weight_that_is_read_late(weight_offset):
     for m, rows in ((1, 1), (9, 1), (9, 4)):
         x, residual = awkward(m, 512), activations(m, 512, seed=1)
         check(x, residual, weights(512), QuantSpec(), rows=rows, late_weight=True, weight_offset=weight_offset)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_what_is_read_may_leave_the_l2_first(rows):
+    x, residual = awkward(9, 512), activations(9, 512, seed=1)
+    check(x, residual, weights(512), QuantSpec(), rows=rows, evict_first=True)
+
+
+@pytest.mark.parametrize(
+    "choices", [{"rows": 2, "split": 2}, {"rows": 2, "prefetch": True}, {"split": 2, "evict_first": True}]
+)
+def test_choices_that_do_not_go_together(choices):
+    with pytest.raises(ValueError, match="row"):
+        Config(4, **choices)
 
 
 @pytest.mark.parametrize("name", NAMED)

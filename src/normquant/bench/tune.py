@@ -19,6 +19,7 @@ Table = dict[str, dict[str, list[list[Any]]]]
 NOISE = 0.01  # a config must win by more than this to displace a neighbour's, so that the table stays short
 PROGRAMS = 512  # a row is split only as long as there are no more programs than this, some four a multiprocessor
 PREFETCH_UP_TO = 64  # rows: above, a prefetch competes with the loads of the kernel before
+EVICT_FROM = 256  # rows: fewer are together small beside the L2
 SEVERAL_FROM = 512  # rows: from here a program may take several
 SAMPLE_US = 300.0
 
@@ -36,11 +37,14 @@ def candidates(case: Case) -> Iterator[Config]:
         for num_warps in (1, 2, 4, 8, 16, 32):
             per_thread = (case.k // split if independent else case.k) * rows / (32 * num_warps)
             if 4 <= per_thread <= (64 if rows == 1 else 32):  # more of several rows spill
-                yield Config(num_warps, split, rows)
+                found = [Config(num_warps, split, rows)]
                 if norm and case.m <= PREFETCH_UP_TO:
-                    yield Config(num_warps, split, prefetch=True)
+                    found.append(Config(num_warps, split, prefetch=True))
                 if not independent and case.m >= SEVERAL_FROM:
-                    yield Config(num_warps, split, rows, late_weight=True)
+                    found.append(Config(num_warps, split, rows, late_weight=True))
+                if not independent and split == 1 and case.m >= EVICT_FROM:
+                    found += [replace(config, evict_first=True) for config in found]
+                yield from found
 
 
 def launcher(case: Case) -> Callable[[Inputs, Config], object]:

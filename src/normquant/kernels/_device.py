@@ -257,11 +257,15 @@ def row_tile(first_row, first, m, K: tl.constexpr, SPEC: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
-def load_sum(x_ptr, residual_ptr, row, column, inside, stride_xm, stride_rm, STRIDE_UNIT: tl.constexpr):
-    h = tl.load(x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+def load_sum(
+    x_ptr, residual_ptr, row, column, inside, stride_xm, stride_rm, STRIDE_UNIT: tl.constexpr, EVICT_FIRST: tl.constexpr
+):
+    EVICTION: tl.constexpr = "evict_first" if EVICT_FIRST else ""
+    at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + column
+    h = tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     if residual_ptr is not None:
         at = residual_ptr + row_offset(row, stride_rm, STRIDE_UNIT) + column
-        h += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        h += tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     return h
 
 
@@ -290,6 +294,7 @@ def norm_quant_rows(
     LOG_WARP: tl.constexpr,  # log2 of the neighbours that one warp holds
     BLOCK_G: tl.constexpr,
     LATE_WEIGHT: tl.constexpr,  # read the weight after the sums of squares, so that it holds no registers before
+    EVICT_FIRST: tl.constexpr,  # x and the residual leave the L2 first
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
@@ -297,12 +302,12 @@ def norm_quant_rows(
     # Whole rows are read for the sums of squares, and all other loads stand before the first store.
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     row, column, inside = row_tile(first_row, first, m, K, SPEC, ROWS, BLOCK_G)
-    h_own = load_sum(x_ptr, residual_ptr, row, column, inside, stride_xm, stride_rm, STRIDE_UNIT)
+    h_own = load_sum(x_ptr, residual_ptr, row, column, inside, stride_xm, stride_rm, STRIDE_UNIT, EVICT_FIRST)
     if BLOCK_G == GROUPS:
         h = h_own
     else:
         _, whole, in_row = row_tile(first_row, 0, m, K, SPEC, ROWS, GROUPS)
-        h = load_sum(x_ptr, residual_ptr, row, whole, in_row, stride_xm, stride_rm, STRIDE_UNIT)
+        h = load_sum(x_ptr, residual_ptr, row, whole, in_row, stride_xm, stride_rm, STRIDE_UNIT, EVICT_FIRST)
     if not LATE_WEIGHT:
         w = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32)
     release_dependents(PDL)

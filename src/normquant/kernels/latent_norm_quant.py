@@ -72,6 +72,7 @@ def latent_norm_quant_kernel(
     R_BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,  # groups of q_a that a program writes
     LATE_WEIGHT: tl.constexpr,
+    EVICT_FIRST: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
@@ -82,8 +83,8 @@ def latent_norm_quant_kernel(
     if part < tl.num_programs(1) - 1:
         norm_quant_rows(
             x_ptr, None, q_weight_ptr, q_data_ptr, q_scale_ptr, None, None, stride_xm, 0, first_row, part * BLOCK_G, m,
-            scale_rows, eps, 0.0, Q, SPEC, ROWS, Q_GROUPS, LOG_Q, LOG_Q_WARP, BLOCK_G, LATE_WEIGHT, STRIDE_UNIT, PDL,
-            ON_CUDA,
+            scale_rows, eps, 0.0, Q, SPEC, ROWS, Q_GROUPS, LOG_Q, LOG_Q_WARP, BLOCK_G, LATE_WEIGHT, EVICT_FIRST,
+            STRIDE_UNIT, PDL, ON_CUDA,
         )  # fmt: skip
     else:
         # k_pe is stored last, so that its loads do not keep those of kv_a waiting behind a store
@@ -94,8 +95,8 @@ def latent_norm_quant_kernel(
         )  # fmt: skip
         norm_quant_rows(
             x_ptr + Q, None, kv_weight_ptr, kv_data_ptr, kv_scale_ptr, None, kv_norm_ptr, stride_xm, 0, first_row, 0, m,
-            scale_rows, eps, 0.0, C, SPEC, ROWS, C_GROUPS, LOG_C, LOG_C_WARP, C_GROUPS, LATE_WEIGHT, STRIDE_UNIT, PDL,
-            ON_CUDA,
+            scale_rows, eps, 0.0, C, SPEC, ROWS, C_GROUPS, LOG_C, LOG_C_WARP, C_GROUPS, LATE_WEIGHT, EVICT_FIRST,
+            STRIDE_UNIT, PDL, ON_CUDA,
         )  # fmt: skip
         store_pairs(k_pe_ptr + row.to(tl.int64) * R, u, v, row < m, R, R_BLOCK, ROPE == "interleaved")
 
@@ -199,6 +200,7 @@ def latent_norm_quant(
             R_BLOCK=power_of_two(r // 2),
             BLOCK_G=block_g,
             LATE_WEIGHT=config.late_weight,
+            EVICT_FIRST=config.evict_first,
             STRIDE_UNIT=unit,
             PDL=where.pdl,
             ON_CUDA=where.on_cuda,

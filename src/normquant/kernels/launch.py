@@ -30,6 +30,7 @@ class Config:
     rows: a power of two, one where a row is split. prefetch: whether a norm asks the L2 for its row while the kernel
     before it is still running, which pays where few rows leave the GPU idle. late_weight: whether a norm reads its
     weight only when the sum of squares is there, which leaves registers for more programs where many rows fill the GPU.
+    evict_first: whether a norm says that nobody reads x and the residual again, so that the L2 keeps what is written.
     """
 
     num_warps: int
@@ -37,10 +38,13 @@ class Config:
     rows: int = 1
     prefetch: bool = False
     late_weight: bool = False
+    evict_first: bool = False
 
     def __post_init__(self) -> None:
         if self.rows > 1 and (self.split > 1 or self.prefetch):
             raise ValueError(f"{self}: several rows for a program go with neither a split nor a prefetch")
+        if self.evict_first and self.split > 1:
+            raise ValueError(f"{self}: the programs of a split row read it more than once")
 
 
 class Constant(str):

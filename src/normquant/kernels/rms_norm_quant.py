@@ -57,6 +57,7 @@ def rms_norm_quant_kernel(
     BLOCK_G: tl.constexpr,  # groups that a program writes, a power of two
     PREFETCH: tl.constexpr,  # into the L2, before the wait for the predecessor
     LATE_WEIGHT: tl.constexpr,
+    EVICT_FIRST: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
@@ -93,6 +94,7 @@ def rms_norm_quant_kernel(
         LOG_WARP,
         BLOCK_G,
         LATE_WEIGHT,
+        EVICT_FIRST,
         STRIDE_UNIT,
         PDL,
         ON_CUDA,
@@ -152,6 +154,7 @@ def rms_norm_quant(
             BLOCK_G=block_g,
             PREFETCH=config.prefetch and where.pdl,
             LATE_WEIGHT=config.late_weight,
+            EVICT_FIRST=config.evict_first,
             STRIDE_UNIT=unit,
             PDL=where.pdl,
             ON_CUDA=where.on_cuda,
