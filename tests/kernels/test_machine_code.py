@@ -99,8 +99,8 @@ def assert_clean(code: Code) -> None:
     assert code.registers * code.threads <= 65536, f"{code.registers} registers in each of {code.threads} threads"
 
 
-def assert_pdl_in_place(code: Code) -> None:
-    """Wait before the first load, release after the last load and before the first store, in PTX and in SASS."""
+def assert_pdl_in_place(code: Code, early: bool = False) -> None:
+    """Wait before the first load, release before the first store, in PTX and in SASS; early: before the wait, too."""
     for text, wait, load, release, store in (
         (code.sass, "ACQBULK", "LDG.", "PREEXIT", "STG."),
         (code.ptx.splitlines(), "griddepcontrol.wait", "ld.global", "griddepcontrol.launch_dependents", "st.global"),
@@ -112,6 +112,7 @@ def assert_pdl_in_place(code: Code) -> None:
         assert waits[0] < loads[0] and stores
         # The compiler may move a release up, never a load above the wait: what it may not do is delay the release.
         assert releases[0] < stores[0], f"dependents are released after the first store: {text[releases[0]]}"
+        assert releases[0] < waits[0] if early else releases[0] > waits[0]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -155,6 +156,13 @@ def test_a_weight_that_is_read_late_leaves_registers(k):
     assert_pdl_in_place(late)
     assert Counter(late.widths("LDG")) == Counter(early.widths("LDG"))
     assert late.registers <= 64 < early.registers  # four programs of 256 threads, and not three
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_an_early_release_stands_before_the_wait(name):
+    code = compiled(name, 7168, Config(8, early_release=True), SM_90)
+    assert_clean(code)
+    assert_pdl_in_place(code, early=True)
 
 
 @pytest.mark.parametrize(("name", "read"), [("norm", 1), ("add_norm", 2)])

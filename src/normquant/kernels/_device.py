@@ -19,15 +19,18 @@ BELOW_ONE = tl.constexpr(1.0 - 2.0**-21)  # further below one than the error of 
 
 @triton.jit
 def wait_for_predecessor(PDL: tl.constexpr):
-    # Programmatic dependent launch: nothing that an earlier kernel may have written is read above this line.
-    if PDL:
+    # Programmatic dependent launch: nothing that an earlier kernel may have written is read above this line. PDL says
+    # when the next kernel may be scheduled: "loaded", "start", or "" where it comes when this one is over.
+    if PDL == "start":
+        tl.extra.cuda.gdc_launch_dependents()
+    if PDL != "":
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def release_dependents(PDL: tl.constexpr):
     # The next kernel may be scheduled; what it reads of ours it reads after its own wait.
-    if PDL:
+    if PDL == "loaded":
         tl.extra.cuda.gdc_launch_dependents()
 
 

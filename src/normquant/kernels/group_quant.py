@@ -66,7 +66,7 @@ def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) 
             SPEC=constant(spec),
             BLOCK_G=block_g,
             STRIDE_UNIT=unit,
-            PDL=where.pdl,
+            PDL=where.release(config),
             ON_CUDA=where.on_cuda,
             **where.options(config),
         )

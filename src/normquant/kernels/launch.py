@@ -31,6 +31,8 @@ class Config:
     before it is still running, which pays where few rows leave the GPU idle. late_weight: whether a norm reads its
     weight only when the sum of squares is there, which leaves registers for more programs where many rows fill the GPU.
     evict_first: whether a norm says that nobody reads x and the residual again, so that the L2 keeps what is written.
+    early_release: whether the next kernel is scheduled while this one still waits for the one before it, and not when
+    this one has loaded its inputs: time for a GEMM to set itself up, and a place that it takes from others.
     """
 
     num_warps: int
@@ -39,6 +41,7 @@ class Config:
     prefetch: bool = False
     late_weight: bool = False
     evict_first: bool = False
+    early_release: bool = False
 
     def __post_init__(self) -> None:
         if self.rows > 1 and (self.split > 1 or self.prefetch):
@@ -78,6 +81,12 @@ class Target:
     def pdl(self) -> bool:
         """Whether kernels are launched with programmatic dependent launch."""
         return self.capability is not None and self.capability >= PDL_CAPABILITY
+
+    def release(self, config: Config) -> str:
+        """When the next kernel may be scheduled: as `_device.wait_for_predecessor` takes it."""
+        if not self.pdl:
+            return ""
+        return "start" if config.early_release else "loaded"
 
     def options(self, config: Config) -> dict[str, object]:
         """Launch options of Triton. Multiply-adds of the compiler's choosing are off: they round differently."""

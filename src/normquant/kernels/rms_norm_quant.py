@@ -156,7 +156,7 @@ def rms_norm_quant(
             LATE_WEIGHT=config.late_weight,
             EVICT_FIRST=config.evict_first,
             STRIDE_UNIT=unit,
-            PDL=where.pdl,
+            PDL=where.release(config),
             ON_CUDA=where.on_cuda,
             **where.options(config),
         )

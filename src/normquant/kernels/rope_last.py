@@ -148,7 +148,7 @@ def rope_last(
             R_BLOCK=power_of_two(r // 2),
             STRIDE_UNIT=unit,
             ANGLE_UNIT=angle_unit,
-            PDL=where.pdl,
+            PDL=where.release(CONFIG),
             **where.options(CONFIG),
         )
     return out

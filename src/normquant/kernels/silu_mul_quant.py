@@ -100,7 +100,7 @@ def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = Non
             SPEC=constant(spec),
             BLOCK_G=block_g,
             STRIDE_UNIT=unit,
-            PDL=where.pdl,
+            PDL=where.release(config),
             ON_CUDA=where.on_cuda,
             **where.options(config),
         )
