@@ -110,6 +110,8 @@ def test_each_setting_has_its_own_environment(tmp_path: Path):
 def test_settings_differ_in_one_thing(tmp_path: Path):
     default, off, ours = (engine_arguments(job(tmp_path, s)) for s in ("default", "off", "normquant"))
     assert "pass_config" not in default["compilation_config"] and "additional_config" not in default
+    unfused = engine_arguments(job(tmp_path, "unfused"))["compilation_config"]["pass_config"]
+    assert unfused == {"fuse_norm_quant": False, "fuse_act_quant": False}
     assert off["compilation_config"].pop("pass_config") == {"fuse_norm_quant": False}
     assert ours.pop("additional_config") == {"normquant": {"policy": "well"}}
     for arguments in (default, off, ours):

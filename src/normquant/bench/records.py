@@ -88,7 +88,8 @@ class LayerRecord:
 class VllmRecord:
     """One setting of vLLM at one batch size: a step that decodes `batch` requests, over n windows of steps.
 
-    setting: "default", "off" (vLLM without its norm-quant fusion) or "normquant", with its policy, else "".
+    setting: "default", "off" (vLLM without its norm-quant fusion), "unfused" (without that of silu either) or
+        "normquant", with its policy, else "".
     linear: the block-FP8 kernel that vLLM was seen to use. layers: all of them; moe: whether some have experts.
     gpu_us_per_step: microseconds in which a kernel ran, and of them by class; sum_us_per_step: the sum of all kernels'
         lengths, more where kernels overlap. kernels: a step. tpot_ms: wall time of a step.

@@ -31,7 +31,9 @@ COMPARED = 32  # prompts
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `normquant bench vllm`, but for --output."""
     parser.add_argument(
-        "--settings", default=",".join(SETTINGS), help=f"comma-separated (default: {','.join(SETTINGS)})"
+        "--settings",
+        default=",".join(SETTINGS),
+        help=f"comma-separated (default: {','.join(SETTINGS)}); also unfused, vLLM without its fused silu either",
     )
     parser.add_argument("--linear", default="deepgemm", help="deepgemm, cutlass, or both (default: deepgemm)")
     parser.add_argument("--layers", type=int, default=16, help="decoder layers (default: 16)")
@@ -97,7 +99,7 @@ def folder(kept: Path | None) -> Iterator[Path]:
 
 def groups(args: argparse.Namespace, directory: Path) -> list[list[Job]]:
     """The jobs, in groups that start together. Raises ValueError for arguments that are none."""
-    settings, linears = chosen(args.settings, SETTINGS), chosen(args.linear, LINEARS)
+    settings, linears = chosen(args.settings, (*SETTINGS, "unfused")), chosen(args.linear, LINEARS)
     if min(args.samples, args.steps, args.timeout, args.workers or 1) < 1 or args.samples < 2:
         raise ValueError("--samples starts at 2; --steps, --timeout and --workers start at 1")
     jobs = [

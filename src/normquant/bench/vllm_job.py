@@ -12,6 +12,11 @@ from typing import Any
 from normquant.bench.vllm_model import cache_bytes
 
 SETTINGS = ("default", "off", "normquant")
+# What vLLM is told to leave alone; "unfused" is the model as it is written, whose numerics the plugin keeps.
+PASSES = {
+    "off": {"fuse_norm_quant": False},
+    "unfused": {"fuse_norm_quant": False, "fuse_act_quant": False},
+}
 LINEARS = ("deepgemm", "cutlass")
 PROMPT = 64  # tokens of a request that is decoded
 WARM_UP = 8  # steps before the first window
@@ -32,7 +37,8 @@ ENVIRONMENT = {
 class Job:
     """One setting on one model.
 
-    setting: "default", vLLM as it comes; "off", without its norm-quant fusion; "normquant", with the plugin.
+    setting: "default", vLLM as it comes; "off", without its norm-quant fusion; "unfused", without that of silu either;
+        "normquant", with the plugin.
     linear: which block-FP8 kernel has to be there, the start of its name in lower case. layers, moe: of the model, and
         how many of them have experts.
     batches: requests decoded at once. prefill: lengths of prompts. samples: windows of `steps` steps each.
@@ -116,8 +122,8 @@ def engine_arguments(job: Job) -> dict[str, Any]:
     batch = max(job.batches)
     tokens = max(batch * (PROMPT + job.decoded + 64), job.longest)
     compilation: dict[str, Any] = {"cudagraph_capture_sizes": sorted(job.batches)}
-    if job.setting == "off":
-        compilation["pass_config"] = {"fuse_norm_quant": False}
+    if job.setting in PASSES:
+        compilation["pass_config"] = dict(PASSES[job.setting])
     arguments: dict[str, Any] = {
         "model": str(Path(job.folder) / "model"),
         "skip_tokenizer_init": True,
