@@ -41,7 +41,7 @@ def test_only_what_the_pass_did_is_timed(monkeypatch):
     sets = [Inputs(torch.randn(m, 256, dtype=torch.bfloat16), torch.ones(256, dtype=torch.bfloat16)) for m in (4, 4)]
     monkeypatch.setattr(strategies, "time_calls", time_calls)
     monkeypatch.setattr(strategies, "inputs", lambda case, n: sets)
-    monkeypatch.setattr(strategies, "sets_needed", lambda size: 2)
+    monkeypatch.setattr(strategies, "sets_of", lambda case, in_l2: 2)
     (entry,) = strategies.measure([case], 1)
     assert (entry["m"], entry["us"]) == ([1, 4], {"fused": 1.0, "stock": 2.0})
     by_row = Case("rms_norm_quant", 4, 256, spec=QuantSpec())

@@ -21,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels = suites.add_parser("kernels", help="each op on the shapes of DeepSeek, Qwen and Llama, beside its peers")
     add_grid(kernels)
     kernels.add_argument("--providers", help="comma-separated, of those that are installed (default: all)")
-    kernels.add_argument("--l2", action="store_true", help="inputs that stay in the L2 (default: they come from DRAM)")
     layer = suites.add_parser("layer", help="whole decoder layers of transformers, compiled stock and fused")
     layer.add_argument("--models", help="comma-separated (default: all)")
     layer.add_argument("--m", type=integers, metavar="M,...", help="tokens (default: 1,16,64,1024,8192)")
@@ -38,6 +37,7 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=integers, metavar="K,...", help="widths (default: those of the models)")
     parser.add_argument("--m", type=integers, metavar="M,...", help="rows (default: 1 to 16384)")
     parser.add_argument("--samples", type=int, default=21, help="samples of each timing (default: 21)")
+    parser.add_argument("--l2", action="store_true", help="inputs that stay in the L2 (default: they come from DRAM)")
 
 
 def need_gpu() -> None:

@@ -12,7 +12,7 @@ from normquant.bench import copies
 from normquant.bench.cases import LATENT, Case, Inputs, inputs
 from normquant.bench.providers import EPS, Provider, Run, calls
 from normquant.bench.records import KernelRecord, current_run, timing_fields
-from normquant.bench.timing import Call, Timing, sets_in_l2, sets_needed, time_calls
+from normquant.bench.timing import Call, Timing, sets_of, time_calls
 from normquant.spec import QuantSpec
 from normquant.version import VERSION
 
@@ -26,7 +26,7 @@ def measure(case: Case, providers: Sequence[Provider], samples: int, in_l2: bool
     """
     runs = {p: run for p in providers if (run := p.build(case)) is not None}
     matches = {p.name: check(case, p, run) for p, run in runs.items()}
-    sets = sets_in_l2(case.bytes) if in_l2 else sets_needed(case.traffic[0])
+    sets = sets_of(case, in_l2)
     data = inputs(case, sets)
     work: dict[str, Sequence[Call]] = {p.name: calls(run, data) for p, run in runs.items()}
     work |= {"torch copy_": copies.torch_copy(case.bytes, sets), "triton copy": copies.triton_copy(case.bytes, sets)}

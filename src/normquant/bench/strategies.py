@@ -19,7 +19,7 @@ from torch._inductor import config as inductor_config
 from normquant.bench.cases import Case, Inputs, inputs
 from normquant.bench.compiling import any_rows, no_recompile_limit
 from normquant.bench.providers import norm
-from normquant.bench.timing import Call, Timing, sets_needed, time_calls
+from normquant.bench.timing import Call, Timing, sets_of, time_calls
 from normquant.compile import clear, inductor_options, reports
 
 POLICIES = {"fused": "always", "native": "native", "stock": "never"}
@@ -40,7 +40,7 @@ def site(case: Case) -> Site:
     return run
 
 
-def measure(op: Sequence[Case], samples: int) -> Iterator[dict[str, Any]]:
+def measure(op: Sequence[Case], samples: int, in_l2: bool = False) -> Iterator[dict[str, Any]]:
     """Entries of the table for cases of one op and width, ascending in m; each speaks for the rows up to its own m.
 
     A strategy that the pass could not apply, and so left the site to the compiler, is not in them.
@@ -48,7 +48,7 @@ def measure(op: Sequence[Case], samples: int) -> Iterator[dict[str, Any]]:
     compiled = {name: torch.compile(site(op[0]), fullgraph=True, options=options(name)) for name in POLICIES}
     became: dict[str, str] = {}
     for first, case in zip(firsts(op), op, strict=True):
-        sets = inputs(case, sets_needed(case.traffic[0]))
+        sets = inputs(case, sets_of(case, in_l2))
         with torch.no_grad(), no_recompile_limit(), inductor_config.patch(force_disable_caches=True):
             work: dict[str, list[Call]] = {}
             for name, run in compiled.items():

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from normquant.bench.cases import Case
+
 Call = Callable[[], object]
 SAMPLE_US = 1000.0  # length of one sample: long beside a graph's launch of some 10 microseconds
 MAX_SETS = 64
@@ -34,6 +36,11 @@ def sets_needed(bytes_read: int, device: torch.device | str = "cuda") -> int:
     """How many input sets of `bytes_read` make up five times the L2; at least two, at most 64."""
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, min(MAX_SETS, -(-5 * l2 // bytes_read)))
+
+
+def sets_of(case: Case, in_l2: bool) -> int:
+    """Input sets for a case: in_l2 where they stay in the L2, as what the kernel before has just written does."""
+    return sets_in_l2(case.bytes) if in_l2 else sets_needed(case.traffic[0])
 
 
 def sets_in_l2(bytes_moved: int, device: torch.device | str = "cuda") -> int:

@@ -12,7 +12,7 @@ import torch
 
 from normquant.bench.cases import Case, Inputs, inputs
 from normquant.bench.precompile import everywhere
-from normquant.bench.timing import Timing, sets_needed, time_calls
+from normquant.bench.timing import Timing, sets_of, time_calls
 from normquant.kernels.launch import Config
 
 Table = dict[str, dict[str, list[list[Any]]]]
@@ -66,10 +66,10 @@ def launcher(case: Case) -> Callable[[Inputs, Config], object]:
     }[case.op]
 
 
-def measure(case: Case, samples: int) -> dict[Config, Timing]:
-    """Times of all candidates on one case."""
+def measure(case: Case, samples: int, in_l2: bool = False) -> dict[Config, Timing]:
+    """Times of all candidates on one case, with inputs from DRAM or, in_l2, such as stay in the L2."""
     launch = launcher(case)
-    data = inputs(case, sets_needed(case.traffic[0]))
+    data = inputs(case, sets_of(case, in_l2))
     configs = list(candidates(case))
     work = {str(n): [lambda i=i, c=c: launch(i, c) for i in data] for n, c in enumerate(configs)}
     timings = time_calls(work, samples, SAMPLE_US)
@@ -134,11 +134,11 @@ def write(path: Path, table: Table) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def tune(cases: Sequence[Case], samples: int, progress: Callable[[str], None]) -> Table:
+def tune(cases: Sequence[Case], samples: int, progress: Callable[[str], None], in_l2: bool = False) -> Table:
     """Measure all cases and build the table; `progress` is told each result."""
     measured: dict[tuple[str, int], list[tuple[int, dict[Config, Timing]]]] = {}
     for case in sorted(cases, key=lambda c: (c.op_name, c.k, c.m)):
-        times = measure(case, samples)
+        times = measure(case, samples, in_l2)
         measured.setdefault((case.op_name, case.k), []).append((case.m, times))
         best = min(times, key=lambda config: times[config].us)
         progress(f"{case.op_name} k={case.k} m={case.m}: {times[best].us:.2f} us with {best}")

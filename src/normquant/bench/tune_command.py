@@ -47,7 +47,7 @@ def configs(args: argparse.Namespace, cases: list[Case]) -> Path:
     if trouble := tune.precompile(cases):
         print(trouble, file=sys.stderr)
     table = json.loads(path.read_text()) if path.is_file() else {}
-    for op, widths in tune.tune(cases, args.samples, lambda text: print(text, flush=True)).items():
+    for op, widths in tune.tune(cases, args.samples, lambda text: print(text, flush=True), args.l2).items():
         table.setdefault(op, {}).update(widths)
     tune.write(path, table)
     return path
@@ -64,7 +64,7 @@ def strategies(args: argparse.Namespace, cases: list[Case]) -> Path:
     norms = sorted((c for c in cases if c.op.endswith("rms_norm_quant")), key=lambda c: (c.op_name, c.k, c.m))
     entries = []
     for _, op in groupby(norms, key=lambda c: (c.op_name, c.k)):
-        for entry in strategies.measure(list(op), args.samples):
+        for entry in strategies.measure(list(op), args.samples, args.l2):
             entries.append(entry)
             times = ", ".join(f"{name} {us} us" for name, us in entry["us"].items())
             print(f"{entry['op']} k={entry['k']} m={entry['m'][1]}: {times}", flush=True)
