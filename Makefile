@@ -52,7 +52,7 @@ $(STAMP): pyproject.toml constraints.txt $(if $(STALE),FORCE)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install $(QUIET) --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt hatchling
-	$(BIN)/python -m pip install $(QUIET) --constraint constraints.txt --no-build-isolation --editable '.[nogpu,hf,dev]'
+	$(BIN)/python -m pip install $(QUIET) --constraint constraints.txt --no-build-isolation --editable '.[nogpu,hf,report,dev]'
 	@printf '%s\n' '$(CURDIR)' > $(STAMP)
 
 demo: $(STAMP)  ## set up, then show the fusion on a DeepSeek-V3 layer; ARGS="--html demo.html"
@@ -103,7 +103,7 @@ $(TORCH_STAMP): pyproject.toml constraints.txt
 	@grep -vE '^(torch|triton)==' constraints.txt > $(TORCH_VENV)/constraints.txt
 	$(TORCH_VENV)/bin/python -m pip install --constraint $(TORCH_VENV)/constraints.txt torch==$(TORCH) hatchling
 	$(TORCH_VENV)/bin/python -m pip install --quiet --constraint $(TORCH_VENV)/constraints.txt --no-build-isolation \
-		--editable '.[nogpu,hf,dev]'
+		--editable '.[nogpu,hf,report,dev]'
 	@touch $(TORCH_STAMP)
 
 test-torch: $(TORCH_STAMP)  ## set up another torch in build/torch-*, then run the tests of the compiler; TORCH=2.14.1

@@ -37,6 +37,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("audit", "normquant.audit.command", "what the compiler generates for a model, and what to do about it"),
     Command("bench", "normquant.bench.command", "measure kernels on this GPU, beside the packages that do the same"),
     Command("compare", "normquant.bench.compare", "what got slower or faster between two files of records"),
+    Command("plot", "normquant.report.plot_command", "draw records of kernels, everybody's time beside ours"),
     Command("tune", "normquant.bench.tune_command", "measure launch configs on this GPU and write their table"),
     Command("vllm-report", "normquant.integrations.vllm_report", "what the plugin fused in vLLM's compiled graphs"),
 )
