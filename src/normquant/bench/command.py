@@ -91,13 +91,13 @@ def kernel_suite(args: argparse.Namespace) -> Iterator[tuple[list[Record], str]]
     """Each case: the records of all providers and a line about them."""
     from normquant.bench.kernels import measure
     from normquant.bench.precompile import precompile
-    from normquant.bench.providers import BY_NAME
+    from normquant.bench.providers import PROVIDERS
 
-    names = args.providers.split(",") if args.providers else list(BY_NAME)
-    if unknown := set(names) - set(BY_NAME):
-        raise ValueError(f"unknown providers {', '.join(sorted(unknown))}; accepted: {', '.join(BY_NAME)}")
+    names = args.providers.split(",") if args.providers else list(PROVIDERS)
+    if unknown := set(names) - set(PROVIDERS):
+        raise ValueError(f"unknown providers {', '.join(sorted(unknown))}; accepted: {', '.join(PROVIDERS)}")
     providers = []
-    for name, provider in BY_NAME.items():
+    for name, provider in PROVIDERS.items():
         if name not in names:
             continue
         if lacks := provider.lacks():

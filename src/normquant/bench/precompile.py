@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from normquant.bench.cases import Case, inputs
-from normquant.bench.providers import BY_NAME, Provider
+from normquant.bench.providers import PROVIDERS, Provider
 from normquant.warmup import warmup
 
 CHUNK = 8  # calls that one process makes before it takes the next ones
@@ -35,7 +35,7 @@ def _compile(provider: str, case: Case) -> None:
     if provider == "normquant":
         warmup(case.op_name, case.k, case.spec)
         return
-    run = BY_NAME[provider].build(case)
+    run = PROVIDERS[provider].build(case)
     for m in (1, 2):  # the second stands for all others
         if run is not None:
             run(inputs(Case(case.op, m, case.k, case.normed, case.spec), 1)[0])

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from normquant import specs
-from normquant.bench.cases import LATENT, Case, Inputs
+from normquant.bench.cases import LATENT, SPEC, Case, Inputs
 from normquant.bench.compiling import any_rows, no_recompile_limit
 from normquant.bench.timing import Call
-from normquant.spec import QuantSpec
+from normquant.spec import QuantSpec, empty_scale
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # data, scale, norm, sum
@@ -195,8 +195,7 @@ def helion(case: Case) -> Run | None:
         return None
 
     def outputs(i: Inputs) -> Quantized:
-        scale = torch.empty(case.k // 128, (case.m + 3) // 4 * 4, device=i.x.device)
-        return torch.empty(case.m, case.k, dtype=FP8, device=i.x.device), scale.t()[: case.m]
+        return torch.empty(case.m, case.k, dtype=FP8, device=i.x.device), empty_scale(case.m, case.k, SPEC, i.x.device)
 
     def norm(i: Inputs) -> Quantized:
         data, scale = outputs(i)
@@ -255,16 +254,18 @@ def _helion_spec(case: Case) -> QuantSpec:
     return specs.VLLM if case.op == "group_quant" else _vllm_fused_spec(case).but(scale_by="multiply")
 
 
-PROVIDERS = (
-    Provider("normquant", normquant, lambda case: case.spec),
-    Provider("normquant q_a alone", q_a_alone, lambda case: case.spec),
-    Provider("torch eager", eager, lambda case: specs.HF),
-    Provider("torch.compile", compiled(nested=False), None),
-    Provider("torch.compile nested", compiled(nested=True), None, no_nested_reductions),
-    Provider("vllm fused", vllm_fused, _vllm_fused_spec, packages("vllm")),
-    Provider("vllm unfused", vllm_unfused, _vllm_unfused_spec, packages("vllm")),
-    Provider("vllm helion", helion, _helion_spec, packages("vllm", "helion")),
-    Provider("flashinfer", flashinfer(False), lambda case: specs.FLASHINFER, packages("flashinfer")),
-    Provider("flashinfer pdl", flashinfer(True), lambda case: specs.FLASHINFER, packages("flashinfer")),
-)
-BY_NAME = {p.name: p for p in PROVIDERS}
+PROVIDERS = {
+    p.name: p
+    for p in (
+        Provider("normquant", normquant, lambda case: case.spec),
+        Provider("normquant q_a alone", q_a_alone, lambda case: case.spec),
+        Provider("torch eager", eager, lambda case: specs.HF),
+        Provider("torch.compile", compiled(nested=False), None),
+        Provider("torch.compile nested", compiled(nested=True), None, no_nested_reductions),
+        Provider("vllm fused", vllm_fused, _vllm_fused_spec, packages("vllm")),
+        Provider("vllm unfused", vllm_unfused, _vllm_unfused_spec, packages("vllm")),
+        Provider("vllm helion", helion, _helion_spec, packages("vllm", "helion")),
+        Provider("flashinfer", flashinfer(False), lambda case: specs.FLASHINFER, packages("flashinfer")),
+        Provider("flashinfer pdl", flashinfer(True), lambda case: specs.FLASHINFER, packages("flashinfer")),
+    )
+}
