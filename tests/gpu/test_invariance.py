@@ -18,7 +18,14 @@ KS = (1536, 7168)
 MS = (1, 2, 16, 257, 4096, 16384)
 CONFIGS = [Config(warps, split) for warps, split in product((4, 8, 16, 32), (1, 2, 4, 7, 8))]
 CONFIGS += [Config(8, rows=4), Config(4, rows=2), Config(8, late_weight=True), Config(8, evict_first=True)]
-CONFIGS += [Config(8, early_release=True)]
+CONFIGS += [
+    Config(8, release="start"),
+    Config(8, release="waited"),
+    Config(8, keep_sum=True),
+    Config(8, tiles=2),
+    Config(16, tiles=3),
+    Config(4, rows=2, tiles=2),
+]
 # and all that are committed for any width of these ops
 NORMS = ("rms_norm_quant", "rms_norm_quant_with_norm", "add_rms_norm_quant", "add_rms_norm_quant_with_norm")
 CONFIGS = list(dict.fromkeys(CONFIGS + [c for op in NORMS for k in cases.KS for c in configs(op, k, (9, 0))]))

@@ -12,7 +12,7 @@ from machine_code import SM_90, SM_100, Code, compiling, machine_code
 
 from normquant import QuantSpec, specs
 from normquant.kernels import group_quant, latent_norm_quant, rms_norm_quant, rope_last, silu_mul_quant
-from normquant.kernels.launch import Config, Target, config
+from normquant.kernels.launch import RELEASES, Config, Target, config
 
 CAPABILITIES = (SM_90, SM_100)
 CONFIGS = [Config(warps, split) for warps, split in product((4, 8, 16, 32), (1, 4))]
@@ -151,18 +151,43 @@ def test_several_rows_for_a_program(name, rows):
 
 @pytest.mark.parametrize("k", [5120, 7168])
 def test_a_weight_that_is_read_late_leaves_registers(k):
-    early, late = (compiled("norm", k, Config(8, late_weight=late), SM_90) for late in (False, True))
+    early, late = (compiled("add_norm", k, Config(8, late_weight=late), SM_90) for late in (False, True))
     assert_clean(late)
     assert_pdl_in_place(late)
     assert Counter(late.widths("LDG")) == Counter(early.widths("LDG"))
     assert late.registers <= 64 < early.registers  # four programs of 256 threads, and not three
 
 
+@pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_an_early_release_stands_before_the_wait(name):
-    code = compiled(name, 7168, Config(8, early_release=True), SM_90)
+def test_the_next_kernel_is_released_when_the_config_says(name, release):
+    code = compiled(name, 7168, Config(8, release=release), SM_90)
     assert_clean(code)
-    assert_pdl_in_place(code, early=True)
+    assert_pdl_in_place(code, early=release == "start")
+    lines = code.ptx.splitlines()
+    at = {what: next(i for i, line in enumerate(lines) if what in line) for what in ("launch_dependents", "ld.global")}
+    assert (at["launch_dependents"] > at["ld.global"]) == (release == "loaded")
+
+
+@pytest.mark.parametrize(("k", "tiles"), [(1536, 2), (5120, 2), (7168, 3)])
+@pytest.mark.parametrize("name", ["norm", "add_norm_normed"])
+def test_several_tiles_leave_no_idle_lanes(name, k, tiles):
+    one, several = (compiled(name, k, Config(4, tiles=n), SM_90) for n in (1, tiles))
+    assert_clean(several)
+    assert_pdl_in_place(several)
+    assert several.registers < one.registers
+    assert min(several.widths("LDG")) >= 64
+    # 12 = 8 + 4, 40 = 32 + 8, 56 = 32 + 16 + 8 groups: nothing is read past the row
+    assert sum(several.widths("LDG")) * several.threads == 16 * k * len(LOADS[name](1, 1))
+
+
+def test_the_l2_is_asked_to_keep_the_sum():
+    plain, kept = (compiled("add_norm", 7168, Config(8, keep_sum=keep), SM_90) for keep in (False, True))
+    assert_clean(kept)
+    assert_pdl_in_place(kept)
+    assert Counter(kept.widths("STG")) == Counter(plain.widths("STG"))
+    assert "evict_last" not in plain.ptx and "ld.global.L1::evict_last" not in kept.ptx
+    assert 0 < kept.ptx.count("st.global.L1::evict_last.L2::cache_hint") < kept.ptx.count("st.global")
 
 
 @pytest.mark.parametrize(("name", "read"), [("norm", 1), ("add_norm", 2)])

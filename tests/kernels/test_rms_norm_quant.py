@@ -50,6 +50,17 @@ def test_every_form(dtype, with_residual, layout, strided):
         check(activations(m, k, dtype, strided=strided), residual, weights(k, dtype), QuantSpec(layout=layout))
 
 
+@pytest.mark.parametrize("name", ["HF", "DEEPGEMM_PACKED"])
+@pytest.mark.parametrize("tiles", [2, 3])
+@pytest.mark.parametrize("k", [384, 640, 1536, 2304, 5120, 7168, 8192])
+def test_a_row_in_several_tiles(k, tiles, name):
+    x, residual = awkward(5, k, strided=True), activations(5, k, seed=1)
+    for rows, late_weight in ((1, False), (1, True), (4, False)):
+        if rows * k <= 8192:  # more does not fit into registers
+            spec = getattr(specs, name).but(layout="col_tma") if name == "HF" else getattr(specs, name)
+            check(x, residual, weights(k), spec, rows=rows, tiles=tiles, late_weight=late_weight, weight_offset=1.0)
+
+
 @pytest.mark.parametrize("layout", ["row", "col_tma", "packed"])
 @pytest.mark.parametrize("rows", [2, 8])
 @pytest.mark.parametrize("k", [512, 1536])
@@ -70,7 +81,7 @@ def test_a_weight_that_is_read_late(weight_offset):
 @pytest.mark.parametrize("rows", [1, 4])
 def test_what_is_read_may_leave_the_l2_first(rows):
     x, residual = awkward(9, 512), activations(9, 512, seed=1)
-    check(x, residual, weights(512), QuantSpec(), rows=rows, evict_first=True)
+    check(x, residual, weights(512), QuantSpec(), rows=rows, evict_first=True, keep_sum=True)
 
 
 @pytest.mark.parametrize(

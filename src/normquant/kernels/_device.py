@@ -20,11 +20,13 @@ BELOW_ONE = tl.constexpr(1.0 - 2.0**-21)  # further below one than the error of 
 @triton.jit
 def wait_for_predecessor(PDL: tl.constexpr):
     # Programmatic dependent launch: nothing that an earlier kernel may have written is read above this line. PDL says
-    # when the next kernel may be scheduled: "loaded", "start", or "" where it comes when this one is over.
+    # when the next kernel may be scheduled, as `launch.RELEASES` has it, or "" where it comes when this one is over.
     if PDL == "start":
         tl.extra.cuda.gdc_launch_dependents()
     if PDL != "":
         tl.extra.cuda.gdc_wait()
+    if PDL == "waited":
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -34,12 +36,17 @@ def release_dependents(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.constexpr_function
+def power_of_two(n):
+    return 1 << (n - 1).bit_length()
+
+
 @triton.jit
-def prefetch_row(x_ptr, residual_ptr, weight_ptr, K: tl.constexpr, N: tl.constexpr):
-    # Asks the L2 for a row of K <= N values and the weight, so that they are there after the wait. A prefetch reads no
+def prefetch_row(x_ptr, residual_ptr, weight_ptr, K: tl.constexpr):
+    # Asks the L2 for a row of K values and the weight, so that they are there after the wait. A prefetch reads no
     # value: what a predecessor is still writing is as safe as without it. Each lane asks for 128 bytes, of x, of the
     # residual or of the weight, which has a second half of as many bytes where it is fp32.
-    LINES: tl.constexpr = N // 64
+    LINES: tl.constexpr = power_of_two(K) // 64
     lane = tl.arange(0, 4 * LINES)
     at = tl.minimum(lane % LINES * 128, K * 2 - 2)
     address = x_ptr.to(tl.int64) + at
@@ -96,17 +103,22 @@ def sum_pairs(s, N: tl.constexpr, LEVELS: tl.constexpr):
     return s
 
 
+@triton.constexpr_function
+def log2(n):
+    return n.bit_length() - 1
+
+
 @triton.jit
-def sums_of_squares(h, ROWS: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr, LOG_WARP: tl.constexpr):
-    # h, ROWS rows of N = 2**LOG_N values, fp32 -> [ROWS], or a scalar of one row, in the order of
+def sums_of_squares(h, ROWS: tl.constexpr, N: tl.constexpr, LOG_WARP: tl.constexpr):
+    # h, ROWS rows of N values, a power of two, fp32 -> [ROWS], or a scalar of one row, in the order of
     # reference.sum_of_squares.
     # 2**LOG_WARP neighbours lie in one warp, whose levels of the tree need no exchange. A gather over its own axis then
     # brings what is left into every warp at once: one exchange instead of one for each level that is still to come.
     LEFT: tl.constexpr = ROWS * N >> LOG_WARP
     s = sum_pairs(tl.reshape(h * h, (ROWS * N,)), ROWS * N, LOG_WARP)  # [LEFT]
-    if LOG_WARP < LOG_N:
+    if LOG_WARP < log2(N):
         s = tl.gather(s, tl.arange(0, LEFT), axis=0)
-        s = sum_pairs(s, LEFT, LOG_N - LOG_WARP)
+        s = sum_pairs(s, LEFT, log2(N) - LOG_WARP)
     if ROWS == 1:
         s = tl.sum(s, axis=0)
     return s
@@ -246,7 +258,8 @@ def quantize_groups(
 
 @triton.jit
 def row_tile(first_row, first, m, K: tl.constexpr, SPEC: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr):
-    # G groups of each of ROWS rows: row, scalar or [ROWS * G, 1]; column [ROWS * G, group]; which of them there are.
+    # G groups of each of ROWS rows, from group `first` on: row, scalar or [ROWS * G, 1]; column [ROWS * G, group];
+    # which of them there are.
     if ROWS == 1:
         row = first_row
         group = first + tl.arange(0, G)
@@ -254,22 +267,48 @@ def row_tile(first_row, first, m, K: tl.constexpr, SPEC: tl.constexpr, ROWS: tl.
     else:
         local, group = rows_and_columns(0, ROWS * G, G)
         row = (first_row + local)[:, None]
+        group += first
         inside = (row < m) & (group[:, None] * SPEC.group < K)
     column = group[:, None] * SPEC.group + tl.arange(0, SPEC.group)[None, :]
     return row, column, inside
 
 
 @triton.jit
-def load_sum(
-    x_ptr, residual_ptr, row, column, inside, stride_xm, stride_rm, STRIDE_UNIT: tl.constexpr, EVICT_FIRST: tl.constexpr
-):
+def load_sums(
+    x_ptr, residual_ptr, first_row, first, m, stride_xm, stride_rm, K: tl.constexpr, SPEC: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, STRIDE_UNIT: tl.constexpr, EVICT_FIRST: tl.constexpr,
+):  # fmt: skip
+    # x + residual of TILES[0], TILES[1], ... groups, from group `first` on -> a tile for each, fp32.
     EVICTION: tl.constexpr = "evict_first" if EVICT_FIRST else ""
-    at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + column
-    h = tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
-    if residual_ptr is not None:
-        at = residual_ptr + row_offset(row, stride_rm, STRIDE_UNIT) + column
-        h += tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
-    return h
+    tiles = ()
+    for i in tl.static_range(len(TILES)):
+        row, column, inside = row_tile(first_row, first, m, K, SPEC, ROWS, TILES[i])
+        at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + column
+        h = tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        if residual_ptr is not None:
+            at = residual_ptr + row_offset(row, stride_rm, STRIDE_UNIT) + column
+            h += tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        tiles += (h,)
+        first += TILES[i]
+    return tiles
+
+
+@triton.jit
+def load_weights(weight_ptr, first, K: tl.constexpr, SPEC: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(len(TILES)):
+        _, column, _ = row_tile(0, first, 1, K, SPEC, ROWS, TILES[i])
+        tiles += (tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32),)
+        first += TILES[i]
+    return tiles
+
+
+@triton.jit
+def rounded(tiles, DTYPE: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(tiles)):
+        out += (tiles[i].to(DTYPE).to(tl.float32),)
+    return out
 
 
 @triton.jit
@@ -284,67 +323,100 @@ def norm_quant_rows(
     stride_xm,
     stride_rm,
     first_row,  # the first of ROWS rows
-    first,  # the first of BLOCK_G groups that are written of each
+    part,  # which of the programs of a row this is
     m,
     scale_rows,
     eps,
     weight_offset: tl.constexpr,
     K: tl.constexpr,
     SPEC: tl.constexpr,
-    ROWS: tl.constexpr,  # more than one only where BLOCK_G is all of GROUPS
-    GROUPS: tl.constexpr,  # groups of a row, rounded up to a power of two
-    LOG_N: tl.constexpr,  # log2 of GROUPS times the group
-    LOG_WARP: tl.constexpr,  # log2 of the neighbours that one warp holds
-    BLOCK_G: tl.constexpr,
+    ROWS: tl.constexpr,  # more than one only where OWN is all of a row
+    TILES: tl.constexpr,  # groups of each tile of a row, powers of two, descending; the last may reach over its end
+    OWN: tl.constexpr,  # of the tiles that are written: TILES, or where programs share a row one that is smaller
+    LOG_WARPS: tl.constexpr,  # for each of TILES log2 of the neighbours that one warp holds
     LATE_WEIGHT: tl.constexpr,  # read the weight after the sums of squares, so that it holds no registers before
     EVICT_FIRST: tl.constexpr,  # x and the residual leave the L2 first
+    KEEP_SUM: tl.constexpr,  # x + residual leaves it last
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
     # Whole rows are read for the sums of squares, and all other loads stand before the first store.
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    row, column, inside = row_tile(first_row, first, m, K, SPEC, ROWS, BLOCK_G)
-    h_own = load_sum(x_ptr, residual_ptr, row, column, inside, stride_xm, stride_rm, STRIDE_UNIT, EVICT_FIRST)
-    if BLOCK_G == GROUPS:
-        h = h_own
-    else:
-        _, whole, in_row = row_tile(first_row, 0, m, K, SPEC, ROWS, GROUPS)
-        h = load_sum(x_ptr, residual_ptr, row, whole, in_row, stride_xm, stride_rm, STRIDE_UNIT, EVICT_FIRST)
+    SPLIT: tl.constexpr = OWN[0] < TILES[0]
+    first = part * OWN[0] if SPLIT else 0
+    h_own = load_sums(
+        x_ptr, residual_ptr, first_row, first, m, stride_xm, stride_rm, K, SPEC, ROWS, OWN, STRIDE_UNIT, EVICT_FIRST
+    )
+    h = h_own
+    if SPLIT:
+        h = load_sums(
+            x_ptr, residual_ptr, first_row, 0, m, stride_xm, stride_rm, K, SPEC, ROWS, TILES, STRIDE_UNIT, EVICT_FIRST
+        )
     if not LATE_WEIGHT:
-        w = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+        w = load_weights(weight_ptr, first, K, SPEC, ROWS, OWN)
     release_dependents(PDL)
 
-    out = row.to(tl.int64) * K + column
     if sum_ptr is not None:
-        tl.store(sum_ptr + out, h_own.to(DTYPE), mask=inside)
+        start = first
+        for i in tl.static_range(len(OWN)):
+            row, column, inside = row_tile(first_row, start, m, K, SPEC, ROWS, OWN[i])
+            at = sum_ptr + row.to(tl.int64) * K + column
+            tl.store(at, h_own[i].to(DTYPE), mask=inside, eviction_policy="evict_last" if KEEP_SUM else "")
+            start += OWN[i]
         if SPEC.sum == "rounded":
-            h = h.to(DTYPE).to(tl.float32)
-            h_own = h_own.to(DTYPE).to(tl.float32)
-    mean = divide_by_constant(sums_of_squares(h, ROWS, GROUPS * SPEC.group, LOG_N, LOG_WARP), K, ON_CUDA)
-    rstd = tl.rsqrt(mean + eps)  # scalar, or [ROWS]
-    if ROWS > 1:
-        rstd = tl.reshape(tl.broadcast_to(rstd[:, None], (ROWS, GROUPS)), (ROWS * GROUPS, 1))
+            h = rounded(h, DTYPE)
+            h_own = rounded(h_own, DTYPE)
+    # The tree over a row that is padded to a power of two: what a tile lacks there are zeros, which add nothing.
+    LAST: tl.constexpr = len(TILES) - 1
+    s = sums_of_squares(h[LAST], ROWS, TILES[LAST] * SPEC.group, LOG_WARPS[LAST])
+    for i in tl.static_range(1, len(TILES)):
+        s = sums_of_squares(h[LAST - i], ROWS, TILES[LAST - i] * SPEC.group, LOG_WARPS[LAST - i]) + s
+    rstd = tl.rsqrt(divide_by_constant(s, K, ON_CUDA) + eps)  # scalar, or [ROWS]
     if LATE_WEIGHT:
-        w = tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32)
-    if weight_offset != 0.0:
-        w += weight_offset
-    y = scale_by_weight(h_own * rstd, w, SPEC, DTYPE, ON_CUDA)
+        w = load_weights(weight_ptr, first, K, SPEC, ROWS, OWN)
+    for i in tl.static_range(len(OWN)):
+        w_own = w[i]
+        if weight_offset != 0.0:
+            w_own += weight_offset
+        y = scale_by_weight(h_own[i] * each_group(rstd, ROWS, OWN[i]), w_own, SPEC, DTYPE, ON_CUDA)
+        store_tile(y, data_ptr, scale_ptr, norm_ptr, first_row, first, m, scale_rows, K, SPEC, ROWS, OWN[i], ON_CUDA)
+        first += OWN[i]
+
+
+@triton.jit
+def store_tile(
+    y, data_ptr, scale_ptr, norm_ptr, first_row, first, m, scale_rows,
+    K: tl.constexpr, SPEC: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, ON_CUDA: tl.constexpr,
+):  # fmt: skip
+    # y [ROWS * G, group] fp32, a row_tile of the norm -> the norm, its quantized values and their scales, as asked for.
+    row, column, inside = row_tile(first_row, first, m, K, SPEC, ROWS, G)
+    out = row.to(tl.int64) * K + column
     if norm_ptr is not None:
-        tl.store(norm_ptr + out, y.to(DTYPE), mask=inside)
+        tl.store(norm_ptr + out, y.to(norm_ptr.dtype.element_ty), mask=inside)
     if data_ptr is not None:
         q, s = quantize(y, SPEC, ON_CUDA)
         tl.store(data_ptr + out, q, mask=inside)
         PER: tl.constexpr = SPEC.scales_per_element
         COLUMNS: tl.constexpr = (K // SPEC.group + PER - 1) // PER
-        value = scale_values(s, tl.reshape(inside, (ROWS * BLOCK_G,)), SPEC, ROWS * BLOCK_G)
+        value = scale_values(s, tl.reshape(inside, (ROWS * G,)), SPEC, ROWS * G)
+        at_column = first // PER
         if ROWS == 1:
             at_row = first_row
-            at_column = first // PER + tl.arange(0, BLOCK_G // PER)
+            at_column += tl.arange(0, G // PER)
             there = at_column < COLUMNS
         else:
-            local, at_column = rows_and_columns(0, ROWS * GROUPS // PER, GROUPS // PER)
+            local, column = rows_and_columns(0, ROWS * G // PER, G // PER)
             at_row = first_row + local
+            at_column += column
             there = (at_row < m) & (at_column < COLUMNS)
         may_be_last = first_row + ROWS >= m
         store_scale(scale_ptr, value, at_row, at_column, there, may_be_last, m, scale_rows, COLUMNS, SPEC)
+
+
+@triton.jit
+def each_group(rstd, ROWS: tl.constexpr, G: tl.constexpr):
+    # [ROWS] -> [ROWS * G, 1]; a scalar stays one
+    if ROWS > 1:
+        rstd = tl.reshape(tl.broadcast_to(rstd[:, None], (ROWS, G)), (ROWS * G, 1))
+    return rstd

@@ -15,6 +15,8 @@ Grid: (M / rows, split + 1). The last program of a row does kv_a and k_pe, the o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -24,12 +26,10 @@ from normquant.kernels._rope import turn
 from normquant.kernels.launch import (
     Config,
     constant,
-    log2,
-    log_warp,
+    log_warps,
     on_device,
-    own_groups,
     power_of_two,
-    row_groups,
+    row_tiles,
     stride_unit,
     target,
 )
@@ -63,14 +63,12 @@ def latent_norm_quant_kernel(
     ROPE: tl.constexpr,
     SPEC: tl.constexpr,
     ROWS: tl.constexpr,  # rows of a program, a power of two
-    Q_GROUPS: tl.constexpr,
-    LOG_Q: tl.constexpr,
-    LOG_Q_WARP: tl.constexpr,
-    C_GROUPS: tl.constexpr,
-    LOG_C: tl.constexpr,
-    LOG_C_WARP: tl.constexpr,
+    Q_TILES: tl.constexpr,
+    Q_OWN: tl.constexpr,  # of the groups of q_a that a program writes
+    LOG_Q_WARPS: tl.constexpr,
+    C_TILES: tl.constexpr,
+    LOG_C_WARPS: tl.constexpr,
     R_BLOCK: tl.constexpr,
-    BLOCK_G: tl.constexpr,  # groups of q_a that a program writes
     LATE_WEIGHT: tl.constexpr,
     EVICT_FIRST: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
@@ -82,8 +80,8 @@ def latent_norm_quant_kernel(
     wait_for_predecessor(PDL)
     if part < tl.num_programs(1) - 1:
         norm_quant_rows(
-            x_ptr, None, q_weight_ptr, q_data_ptr, q_scale_ptr, None, None, stride_xm, 0, first_row, part * BLOCK_G, m,
-            scale_rows, eps, 0.0, Q, SPEC, ROWS, Q_GROUPS, LOG_Q, LOG_Q_WARP, BLOCK_G, LATE_WEIGHT, EVICT_FIRST,
+            x_ptr, None, q_weight_ptr, q_data_ptr, q_scale_ptr, None, None, stride_xm, 0, first_row, part, m,
+            scale_rows, eps, 0.0, Q, SPEC, ROWS, Q_TILES, Q_OWN, LOG_Q_WARPS, LATE_WEIGHT, EVICT_FIRST, False,
             STRIDE_UNIT, PDL, ON_CUDA,
         )  # fmt: skip
     else:
@@ -95,7 +93,7 @@ def latent_norm_quant_kernel(
         )  # fmt: skip
         norm_quant_rows(
             x_ptr + Q, None, kv_weight_ptr, kv_data_ptr, kv_scale_ptr, None, kv_norm_ptr, stride_xm, 0, first_row, 0, m,
-            scale_rows, eps, 0.0, C, SPEC, ROWS, C_GROUPS, LOG_C, LOG_C_WARP, C_GROUPS, LATE_WEIGHT, EVICT_FIRST,
+            scale_rows, eps, 0.0, C, SPEC, ROWS, C_TILES, C_TILES, LOG_C_WARPS, LATE_WEIGHT, EVICT_FIRST, False,
             STRIDE_UNIT, PDL, ON_CUDA,
         )  # fmt: skip
         store_pairs(k_pe_ptr + row.to(tl.int64) * R, u, v, row < m, R, R_BLOCK, ROPE == "interleaved")
@@ -166,9 +164,8 @@ def latent_norm_quant(
     if m == 0:
         return outputs
     config = config or choose_config("latent_norm_quant", q, m, where.capability)
-    block_g, programs = own_groups(q, spec, config)
-    q_groups = row_groups(q, spec, block_g)
-    c_groups = row_groups(c, spec, own_groups(c, spec, Config(config.num_warps))[0])
+    q_tiles, q_own, programs = row_tiles(q, spec, config)
+    c_tiles, _, _ = row_tiles(c, spec, replace(config, split=1))
     unit = stride_unit(x)
     with on_device(x.device):
         latent_norm_quant_kernel[(-(-m // config.rows), programs + 1)](
@@ -191,14 +188,12 @@ def latent_norm_quant(
             ROPE=rope,
             SPEC=constant(spec),
             ROWS=config.rows,
-            Q_GROUPS=q_groups,
-            LOG_Q=log2(q_groups * spec.group),
-            LOG_Q_WARP=log_warp(q_groups * spec.group, block_g == q_groups, config),
-            C_GROUPS=c_groups,
-            LOG_C=log2(c_groups * spec.group),
-            LOG_C_WARP=log_warp(c_groups * spec.group, True, config),
+            Q_TILES=q_tiles,
+            Q_OWN=q_own,
+            LOG_Q_WARPS=log_warps(q_tiles, q_own, spec, config),
+            C_TILES=c_tiles,
+            LOG_C_WARPS=log_warps(c_tiles, c_tiles, spec, config),
             R_BLOCK=power_of_two(r // 2),
-            BLOCK_G=block_g,
             LATE_WEIGHT=config.late_weight,
             EVICT_FIRST=config.evict_first,
             STRIDE_UNIT=unit,

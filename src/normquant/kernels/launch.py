@@ -7,9 +7,10 @@ measured by the tuner; what the table lacks follows the rule in `_rule`.
 from __future__ import annotations
 
 import json
+import sys
 from bisect import bisect_left
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -21,6 +22,10 @@ from normquant.spec import QuantSpec
 MIN_CAPABILITY = (8, 9)  # the first with e4m3 conversions
 MAX_ROW = 65536  # values of a normed row, which one program holds in registers
 PDL_CAPABILITY = (9, 0)  # the first with programmatic dependent launch
+# When the next kernel may be scheduled: before this one waits for the one before it, right after, or when it has loaded
+# its inputs.
+RELEASES = ("start", "waited", "loaded")
+KEPT_SUM = 4 << 20  # bytes of x + residual that the L2 is asked to keep at the most, of 50 MB on an H100
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,10 @@ class Config:
     before it is still running, which pays where few rows leave the GPU idle. late_weight: whether a norm reads its
     weight only when the sum of squares is there, which leaves registers for more programs where many rows fill the GPU.
     evict_first: whether a norm says that nobody reads x and the residual again, so that the L2 keeps what is written.
-    early_release: whether the next kernel is scheduled while this one still waits for the one before it, and not when
-    this one has loaded its inputs: time for a GEMM to set itself up, and a place that it takes from others.
+    release: when the next kernel may be scheduled, one of RELEASES. The earlier, the more time a GEMM has to set itself
+    up, and the longer it takes a place from others. tiles: in how many tiles at the most a norm holds a row, each a
+    power of two of groups: 40 groups are one tile of 64, or two of 32 and 8 without idle lanes. keep_sum: whether the
+    L2 keeps x + residual as long as it can, for the next norm, two GEMMs later.
     """
 
     num_warps: int
@@ -41,13 +48,19 @@ class Config:
     prefetch: bool = False
     late_weight: bool = False
     evict_first: bool = False
-    early_release: bool = False
+    release: str = "loaded"
+    tiles: int = 1
+    keep_sum: bool = False
 
     def __post_init__(self) -> None:
+        if self.release not in RELEASES:
+            raise ValueError(f"{self}: release is one of {', '.join(RELEASES)}")
         if self.rows > 1 and (self.split > 1 or self.prefetch):
             raise ValueError(f"{self}: several rows for a program go with neither a split nor a prefetch")
         if self.evict_first and self.split > 1:
             raise ValueError(f"{self}: the programs of a split row read it more than once")
+        if self.tiles > 1 and self.split > 1:
+            raise ValueError(f"{self}: the programs of a split row hold it in one tile")
 
 
 class Constant(str):
@@ -86,7 +99,7 @@ class Target:
         """When the next kernel may be scheduled: as `_device.wait_for_predecessor` takes it."""
         if not self.pdl:
             return ""
-        return "start" if config.early_release else "loaded"
+        return config.release
 
     def options(self, config: Config) -> dict[str, object]:
         """Launch options of Triton. Multiply-adds of the compiler's choosing are off: they round differently."""
@@ -117,20 +130,30 @@ def on_device(device: torch.device):
 def config(op: str, k: int, m: int, capability: tuple[int, int] | None) -> Config:
     """The config of `op` for [m, k] on a compute capability: the table's if it has (op, k), else the rule's."""
     limits, configs = _rows(op, k, capability)
-    return configs[bisect_left(limits, m)] if configs else _rule(op, k, m)
+    return configs[bisect_left(limits, m)]
 
 
 def configs(op: str, k: int, capability: tuple[int, int] | None) -> list[Config]:
     """Every config that `op` has for rows of k values, however many rows there are."""
-    _, table = _rows(op, k, capability)
-    return list(dict.fromkeys(table or [_rule(op, k, m) for m in _RULE_CHANGES]))
+    return list(dict.fromkeys(_rows(op, k, capability)[1]))
 
 
 @cache
 def _rows(op: str, k: int, capability: tuple[int, int] | None) -> tuple[list[int], list[Config]]:
-    # The largest M of each row but the last, which has no upper limit, and the rows' configs; none without a table.
-    rows = _table(capability).get(op, {}).get(str(k), []) if capability else []
-    return [row[0] for row in rows[:-1]], [Config(*row[1:]) for row in rows]
+    # The largest M of each row but the last, which has no upper limit, and the rows' configs.
+    table = _table(capability).get(op, {}).get(str(k), []) if capability else []
+    rows = [(limit, Config(*fields)) for limit, *fields in table] or [(m, _rule(op, k, m)) for m in _RULE_LIMITS]
+    rows[-1] = sys.maxsize, rows[-1][1]
+    if op.startswith("add_"):
+        rows = _keeping(KEPT_SUM // (2 * k), rows)
+    return [limit for limit, _ in rows[:-1]], [config for _, config in rows]
+
+
+def _keeping(m: int, rows: list[tuple[int, Config]]) -> list[tuple[int, Config]]:
+    # The same rows with keep_sum up to M, the row over it cut in two.
+    below = [limit for limit, _ in rows if limit < m]
+    kept = [(min(limit, m), replace(config, keep_sum=True)) for limit, config in rows[: len(below) + 1]]
+    return kept + [row for row in rows if row[0] > m]
 
 
 @cache
@@ -140,7 +163,7 @@ def _table(capability: tuple[int, int]) -> dict[str, dict[str, list[list[Any]]]]
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-_RULE_CHANGES = (1, 17, 257)  # rows from which the rule gives another config
+_RULE_LIMITS = (16, 256, 257)  # up to how many rows the rule gives one config; the last is all above
 
 
 def _rule(op: str, k: int, m: int) -> Config:
@@ -151,14 +174,20 @@ def _rule(op: str, k: int, m: int) -> Config:
     return Config(num_warps, 4 if m <= 16 and k >= 4096 and op.endswith("rms_norm_quant") else 1)
 
 
-def log_warp(n: int, stores: bool, config: Config) -> int:
-    """log2 of how many neighbours in a row of n values one warp holds, in the layout that Triton gives the tile.
+def log_warps(tiles: tuple[int, ...], own: tuple[int, ...], spec: QuantSpec, config: Config) -> tuple[int, ...]:
+    """For each tile of a row log2 of how many neighbours one warp holds, in the layout that Triton gives the tile.
 
     A thread has 16 neighbours, the width of an fp8 store, or 8 where the tile is only loaded or there are more threads.
     A wrong answer costs time and no bit of the result.
     """
-    per_thread = max(1, min(16 if stores else 8, config.rows * n // (32 * config.num_warps)))
-    return min(log2(n), log2(32 * power_of_two(per_thread)))
+    width = 16 if tiles == own else 8
+
+    def of_tile(groups: int) -> int:
+        n = groups * spec.group
+        per_thread = max(1, min(width, config.rows * n // (32 * config.num_warps)))
+        return min(log2(n), log2(32 * power_of_two(per_thread)))
+
+    return tuple(of_tile(groups) for groups in tiles)
 
 
 def stride_unit(*tensors: torch.Tensor | None) -> int:
@@ -184,12 +213,22 @@ def group_blocks(m: int, k: int, spec: QuantSpec, config: Config) -> tuple[int, 
     return block, -(-m * spec.scale_shape(m, k)[1] * per // block)
 
 
-def row_groups(k: int, spec: QuantSpec, block_g: int) -> int:
-    """Groups of a row's tile, a power of two, at least `block_g`; raises ValueError for a row that is too long."""
-    groups = max(power_of_two(k // spec.group), block_g)
-    if groups * spec.group > MAX_ROW:
+def row_tiles(k: int, spec: QuantSpec, config: Config) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Groups of each tile of a row, and of each that one program writes, and how many programs share the row.
+
+    Raises ValueError for a row that is too long.
+    """
+    block, programs = own_groups(k, spec, config)
+    tiles, left = [], k // spec.group
+    while len(tiles) < config.tiles - 1 and left & (left - 1) and power_of_two(left) // 2 >= spec.scales_per_element:
+        tiles.append(power_of_two(left) // 2)
+        left -= tiles[-1]
+    tiles.append(max(power_of_two(left), spec.scales_per_element))
+    if not tiles[1:]:
+        tiles = [max(tiles[0], block)]
+    if sum(tiles) * spec.group > MAX_ROW:
         raise ValueError(f"K is {k}; the norm kernels hold a row in registers and take at most {MAX_ROW}")
-    return groups
+    return tuple(tiles), tuple(tiles) if config.split == 1 else (block,), programs
 
 
 def power_of_two(n: int) -> int:

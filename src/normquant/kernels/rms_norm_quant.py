@@ -9,7 +9,7 @@ Bytes moved per row of K bf16 values, group 128, fp32 scales: read 2K, or 4K wit
 more for each of the stored residual sum and norm. The weight (2K) is read by every program but stays in the L2.
 
 Grid: (M / rows, split). A program reads whole rows for their sums of squares. At small M several programs share a row,
-each of which writes `BLOCK_G` groups of it; at large M and small K one program takes several rows. Every config gives
+each of which writes some groups of it; at large M and small K one program takes several rows. Every config gives
 the same bits, since the order of the sum is fixed.
 """
 
@@ -21,11 +21,9 @@ from normquant.kernels._device import norm_quant_rows, prefetch_row, row_offset,
 from normquant.kernels.launch import (
     Config,
     constant,
-    log2,
-    log_warp,
+    log_warps,
     on_device,
-    own_groups,
-    row_groups,
+    row_tiles,
     stride_unit,
     target,
 )
@@ -51,13 +49,13 @@ def rms_norm_quant_kernel(
     K: tl.constexpr,
     SPEC: tl.constexpr,
     ROWS: tl.constexpr,  # rows of a program, a power of two
-    GROUPS: tl.constexpr,  # groups of a row, rounded up to a power of two
-    LOG_N: tl.constexpr,  # log2 of GROUPS times the group
-    LOG_WARP: tl.constexpr,  # log2 of the neighbouring values that one warp holds
-    BLOCK_G: tl.constexpr,  # groups that a program writes, a power of two
+    TILES: tl.constexpr,  # groups of each tile of a row, powers of two
+    OWN: tl.constexpr,  # groups of each tile that a program writes
+    LOG_WARPS: tl.constexpr,  # for each of TILES log2 of the neighbouring values that one warp holds
     PREFETCH: tl.constexpr,  # into the L2, before the wait for the predecessor
     LATE_WEIGHT: tl.constexpr,
     EVICT_FIRST: tl.constexpr,
+    KEEP_SUM: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
@@ -68,7 +66,7 @@ def rms_norm_quant_kernel(
         residual_row = residual_ptr
         if residual_ptr is not None:
             residual_row += row_offset(first, stride_rm, STRIDE_UNIT)
-        prefetch_row(x_row, residual_row, weight_ptr, K, GROUPS * SPEC.group)
+        prefetch_row(x_row, residual_row, weight_ptr, K)
     wait_for_predecessor(PDL)
     norm_quant_rows(
         x_ptr,
@@ -81,7 +79,7 @@ def rms_norm_quant_kernel(
         stride_xm,
         stride_rm,
         tl.program_id(0) * ROWS,
-        tl.program_id(1) * BLOCK_G,
+        tl.program_id(1),
         m,
         scale_rows,
         eps,
@@ -89,12 +87,12 @@ def rms_norm_quant_kernel(
         K,
         SPEC,
         ROWS,
-        GROUPS,
-        LOG_N,
-        LOG_WARP,
-        BLOCK_G,
+        TILES,
+        OWN,
+        LOG_WARPS,
         LATE_WEIGHT,
         EVICT_FIRST,
+        KEEP_SUM,
         STRIDE_UNIT,
         PDL,
         ON_CUDA,
@@ -127,8 +125,7 @@ def rms_norm_quant(
         return data, scale, total, norm
     if config is None:
         config = choose_config(op_name(residual is not None, return_norm), k, m, where.capability)
-    block_g, programs = own_groups(k, spec, config)
-    groups = row_groups(k, spec, block_g)
+    tiles, own, programs = row_tiles(k, spec, config)
     unit = stride_unit(x, residual)
     with on_device(x.device):
         rms_norm_quant_kernel[(-(-m // config.rows), programs)](
@@ -148,13 +145,13 @@ def rms_norm_quant(
             K=k,
             SPEC=constant(spec),
             ROWS=config.rows,
-            GROUPS=groups,
-            LOG_N=log2(groups * spec.group),
-            LOG_WARP=log_warp(groups * spec.group, block_g == groups, config),
-            BLOCK_G=block_g,
+            TILES=tiles,
+            OWN=own,
+            LOG_WARPS=log_warps(tiles, own, spec, config),
             PREFETCH=config.prefetch and where.pdl,
             LATE_WEIGHT=config.late_weight,
             EVICT_FIRST=config.evict_first,
+            KEEP_SUM=config.keep_sum,
             STRIDE_UNIT=unit,
             PDL=where.release(config),
             ON_CUDA=where.on_cuda,

@@ -1,0 +1,53 @@
+"""Which config a launch gets, and how a row is cut into tiles."""
+
+import pytest
+
+from normquant import QuantSpec, specs
+from normquant.kernels import launch
+from normquant.kernels.launch import Config, row_tiles
+
+H100 = (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "tiles", "expected"),
+    [(56, 1, (64,)), (56, 2, (32, 32)), (56, 3, (32, 16, 8)), (56, 9, (32, 16, 8)), (40, 2, (32, 8)), (64, 3, (64,))],
+)
+def test_tiles_are_powers_of_two_that_cover_the_row(groups, tiles, expected):
+    assert row_tiles(groups * 128, QuantSpec(), Config(4, tiles=tiles)) == (expected, expected, 1)
+
+
+def test_a_tile_holds_whole_elements_of_the_scale():
+    for groups in range(1, 65):
+        for tiles in (1, 2, 3):
+            found, own, programs = row_tiles(groups * 128, specs.DEEPGEMM_PACKED, Config(4, tiles=tiles))
+            assert sum(found) >= groups and own == found and programs == 1
+            assert all(tile % 4 == 0 for tile in found)
+
+
+def test_programs_that_share_a_row_read_it_whole():
+    assert row_tiles(7168, QuantSpec(), Config(4, 4)) == ((64,), (16,), 4)
+
+
+@pytest.mark.parametrize("choices", [{"release": "late"}, {"split": 2, "tiles": 2}])
+def test_choices_that_there_are_not(choices):
+    with pytest.raises(ValueError):
+        Config(4, **choices)
+
+
+@pytest.mark.parametrize("capability", [H100, None])
+@pytest.mark.parametrize("k", [512, 3072, 7168, 65536])
+def test_the_sum_is_kept_as_long_as_it_is_small(k, capability):
+    most = launch.KEPT_SUM // (2 * k)
+    for m in (1, most - 1, most, most + 1, 4 * most):
+        kept = launch.config("add_rms_norm_quant", k, m, capability)
+        assert kept.keep_sum == (1 <= m <= most)
+        assert not launch.config("rms_norm_quant", k, m, capability).keep_sum
+        assert kept in launch.configs("add_rms_norm_quant", k, capability)
+
+
+def test_a_row_of_the_table_that_is_cut_keeps_its_config():
+    rows = [(8, Config(1)), (512, Config(2)), (launch.sys.maxsize, Config(4))]
+    cut = launch._keeping(64, rows)
+    assert [(limit, c.num_warps, c.keep_sum) for limit, c in cut[:-1]] == [(8, 1, True), (64, 2, True), (512, 2, False)]
+    assert launch._keeping(8, rows)[:2] == [(8, Config(1, keep_sum=True)), rows[1]]
