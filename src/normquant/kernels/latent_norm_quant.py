@@ -10,7 +10,8 @@ A row of the projection is [q_a | kv_a | k_pe], 1536 + 512 + 64 values for DeepS
 Bytes moved per row in bf16, with Q, C and R the three widths, group 128, fp32 scales: read 2(Q + C + R) and 2R of cos
 and sin; written Q + Q/32 + 2C + 2R, and C + C/32 more with quantized kv_a.
 
-Grid: (M / rows, split + 1). The last program of a row does kv_a and k_pe, the others share q_a as in `rms_norm_quant`.
+Grid: M / rows * PARTS. The last of the PARTS programs of a row does kv_a and k_pe, the others share q_a as in
+`rms_norm_quant`. They are neighbours in the grid, so that a row, which lies in one piece, is read at one time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import norm_quant_rows, row_offset, wait_for_predecessor
-from normquant.kernels._rope import turn
+from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
 from normquant.kernels.launch import (
     Config,
     constant,
@@ -62,6 +63,7 @@ def latent_norm_quant_kernel(
     R: tl.constexpr,
     ROPE: tl.constexpr,
     SPEC: tl.constexpr,
+    PARTS: tl.constexpr,  # programs of a row
     ROWS: tl.constexpr,  # rows of a program, a power of two
     Q_TILES: tl.constexpr,
     Q_OWN: tl.constexpr,  # of the groups of q_a that a program writes
@@ -72,13 +74,14 @@ def latent_norm_quant_kernel(
     LATE_WEIGHT: tl.constexpr,
     EVICT_FIRST: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
+    ANGLE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    first_row = tl.program_id(0) * ROWS
-    part = tl.program_id(1)
+    first_row = tl.program_id(0) // PARTS * ROWS
+    part = tl.program_id(0) % PARTS
     wait_for_predecessor(PDL)
-    if part < tl.num_programs(1) - 1:
+    if part < PARTS - 1:
         norm_quant_rows(
             x_ptr, None, q_weight_ptr, q_data_ptr, q_scale_ptr, None, None, stride_xm, 0, first_row, part, m,
             scale_rows, eps, 0.0, Q, SPEC, ROWS, Q_TILES, Q_OWN, LOG_Q_WARPS, LATE_WEIGHT, EVICT_FIRST, False,
@@ -87,55 +90,19 @@ def latent_norm_quant_kernel(
     else:
         # k_pe is stored last, so that its loads do not keep those of kv_a waiting behind a store
         row = first_row + tl.arange(0, ROWS)[:, None]
-        u, v = rotate(
-            x_ptr + Q + C + row_offset(row, stride_xm, STRIDE_UNIT), cos_ptr, sin_ptr, position_ptr, row, m,
-            stride_cos, stride_sin, R, R_BLOCK, ROPE, SPEC,
-        )  # fmt: skip
+        there = row < m
+        position = positions(position_ptr, row, there)
+        k_pe = x_ptr + Q + C + row_offset(row, stride_xm, STRIDE_UNIT)
+        a, b = load_pairs(k_pe, there, R, R_BLOCK, ROWS, ROPE == "half")
+        cos = load_angles(cos_ptr, position, stride_cos, there, R, R_BLOCK, ANGLE_UNIT)
+        sin = load_angles(sin_ptr, position, stride_sin, there, R, R_BLOCK, ANGLE_UNIT)
+        u, v = turn(a, b, cos, sin, SPEC)
         norm_quant_rows(
             x_ptr + Q, None, kv_weight_ptr, kv_data_ptr, kv_scale_ptr, None, kv_norm_ptr, stride_xm, 0, first_row, 0, m,
             scale_rows, eps, 0.0, C, SPEC, ROWS, C_TILES, C_TILES, LOG_C_WARPS, LATE_WEIGHT, EVICT_FIRST, False,
             STRIDE_UNIT, PDL, ON_CUDA,
         )  # fmt: skip
-        store_pairs(k_pe_ptr + row.to(tl.int64) * R, u, v, row < m, R, R_BLOCK, ROPE == "interleaved")
-
-
-@triton.jit
-def rotate(
-    x_ptr, cos_ptr, sin_ptr, position_ptr, row, m, stride_cos, stride_sin,
-    R: tl.constexpr, R_BLOCK: tl.constexpr, ROPE: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
-    # x_ptr, row [ROWS, 1]. Pairs (a, b) of R values turned by the row's angles -> [ROWS, R/2] firsts and seconds of the
-    # pairs, in x's dtype.
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    i = tl.arange(0, R_BLOCK)[None, :]  # R/2, padded
-    mask = (i < R // 2) & (row < m)
-    position = row.to(tl.int64)
-    if position_ptr is not None:
-        position = tl.load(position_ptr + row, mask=row < m, other=0).to(tl.int64)
-    if ROPE == "half":
-        first = i
-        second = i + R // 2
-    else:
-        first = 2 * i
-        second = 2 * i + 1
-    a = tl.load(x_ptr + first, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + second, mask=mask, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + position * stride_cos + i, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + position * stride_sin + i, mask=mask, other=0.0).to(tl.float32)
-    return turn(a, b, cos, sin, SPEC, DTYPE)
-
-
-@triton.jit
-def store_pairs(out_ptr, u, v, there, R: tl.constexpr, R_BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    i = tl.arange(0, R_BLOCK)[None, :]  # R/2, padded
-    if INTERLEAVED:
-        first = 2 * i
-        second = 2 * i + 1
-    else:
-        first = i
-        second = i + R // 2
-    tl.store(out_ptr + first, u, mask=there & (i < R // 2))
-    tl.store(out_ptr + second, v, mask=there & (i < R // 2))
+        store_pairs(k_pe_ptr + row.to(tl.int64) * R, u, v, there, R, R_BLOCK, ROWS, ROPE != "interleaved")
 
 
 def latent_norm_quant(
@@ -166,9 +133,9 @@ def latent_norm_quant(
     config = config or choose_config("latent_norm_quant", q, m, where.capability)
     q_tiles, q_own, programs = row_tiles(q, spec, config)
     c_tiles, _, _ = row_tiles(c, spec, replace(config, split=1))
-    unit = stride_unit(x)
+    unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
     with on_device(x.device):
-        latent_norm_quant_kernel[(-(-m // config.rows), programs + 1)](
+        latent_norm_quant_kernel[(-(-m // config.rows) * (programs + 1),)](
             x,
             q_weight,
             kv_weight,
@@ -178,8 +145,8 @@ def latent_norm_quant(
             *outputs,
             m,
             x.stride(0) // unit,
-            cos.stride(0),
-            sin.stride(0),
+            cos.stride(0) // angle_unit,
+            sin.stride(0) // angle_unit,
             spec.scale_rows(m),
             eps,
             Q=q,
@@ -187,6 +154,7 @@ def latent_norm_quant(
             R=r,
             ROPE=rope,
             SPEC=constant(spec),
+            PARTS=programs + 1,
             ROWS=config.rows,
             Q_TILES=q_tiles,
             Q_OWN=q_own,
@@ -197,6 +165,7 @@ def latent_norm_quant(
             LATE_WEIGHT=config.late_weight,
             EVICT_FIRST=config.evict_first,
             STRIDE_UNIT=unit,
+            ANGLE_UNIT=angle_unit,
             PDL=where.release(config),
             ON_CUDA=where.on_cuda,
             **where.options(config),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import release_dependents, row_offset, wait_for_predecessor
-from normquant.kernels._rope import turn
+from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
 from normquant.kernels.launch import Config, constant, on_device, power_of_two, stride_unit, target
 from normquant.spec import QuantSpec
 
@@ -53,55 +53,21 @@ def rope_last_kernel(
     there = row < m
     x_at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + head % H * D
     out_at = out_ptr + head.to(tl.int64) * D
-    i = tl.arange(0, R_BLOCK)[None, :]
     column = tl.arange(0, COPY_BLOCK)[None, :]
 
     wait_for_predecessor(PDL)
-    position = row.to(tl.int64)
-    if position_ptr is not None:
-        position = tl.load(position_ptr + row, mask=there, other=0).to(tl.int64)
+    position = positions(position_ptr, row, there)
     if D > R:
         copied = tl.load(x_at + column, mask=there & (column < D - R))
     a, b = load_pairs(x_at + (D - R), there, R, R_BLOCK, BLOCK_H, ROPE == "half")
-    angle = there & (i < R // 2)
-    cos = tl.load(cos_ptr + row_offset(position, stride_cos, ANGLE_UNIT) + i, mask=angle, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + row_offset(position, stride_sin, ANGLE_UNIT) + i, mask=angle, other=0.0).to(tl.float32)
+    cos = load_angles(cos_ptr, position, stride_cos, there, R, R_BLOCK, ANGLE_UNIT)
+    sin = load_angles(sin_ptr, position, stride_sin, there, R, R_BLOCK, ANGLE_UNIT)
     release_dependents(PDL)
 
     if D > R:
         tl.store(out_at + column, copied, mask=there & (column < D - R))
-    u, v = turn(a.to(tl.float32), b.to(tl.float32), cos, sin, SPEC, x_ptr.dtype.element_ty)
+    u, v = turn(a, b, cos, sin, SPEC)
     store_pairs(out_at + (D - R), u, v, there, R, R_BLOCK, BLOCK_H, ROPE != "interleaved")
-
-
-@triton.jit
-def load_pairs(
-    x_ptr, there, R: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, HALVES: tl.constexpr
-):  # fmt: skip
-    # x_ptr, there [BLOCK_H, 1] -> [BLOCK_H, R/2] firsts and seconds of the pairs. Neighbours are loaded together and
-    # taken apart in registers: alone, each would be an access of its own.
-    i = tl.arange(0, R_BLOCK)[None, :]
-    if HALVES:
-        a = tl.load(x_ptr + i, mask=there & (i < R // 2), other=0.0)
-        b = tl.load(x_ptr + R // 2 + i, mask=there & (i < R // 2), other=0.0)
-    else:
-        j = tl.arange(0, 2 * R_BLOCK)[None, :]
-        both = tl.load(x_ptr + j, mask=there & (j < R), other=0.0)
-        a, b = tl.split(tl.reshape(both, (BLOCK_H, R_BLOCK, 2)))
-    return a, b
-
-
-@triton.jit
-def store_pairs(
-    out_ptr, u, v, there, R: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, HALVES: tl.constexpr
-):
-    i = tl.arange(0, R_BLOCK)[None, :]
-    if HALVES:
-        tl.store(out_ptr + i, u, mask=there & (i < R // 2))
-        tl.store(out_ptr + R // 2 + i, v, mask=there & (i < R // 2))
-    else:
-        j = tl.arange(0, 2 * R_BLOCK)[None, :]
-        tl.store(out_ptr + j, tl.reshape(tl.join(u, v), (BLOCK_H, 2 * R_BLOCK)), mask=there & (j < R))
 
 
 def heads_of_program(d: int) -> int:
