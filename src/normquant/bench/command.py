@@ -14,6 +14,8 @@ from normquant.bench.arguments import integers
 from normquant.bench.cases import MS, OPS, Case, kernel_cases
 from normquant.bench.records import KernelRecord, Record, writing
 
+SAMPLES = 21  # of each timing
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `normquant bench`."""
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layer = suites.add_parser("layer", help="whole decoder layers of transformers, compiled stock and fused")
     layer.add_argument("--models", help="comma-separated (default: all)")
     layer.add_argument("--m", type=integers, metavar="M,...", help="tokens (default: 1,16,64,1024,8192)")
-    layer.add_argument("--samples", type=int, default=21, help="samples of each timing (default: 21)")
+    layer.add_argument("--samples", type=int, default=SAMPLES, help=f"samples of each timing (default: {SAMPLES})")
     vllm = suites.add_parser("vllm", help="vLLM serving a DeepSeek-R1 shard: as it comes, unfused, and with normquant")
     vllm_command.add_arguments(vllm)
     for suite in (kernels, layer, vllm):
@@ -36,7 +38,7 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", help="comma-separated (default: all)")
     parser.add_argument("--k", type=integers, metavar="K,...", help="widths (default: those of the models)")
     parser.add_argument("--m", type=integers, metavar="M,...", help="rows (default: 1 to 16384)")
-    parser.add_argument("--samples", type=int, default=21, help="samples of each timing (default: 21)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"samples of each timing (default: {SAMPLES})")
     parser.add_argument("--l2", action="store_true", help="inputs that stay in the L2 (default: they come from DRAM)")
 
 

@@ -57,14 +57,21 @@ def time_calls(
     sample_us: length of one sample, in microseconds.
     """
     graphs = {name: capture(calls, sample_us) for name, calls in providers.items()}
-    raw: dict[str, list[float]] = {name: [] for name in graphs}
-    for graph, _ in graphs.values():  # a first replay uploads the graph
+    raw = interleaved([graph for graph, _ in graphs.values()], samples)
+    found = zip(graphs.items(), raw, strict=True)
+    return {name: summary([us / calls for us in values]) for (name, (_, calls)), values in found}
+
+
+def interleaved(graphs: Sequence[torch.cuda.CUDAGraph], samples: int) -> list[list[float]]:
+    """Microseconds of each replay of each graph, the graphs taking turns."""
+    raw: list[list[float]] = [[] for _ in graphs]
+    for graph in graphs:  # a first replay uploads the graph
         graph.replay()
     torch.cuda.synchronize()
     for _ in range(samples):
-        for name, (graph, calls) in graphs.items():
-            raw[name].append(replay_us(graph) / calls)
-    return {name: summary(values) for name, values in raw.items()}
+        for graph, values in zip(graphs, raw, strict=True):
+            values.append(replay_us(graph))
+    return raw
 
 
 def capture(calls: Sequence[Call], sample_us: float = SAMPLE_US) -> tuple[torch.cuda.CUDAGraph, int]:
@@ -81,6 +88,17 @@ def capture(calls: Sequence[Call], sample_us: float = SAMPLE_US) -> tuple[torch.
         graph = _record(calls, repeats, stream)
     torch.cuda.current_stream().wait_stream(stream)
     return graph, repeats * len(calls)
+
+
+def capture_once(call: Call) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call, which is made once before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles and allocates outside of the graph
+        graph = _record([call], 1, stream)
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
 
 
 def _record(calls: Sequence[Call], repeats: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
@@ -107,3 +125,9 @@ def summary(samples: Sequence[float]) -> Timing:
     """Median, 10th and 90th percentile."""
     deciles = statistics.quantiles(samples, n=10, method="inclusive")
     return Timing(statistics.median(samples), deciles[0], deciles[-1], len(samples))
+
+
+def middle_mean(samples: Sequence[float]) -> float:
+    """Interquartile mean: of a smaller variance than the median, and blind to outliers."""
+    quarter = len(samples) // 4
+    return statistics.fmean(sorted(samples)[quarter : len(samples) - quarter])

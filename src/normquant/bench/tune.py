@@ -82,10 +82,11 @@ def precompile(cases: Sequence[Case]) -> str | None:
     Returns what went wrong, if something did; what is missing is compiled when it is measured.
     """
     wanted = {(case.op_name, case.k, config): case for case in cases for config in candidates(case)}
-    return everywhere(_launch_once, [(replace(case, m=2), config) for (_, _, config), case in wanted.items()])
+    return everywhere(launch_once, [(replace(case, m=2), config) for (_, _, config), case in wanted.items()])
 
 
-def _launch_once(case: Case, config: Config) -> None:
+def launch_once(case: Case, config: Config) -> None:
+    """Launch a config, which compiles it."""
     launcher(case)(inputs(case, 1)[0], config)
     torch.cuda.synchronize()
 

@@ -10,18 +10,26 @@ from itertools import groupby
 from pathlib import Path
 
 from normquant.bench.cases import Case
-from normquant.bench.command import add_grid, grid_cases, need_gpu
+from normquant.bench.command import SAMPLES, add_grid, grid_cases, need_gpu
 from normquant.bench.records import current_command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `normquant tune`."""
     add_grid(parser)
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--strategies",
         action="store_true",
         help="time the strategies of the compile pass, for policy auto, and not the launch configs of the kernels",
     )
+    what.add_argument(
+        "--decode",
+        action="store_true",
+        help="time the launch configs in a decode step of DeepSeek-R1, between GEMMs (default: --m 1,16,64 "
+        "--samples 100), and replace those of up to the largest M",
+    )
+    parser.set_defaults(samples=None)  # the default depends on what is timed
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where the table goes (default: into this installation)"
     )
@@ -29,9 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and write a table; an (op, K) that was not measured keeps its rows."""
+    if args.decode and (args.ops or args.k or args.l2):
+        raise ValueError("--decode times the ops and widths of DeepSeek-R1 in place: it takes no --ops, --k or --l2")
     need_gpu()
-    cases = grid_cases(args)
-    path = strategies(args, cases) if args.strategies else configs(args, cases)
+    if args.decode:
+        path = decode(args)
+    else:
+        args.samples = args.samples or SAMPLES
+        cases = grid_cases(args)
+        path = strategies(args, cases) if args.strategies else configs(args, cases)
     print(f"table in {path}", file=sys.stderr)
     return 0
 
@@ -50,6 +64,25 @@ def configs(args: argparse.Namespace, cases: list[Case]) -> Path:
     for op, widths in tune.tune(cases, args.samples, lambda text: print(text, flush=True), args.l2).items():
         table.setdefault(op, {}).update(widths)
     tune.write(path, table)
+    return path
+
+
+def decode(args: argparse.Namespace) -> Path:
+    """The launch configs of the kernels in a decode step."""
+    import torch
+
+    from normquant.bench import decode_tune, tune
+    from normquant.bench.decode import DEEPSEEK_R1, find_gemm
+
+    capability = torch.cuda.get_device_capability()
+    path = args.output or tune.table_path(capability)
+    ms, gemm = args.m or decode_tune.DECODE_MS, find_gemm(capability)
+    print(f"compiling on {os.cpu_count()} cores", file=sys.stderr)
+    if trouble := decode_tune.precompile(ms, capability):
+        print(trouble, file=sys.stderr)
+    found = decode_tune.tune(ms, args.samples or decode_tune.REPLAYS, gemm, lambda text: print(text, flush=True))
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    tune.write(path, decode_tune.merged(table, found, DEEPSEEK_R1.widths, capability))
     return path
 
 
