@@ -87,6 +87,9 @@ class QuantSpec:
         # Made here and not in encode(): a compiler that traces encode() may hold the floats as symbols.
         object.__setattr__(self, "_encoded", ",".join(_short(getattr(self, f.name)) for f in fields(self)))
 
+    def __hash__(self) -> int:
+        return hash(self._encoded)  # a string keeps its hash: specs are keys of caches in every launch
+
     @property
     def is_ue8m0(self) -> bool:
         """Whether every scale is a power of two."""
@@ -177,7 +180,8 @@ def empty_scale(m: int, k: int, spec: QuantSpec, device: torch.device) -> torch.
     rows, columns = spec.scale_rows(m), spec.scale_shape(m, k)[1]
     if spec.layout == "row":
         return torch.empty((m, columns), dtype=spec.scale_dtype, device=device)
-    return torch.empty((columns, rows), dtype=spec.scale_dtype, device=device).t()[:m]
+    scale = torch.empty((columns, rows), dtype=spec.scale_dtype, device=device)
+    return scale.as_strided((m, columns), (1, max(1, rows)))  # as torch strides an empty tensor
 
 
 def one_of(name: str, value: object, accepted: tuple) -> None:

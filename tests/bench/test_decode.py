@@ -147,14 +147,14 @@ def test_candidates_are_configs_of_their_op(op, k, m, capability):
     assert {c.prefetch for c in found[1:]} == ({False, True} if op == "add_rms_norm_quant" and m <= 64 else {False})
     for config in found:
         if op in ("add_rms_norm_quant", "latent_norm_quant"):
-            tiles, own, programs = launch.row_tiles(k, SPEC, config)
-            assert sum(tiles) * 128 >= k and sum(own) * programs * 128 >= k
+            row = launch.divided(k, SPEC, config)
+            assert sum(row.tiles) * 128 >= k and sum(row.own) * row.programs * 128 >= k
             assert config == present or config.split == 1 or config.split * m <= tune.PROGRAMS
         else:
             block, programs = launch.group_blocks(m, k, SPEC, config)
             assert block * programs * 128 >= m * k
-        row = tune.columns(replace(config, keep_sum=False))
-        assert Config(*json.loads(json.dumps(row))) == replace(config, keep_sum=False)
+        columns = tune.columns(replace(config, keep_sum=False))
+        assert Config(*json.loads(json.dumps(columns))) == replace(config, keep_sum=False)
 
 
 @pytest.mark.parametrize(("op", "k", "m"), [case for case in GRID if case[2] <= 64])

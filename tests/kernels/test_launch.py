@@ -4,7 +4,7 @@ import pytest
 
 from normquant import QuantSpec, specs
 from normquant.kernels import launch
-from normquant.kernels.launch import Config, row_tiles
+from normquant.kernels.launch import Config, divided
 
 H100 = (9, 0)
 
@@ -14,19 +14,21 @@ H100 = (9, 0)
     [(56, 1, (64,)), (56, 2, (32, 32)), (56, 3, (32, 16, 8)), (56, 9, (32, 16, 8)), (40, 2, (32, 8)), (64, 3, (64,))],
 )
 def test_tiles_are_powers_of_two_that_cover_the_row(groups, tiles, expected):
-    assert row_tiles(groups * 128, QuantSpec(), Config(4, tiles=tiles)) == (expected, expected, 1)
+    row = divided(groups * 128, QuantSpec(), Config(4, tiles=tiles))
+    assert (row.tiles, row.own, row.programs) == (expected, expected, 1)
 
 
 def test_a_tile_holds_whole_elements_of_the_scale():
     for groups in range(1, 65):
         for tiles in (1, 2, 3):
-            found, own, programs = row_tiles(groups * 128, specs.DEEPGEMM_PACKED, Config(4, tiles=tiles))
-            assert sum(found) >= groups and own == found and programs == 1
-            assert all(tile % 4 == 0 for tile in found)
+            row = divided(groups * 128, specs.DEEPGEMM_PACKED, Config(4, tiles=tiles))
+            assert sum(row.tiles) >= groups and row.own == row.tiles and row.programs == 1
+            assert all(tile % 4 == 0 for tile in row.tiles)
 
 
 def test_programs_that_share_a_row_read_it_whole():
-    assert row_tiles(7168, QuantSpec(), Config(4, 4)) == ((64,), (16,), 4)
+    row = divided(7168, QuantSpec(), Config(4, 4))
+    assert (row.tiles, row.own, row.programs) == ((64,), (16,), 4)
 
 
 @pytest.mark.parametrize("choices", [{"release": "late"}, {"split": 2, "tiles": 2}])

@@ -16,8 +16,6 @@ Grid: M / rows * PARTS. The last of the PARTS programs of a row does kv_a and k_
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -27,12 +25,12 @@ from normquant.kernels._rope import load_angles, load_pairs, positions, store_pa
 from normquant.kernels.launch import (
     Config,
     constant,
-    log_warps,
+    divided,
     on_device,
     power_of_two,
-    row_tiles,
     stride_unit,
     target,
+    unsplit,
 )
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
@@ -131,11 +129,10 @@ def latent_norm_quant(
     if m == 0:
         return outputs
     config = config or choose_config("latent_norm_quant", q, m, where.capability)
-    q_tiles, q_own, programs = row_tiles(q, spec, config)
-    c_tiles, _, _ = row_tiles(c, spec, replace(config, split=1))
+    q_row, c_row = divided(q, spec, config), divided(c, spec, unsplit(config))
     unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
     with on_device(x.device):
-        latent_norm_quant_kernel[(-(-m // config.rows) * (programs + 1),)](
+        latent_norm_quant_kernel[(-(-m // config.rows) * (q_row.programs + 1),)](
             x,
             q_weight,
             kv_weight,
@@ -154,13 +151,13 @@ def latent_norm_quant(
             R=r,
             ROPE=rope,
             SPEC=constant(spec),
-            PARTS=programs + 1,
+            PARTS=q_row.programs + 1,
             ROWS=config.rows,
-            Q_TILES=q_tiles,
-            Q_OWN=q_own,
-            LOG_Q_WARPS=log_warps(q_tiles, q_own, spec, config),
-            C_TILES=c_tiles,
-            LOG_C_WARPS=log_warps(c_tiles, c_tiles, spec, config),
+            Q_TILES=q_row.tiles,
+            Q_OWN=q_row.own,
+            LOG_Q_WARPS=q_row.log_warps,
+            C_TILES=c_row.tiles,
+            LOG_C_WARPS=c_row.log_warps,
             R_BLOCK=power_of_two(r // 2),
             LATE_WEIGHT=config.late_weight,
             EVICT_FIRST=config.evict_first,

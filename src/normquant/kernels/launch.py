@@ -174,7 +174,7 @@ def _rule(op: str, k: int, m: int) -> Config:
     return Config(num_warps, 4 if m <= 16 and k >= 4096 and op.endswith("rms_norm_quant") else 1)
 
 
-def log_warps(tiles: tuple[int, ...], own: tuple[int, ...], spec: QuantSpec, config: Config) -> tuple[int, ...]:
+def _log_warps(tiles: tuple[int, ...], own: tuple[int, ...], spec: QuantSpec, config: Config) -> tuple[int, ...]:
     """For each tile of a row log2 of how many neighbours one warp holds, in the layout that Triton gives the tile.
 
     A thread has 16 neighbours, the width of an fp8 store, or 8 where the tile is only loaded or there are more threads.
@@ -195,7 +195,10 @@ def stride_unit(*tensors: torch.Tensor | None) -> int:
 
     The stride of a single row says nothing.
     """
-    return 8 if all(t is None or t.shape[0] == 1 or t.stride(0) % 8 == 0 for t in tensors) else 1
+    for t in tensors:
+        if t is not None and t.stride(0) % 8 and t.shape[0] != 1:
+            return 1
+    return 8
 
 
 def own_groups(k: int, spec: QuantSpec, config: Config) -> tuple[int, int]:
@@ -206,6 +209,12 @@ def own_groups(k: int, spec: QuantSpec, config: Config) -> tuple[int, int]:
     return block, -(-groups // block)
 
 
+@cache
+def unsplit(config: Config) -> Config:
+    """The same config for a row that one program takes."""
+    return replace(config, split=1)
+
+
 def group_blocks(m: int, k: int, spec: QuantSpec, config: Config) -> tuple[int, int]:
     """The same where a program takes neighbouring groups of any rows: its groups, and programs for all m rows."""
     block = own_groups(k, spec, config)[0] * config.rows
@@ -213,11 +222,23 @@ def group_blocks(m: int, k: int, spec: QuantSpec, config: Config) -> tuple[int, 
     return block, -(-m * spec.scale_shape(m, k)[1] * per // block)
 
 
-def row_tiles(k: int, spec: QuantSpec, config: Config) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Groups of each tile of a row, and of each that one program writes, and how many programs share the row.
+@dataclass(frozen=True)
+class Rows:
+    """How programs divide rows between them.
 
-    Raises ValueError for a row that is too long.
+    tiles: groups of each tile of a row. own: of each that one program writes. log_warps: for each of `tiles` log2 of
+    the neighbours that one warp holds. programs: how many share a row.
     """
+
+    tiles: tuple[int, ...]
+    own: tuple[int, ...]
+    log_warps: tuple[int, ...]
+    programs: int
+
+
+@cache
+def divided(k: int, spec: QuantSpec, config: Config) -> Rows:
+    """How a config divides rows of k values; raises ValueError for a row that is too long."""
     block, programs = own_groups(k, spec, config)
     tiles, left = [], k // spec.group
     while len(tiles) < config.tiles - 1 and left & (left - 1) and power_of_two(left) // 2 >= spec.scales_per_element:
@@ -228,7 +249,9 @@ def row_tiles(k: int, spec: QuantSpec, config: Config) -> tuple[tuple[int, ...],
         tiles = [max(tiles[0], block)]
     if sum(tiles) * spec.group > MAX_ROW:
         raise ValueError(f"K is {k}; the norm kernels hold a row in registers and take at most {MAX_ROW}")
-    return tuple(tiles), tuple(tiles) if config.split == 1 else (block,), programs
+    whole = tuple(tiles)
+    own = whole if config.split == 1 else (block,)
+    return Rows(whole, own, _log_warps(whole, own, spec, config), programs)
 
 
 def power_of_two(n: int) -> int:

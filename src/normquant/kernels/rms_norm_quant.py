@@ -21,9 +21,8 @@ from normquant.kernels._device import norm_quant_rows, prefetch_row, row_offset,
 from normquant.kernels.launch import (
     Config,
     constant,
-    log_warps,
+    divided,
     on_device,
-    row_tiles,
     stride_unit,
     target,
 )
@@ -125,10 +124,10 @@ def rms_norm_quant(
         return data, scale, total, norm
     if config is None:
         config = choose_config(op_name(residual is not None, return_norm), k, m, where.capability)
-    tiles, own, programs = row_tiles(k, spec, config)
+    row = divided(k, spec, config)
     unit = stride_unit(x, residual)
     with on_device(x.device):
-        rms_norm_quant_kernel[(-(-m // config.rows), programs)](
+        rms_norm_quant_kernel[(-(-m // config.rows), row.programs)](
             x,
             residual,
             weight,
@@ -145,9 +144,9 @@ def rms_norm_quant(
             K=k,
             SPEC=constant(spec),
             ROWS=config.rows,
-            TILES=tiles,
-            OWN=own,
-            LOG_WARPS=log_warps(tiles, own, spec, config),
+            TILES=row.tiles,
+            OWN=row.own,
+            LOG_WARPS=row.log_warps,
             PREFETCH=config.prefetch and where.pdl,
             LATE_WEIGHT=config.late_weight,
             EVICT_FIRST=config.evict_first,
