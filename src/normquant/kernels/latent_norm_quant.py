@@ -22,6 +22,7 @@ import triton.language as tl
 
 from normquant.kernels._device import norm_quant_rows, row_offset, wait_for_predecessor
 from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
+from normquant.kernels.dispatch import launch
 from normquant.kernels.launch import (
     Config,
     constant,
@@ -132,20 +133,20 @@ def latent_norm_quant(
     q_row, c_row = divided(q, spec, config), divided(c, spec, unsplit(config))
     unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
     with on_device(x.device):
-        latent_norm_quant_kernel[(-(-m // config.rows) * (q_row.programs + 1),)](
-            x,
-            q_weight,
-            kv_weight,
-            cos,
-            sin,
-            positions,
-            *outputs,
-            m,
-            x.stride(0) // unit,
-            cos.stride(0) // angle_unit,
-            sin.stride(0) // angle_unit,
-            spec.scale_rows(m),
-            eps,
+        launch(
+            latent_norm_quant_kernel,
+            (-(-m // config.rows) * (q_row.programs + 1), 1, 1),
+            (x, q_weight, kv_weight, cos, sin, positions, *outputs),
+            (
+                m,
+                x.stride(0) // unit,
+                cos.stride(0) // angle_unit,
+                sin.stride(0) // angle_unit,
+                spec.scale_rows(m),
+                eps,
+            ),
+            where,
+            config,
             Q=q,
             C=c,
             R=r,
@@ -165,6 +166,5 @@ def latent_norm_quant(
             ANGLE_UNIT=angle_unit,
             PDL=where.release(config),
             ON_CUDA=where.on_cuda,
-            **where.options(config),
         )
     return outputs

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import norm_quant_rows, prefetch_row, row_offset, wait_for_predecessor
+from normquant.kernels.dispatch import launch
 from normquant.kernels.launch import (
     Config,
     constant,
@@ -127,20 +128,20 @@ def rms_norm_quant(
     row = divided(k, spec, config)
     unit = stride_unit(x, residual)
     with on_device(x.device):
-        rms_norm_quant_kernel[(-(-m // config.rows), row.programs)](
-            x,
-            residual,
-            weight,
-            data,
-            scale,
-            total,
-            norm,
-            m,
-            x.stride(0) // unit,
-            residual.stride(0) // unit if residual is not None else 0,
-            spec.scale_rows(m),
-            eps,
-            weight_offset,
+        launch(
+            rms_norm_quant_kernel,
+            (-(-m // config.rows), row.programs, 1),
+            (x, residual, weight, data, scale, total, norm),
+            (
+                m,
+                x.stride(0) // unit,
+                residual.stride(0) // unit if residual is not None else 0,
+                spec.scale_rows(m),
+                eps,
+            ),
+            where,
+            config,
+            weight_offset=weight_offset,
             K=k,
             SPEC=constant(spec),
             ROWS=config.rows,
@@ -154,6 +155,5 @@ def rms_norm_quant(
             STRIDE_UNIT=unit,
             PDL=where.release(config),
             ON_CUDA=where.on_cuda,
-            **where.options(config),
         )
     return data, scale, total, norm

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from normquant.kernels._device import release_dependents, row_offset, wait_for_predecessor
 from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
+from normquant.kernels.dispatch import launch
 from normquant.kernels.launch import Config, constant, on_device, power_of_two, stride_unit, target
 from normquant.spec import QuantSpec
 
@@ -94,16 +95,13 @@ def rope_last(
     unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
     block = heads_of_program(d)
     with on_device(x.device):
-        rope_last_kernel[(-(-m * heads // block),)](
-            x,
-            cos,
-            sin,
-            positions,
-            out,
-            m,
-            x.stride(0) // unit,
-            cos.stride(0) // angle_unit,
-            sin.stride(0) // angle_unit,
+        launch(
+            rope_last_kernel,
+            (-(-m * heads // block), 1, 1),
+            (x, cos, sin, positions, out),
+            (m, x.stride(0) // unit, cos.stride(0) // angle_unit, sin.stride(0) // angle_unit),
+            where,
+            CONFIG,
             H=heads,
             D=d,
             R=r,
@@ -115,6 +113,5 @@ def rope_last(
             STRIDE_UNIT=unit,
             ANGLE_UNIT=angle_unit,
             PDL=where.release(CONFIG),
-            **where.options(CONFIG),
         )
     return out

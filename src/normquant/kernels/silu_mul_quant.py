@@ -24,6 +24,7 @@ from normquant.kernels._device import (
     scale_by_weight,
     wait_for_predecessor,
 )
+from normquant.kernels.dispatch import launch
 from normquant.kernels.launch import Config, constant, group_blocks, on_device, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
@@ -89,19 +90,18 @@ def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = Non
     block_g, programs = group_blocks(m, k, spec, config)
     unit = stride_unit(x)
     with on_device(x.device):
-        silu_mul_quant_kernel[(programs,)](
-            x,
-            data,
-            scale,
-            m,
-            x.stride(0) // unit,
-            spec.scale_rows(m),
+        launch(
+            silu_mul_quant_kernel,
+            (programs, 1, 1),
+            (x, data, scale),
+            (m, x.stride(0) // unit, spec.scale_rows(m)),
+            where,
+            config,
             K=k,
             SPEC=constant(spec),
             BLOCK_G=block_g,
             STRIDE_UNIT=unit,
             PDL=where.release(config),
             ON_CUDA=where.on_cuda,
-            **where.options(config),
         )
     return data, scale
