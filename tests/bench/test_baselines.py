@@ -62,10 +62,10 @@ def test_the_readme_quotes_the_kernels():
             best = min(peers, key=peers.__getitem__)
             gains.append(peers[best] / us["normquant"])
             slower += [best] * (gains[-1] < 1)
-    assert {name.partition(" ")[0] for name in slower} == {"flashinfer"}
+    assert [name.partition(" ")[0] for name in slower] == ["flashinfer"]
     words = " ".join(text.split())
     assert f"all {len(gains)} cases" in words and f"{statistics.geometric_mean(gains):.2f} times as fast" in words
-    assert f"{min(gains):.2f} times in the worst; {len(slower)} cases are below 1" in words
+    assert f"{min(gains):.3f} times in the worst, the only one below 1" in words
 
 
 def vllm() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:

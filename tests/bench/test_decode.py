@@ -209,7 +209,7 @@ def test_a_config_must_win_by_more_than_the_noise_and_the_margin(found, chosen):
 
 @pytest.mark.parametrize(("together_us", "kept"), [(72.7, False), (75.3, True)])
 def test_the_chosen_configs_are_taken_where_they_win_together(together_us, kept):
-    present = decode_tune.present_configs(DEEPSEEK_R1.widths, 64, H100)
+    present = {**decode_tune.present_configs(DEEPSEEK_R1.widths, 64, H100), "group_quant": Config(4, 2)}
     faster = Config(8, 2, release="start")
 
     def times(variants):
