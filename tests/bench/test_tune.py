@@ -33,6 +33,29 @@ def test_every_case_has_candidates_that_cover_its_row():
         assert all(c.split == 1 for c in found) or case.m <= 128 or case.op in ("group_quant", "silu_mul_quant")
 
 
+def test_rows_are_tried_in_every_way_to_cut_them():
+    for k, tilings in ((7168, {1, 2, 3}), (5120, {1, 2}), (1536, {1, 2}), (2048, {1})):
+        found = list(tune.candidates(Case("add_rms_norm_quant", 1024, k)))
+        assert {c.tiles for c in found} == tilings and {c.evict_first for c in found} == {False, True}
+        assert len(set(found)) == len(found)
+    assert all(c.tiles == 1 for op in ("group_quant", "silu_mul_quant") for c in tune.candidates(Case(op, 1024, 5120)))
+
+
+def test_a_config_is_as_slow_as_under_the_slower_rule(monkeypatch):
+    case = Case("add_rms_norm_quant", 1024, 7168)
+    ours, theirs = tune.rules(case)
+    assert (ours.sum, theirs.sum) == ("fp32", "rounded") and ours.layout == theirs.layout
+    assert len(tune.rules(Case("add_rms_norm_quant", 16, 7168))) == len(tune.rules(Case("group_quant", 1024, 512))) == 1
+    slow = {(ours, A): 1.0, (theirs, A): 3.0, (ours, B): 2.0, (theirs, B): 2.0}
+    monkeypatch.setattr(tune, "candidates", lambda case: [A, B])
+    monkeypatch.setattr(tune, "inputs", lambda case, sets: [None])
+    monkeypatch.setattr(tune, "sets_of", lambda case, in_l2: 1)
+    monkeypatch.setattr(tune, "launcher", lambda case: lambda i, config: slow[case.spec, config])
+    took = lambda calls: Timing(us := calls[0](), us, us, 1)  # noqa: E731
+    monkeypatch.setattr(tune, "time_calls", lambda work, *args: {name: took(calls) for name, calls in work.items()})
+    assert {config: timing.us for config, timing in tune.measure(case, 3).items()} == {A: 3.0, B: 2.0}
+
+
 def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch):
     table = {"group_quant": {"512": [[16, 2, 4], [64, 4, 1]], "7168": [[16384, 8, 1]]}}
     tune.write(tmp_path / "configs" / "sm90.json", table)

@@ -48,6 +48,13 @@ def test_the_sum_is_kept_as_long_as_it_is_small(k, capability):
         assert kept in launch.configs("add_rms_norm_quant", k, capability)
 
 
+@pytest.mark.parametrize("op", ["add_rms_norm_quant", "rms_norm_quant_with_norm", "latent_norm_quant"])
+def test_a_shape_without_measurements_follows_the_rule(op):
+    few, many = (launch.config(op, 6144, m, H100) for m in (4, 4096))
+    assert few.split == (1 if op.startswith("latent") else 4) and few.num_warps > many.num_warps
+    assert divided(6144, QuantSpec(), many).tiles == (32, 16)
+
+
 def test_a_row_of_the_table_that_is_cut_keeps_its_config():
     rows = [(8, Config(1)), (512, Config(2)), (launch.sys.maxsize, Config(4))]
     cut = launch._keeping(64, rows)

@@ -167,11 +167,13 @@ _RULE_LIMITS = (16, 256, 257)  # up to how many rows the rule gives one config; 
 
 
 def _rule(op: str, k: int, m: int) -> Config:
-    # Few rows: many warps, a row over several programs, so that one row's latency is short. Many rows: fewer warps, so
-    # that several programs share a multiprocessor.
+    # Few rows: many warps, a row over several programs, so that one row's latency is short. Many rows: fewer warps and
+    # no idle lanes, so that several programs share a multiprocessor.
     per_warp = 512 if m <= 256 else 1024
     num_warps = min(32, max(4, 1 << (k // per_warp).bit_length() - 1)) if k >= per_warp else 4
-    return Config(num_warps, 4 if m <= 16 and k >= 4096 and op.endswith("rms_norm_quant") else 1)
+    if "rms_norm_quant" in op and k >= 4096 and m <= 16:
+        return Config(num_warps, split=4)
+    return Config(num_warps, tiles=1 if m <= 256 else 3)
 
 
 def _log_warps(tiles: tuple[int, ...], own: tuple[int, ...], spec: QuantSpec, config: Config) -> tuple[int, ...]:
