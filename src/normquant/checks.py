@@ -28,15 +28,22 @@ def rows(name: str, x: torch.Tensor) -> torch.Tensor:
 
 def check_quant(x: torch.Tensor, spec: QuantSpec, name: str = "x") -> None:
     """x must be [M, K] bf16 or fp16 with last stride 1 and K a positive multiple of spec.group."""
+    _check_rows(x, name)
+    _check_width(x.shape[1], spec, name)
+
+
+def _check_rows(x: torch.Tensor, name: str) -> None:
     if x.dim() != 2:
         raise ValueError(f"{name} has {x.dim()} dimensions; the op takes [M, K]")
     if x.dtype not in ACTIVATION_DTYPES:
         raise ValueError(f"{name} has dtype {x.dtype}; accepted: {_names(ACTIVATION_DTYPES)}")
-    k = x.shape[1]
-    if k == 0 or k % spec.group:
-        raise ValueError(f"{name} has K = {k}; K must be a positive multiple of the group, {spec.group}")
     if x.stride(1) != 1:
         raise ValueError(f"{name} has stride {x.stride()}; the last stride must be 1")
+
+
+def _check_width(k: int, spec: QuantSpec, name: str) -> None:
+    if k == 0 or k % spec.group:
+        raise ValueError(f"{name} has K = {k}; K must be a positive multiple of the group, {spec.group}")
 
 
 def check_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, spec: QuantSpec) -> None:
@@ -45,15 +52,19 @@ def check_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Ten
     if residual is not None:
         if residual.shape != x.shape or residual.dtype != x.dtype:
             raise ValueError(f"residual is {_describe(residual)}; it must have x's shape and dtype, {_describe(x)}")
-        check_quant(residual, spec, "residual")
+        _check_rows(residual, "residual")
         _same_device("residual", residual, x)
     if weight.dim() != 1 or weight.shape[0] != x.shape[1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [K] = [{x.shape[1]}]")
+    _check_weight(weight, x, "weight")
+
+
+def _check_weight(weight: torch.Tensor, x: torch.Tensor, name: str) -> None:
     if weight.dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"weight has dtype {weight.dtype}; accepted: {_names(WEIGHT_DTYPES)}")
+        raise ValueError(f"{name} has dtype {weight.dtype}; accepted: {_names(WEIGHT_DTYPES)}")
     if weight.stride(0) != 1:
-        raise ValueError(f"weight has stride {weight.stride()}; it must be contiguous")
-    _same_device("weight", weight, x)
+        raise ValueError(f"{name} has stride {weight.stride()}; it must be contiguous")
+    _same_device(name, weight, x)
 
 
 def check_silu_mul(x: torch.Tensor, spec: QuantSpec) -> None:
@@ -85,8 +96,11 @@ def check_latent(
     r = x.shape[1] - q - c
     if r <= 0 or r % 2:
         raise ValueError(f"x has {x.shape[1]} columns and the weights {q} + {c}; an even number must remain for k_pe")
-    check_norm(x[:, :q], None, q_weight, spec)
-    check_norm(x[:, q : q + c], None, kv_weight, spec)
+    _check_rows(x, "x")
+    _check_width(q, spec, "q_a")
+    _check_width(c, spec, "kv_a")
+    _check_weight(q_weight, x, "q_weight")
+    _check_weight(kv_weight, x, "kv_weight")
     _check_angles(x, cos, sin, positions, r, rope)
 
 
