@@ -147,3 +147,11 @@ def test_constants_out_of_order_are_refused(launched):
     swapped = {"SPEC": values.pop("SPEC"), **values}
     with pytest.raises(TypeError, match="constants"):
         dispatch.launch(group_quant.group_quant_kernel, (4, 1, 1), tensors, (4, 64, 4), where, Config(4), **swapped)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_no_number_is_specialized_on(module):
+    name = module.__name__.rpartition(".")[2]
+    kernel = getattr(module, f"{name}_kernel")
+    numbers = [p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
+    assert numbers and all(p.do_not_specialize for p in numbers)
