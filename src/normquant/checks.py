@@ -26,10 +26,10 @@ def rows(name: str, x: torch.Tensor) -> torch.Tensor:
         ) from None
 
 
-def check_quant(x: torch.Tensor, spec: QuantSpec, name: str = "x") -> None:
+def check_quant(x: torch.Tensor, spec: QuantSpec) -> None:
     """x must be [M, K] bf16 or fp16 with last stride 1 and K a positive multiple of spec.group."""
-    _check_rows(x, name)
-    _check_width(x.shape[1], spec, name)
+    _check_rows(x, "x")
+    _check_width(x.shape[1], spec, "x")
 
 
 def _check_rows(x: torch.Tensor, name: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from normquant.kernels.launch import Config, Target
+from normquant.kernels.launch import Config, Target, on_device
 
 INT32_MAX = 2**31 - 1
 
@@ -29,23 +29,25 @@ def launch(
     config: Config,
     **constants: Any,
 ) -> None:
-    """Launch on the current device: first all tensors, then the numbers, then the constants, in the kernel's order.
+    """Launch on the tensors' device: first all tensors, then the numbers, then the constants, in the kernel's order.
 
     numbers: those that the kernel does not specialize on, of which only the width in bits counts.
     """
+    device = tensors[0].device  # type: ignore[union-attr]
     key = (
         kernel,
-        tensors[0].device,  # type: ignore[union-attr]
+        device,
         config.num_warps,
         *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
         *[n > INT32_MAX for n in numbers],
         *constants.values(),
     )
     binary = _binaries.get(key)
-    if binary is not None:
-        binary[grid](*tensors, *numbers, *constants.values())
-        return
-    binary = kernel[grid](*tensors, *numbers, **constants, **where.options(config))
+    with on_device(device):
+        if binary is not None:
+            binary[grid](*tensors, *numbers, *constants.values())
+            return
+        binary = kernel[grid](*tensors, *numbers, **constants, **where.options(config))
     if binary is not None:  # the interpreter has none
         if kernel.arg_names[-len(constants) :] != list(constants):
             raise TypeError(f"{kernel.__name__} takes its constants as {kernel.arg_names[-len(constants) :]}")

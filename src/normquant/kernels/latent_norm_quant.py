@@ -20,14 +20,14 @@ import torch
 import triton
 import triton.language as tl
 
-from normquant.kernels._device import norm_quant_rows, row_offset, wait_for_predecessor
+from normquant.kernels._device import row_offset, wait_for_predecessor
+from normquant.kernels._norm import norm_quant_rows
 from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
 from normquant.kernels.dispatch import launch
 from normquant.kernels.launch import (
     Config,
     constant,
     divided,
-    on_device,
     power_of_two,
     stride_unit,
     target,
@@ -132,39 +132,38 @@ def latent_norm_quant(
     config = config or choose_config("latent_norm_quant", q, m, where.capability)
     q_row, c_row = divided(q, spec, config), divided(c, spec, unsplit(config))
     unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
-    with on_device(x.device):
-        launch(
-            latent_norm_quant_kernel,
-            (-(-m // config.rows) * (q_row.programs + 1), 1, 1),
-            (x, q_weight, kv_weight, cos, sin, positions, *outputs),
-            (
-                m,
-                x.stride(0) // unit,
-                cos.stride(0) // angle_unit,
-                sin.stride(0) // angle_unit,
-                spec.scale_rows(m),
-                eps,
-            ),
-            where,
-            config,
-            Q=q,
-            C=c,
-            R=r,
-            ROPE=rope,
-            SPEC=constant(spec),
-            PARTS=q_row.programs + 1,
-            ROWS=config.rows,
-            Q_TILES=q_row.tiles,
-            Q_OWN=q_row.own,
-            LOG_Q_WARPS=q_row.log_warps,
-            C_TILES=c_row.tiles,
-            LOG_C_WARPS=c_row.log_warps,
-            R_BLOCK=power_of_two(r // 2),
-            LATE_WEIGHT=config.late_weight,
-            EVICT_FIRST=config.evict_first,
-            STRIDE_UNIT=unit,
-            ANGLE_UNIT=angle_unit,
-            PDL=where.release(config),
-            ON_CUDA=where.on_cuda,
-        )
+    launch(
+        latent_norm_quant_kernel,
+        (-(-m // config.rows) * (q_row.programs + 1), 1, 1),
+        (x, q_weight, kv_weight, cos, sin, positions, *outputs),
+        (
+            m,
+            x.stride(0) // unit,
+            cos.stride(0) // angle_unit,
+            sin.stride(0) // angle_unit,
+            spec.scale_rows(m),
+            eps,
+        ),
+        where,
+        config,
+        Q=q,
+        C=c,
+        R=r,
+        ROPE=rope,
+        SPEC=constant(spec),
+        PARTS=q_row.programs + 1,
+        ROWS=config.rows,
+        Q_TILES=q_row.tiles,
+        Q_OWN=q_row.own,
+        LOG_Q_WARPS=q_row.log_warps,
+        C_TILES=c_row.tiles,
+        LOG_C_WARPS=c_row.log_warps,
+        R_BLOCK=power_of_two(r // 2),
+        LATE_WEIGHT=config.late_weight,
+        EVICT_FIRST=config.evict_first,
+        STRIDE_UNIT=unit,
+        ANGLE_UNIT=angle_unit,
+        PDL=where.release(config),
+        ON_CUDA=where.on_cuda,
+    )
     return outputs

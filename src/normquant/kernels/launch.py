@@ -97,9 +97,7 @@ class Target:
 
     def release(self, config: Config) -> str:
         """When the next kernel may be scheduled: as `_device.wait_for_predecessor` takes it."""
-        if not self.pdl:
-            return ""
-        return config.release
+        return config.release if self.pdl else ""
 
     def options(self, config: Config) -> dict[str, object]:
         """Launch options of Triton. Multiply-adds of the compiler's choosing are off: they round differently."""
@@ -170,7 +168,7 @@ def _rule(op: str, k: int, m: int) -> Config:
     # Few rows: many warps, a row over several programs, so that one row's latency is short. Many rows: fewer warps and
     # no idle lanes, so that several programs share a multiprocessor.
     per_warp = 512 if m <= 256 else 1024
-    num_warps = min(32, max(4, 1 << (k // per_warp).bit_length() - 1)) if k >= per_warp else 4
+    num_warps = min(32, power_of_two_in(max(4, k // per_warp)))
     if "rms_norm_quant" in op and k >= 4096 and m <= 16:
         return Config(num_warps, split=4)
     return Config(num_warps, tiles=1 if m <= 256 else 3)
@@ -242,13 +240,12 @@ class Rows:
 def divided(k: int, spec: QuantSpec, config: Config) -> Rows:
     """How a config divides rows of k values; raises ValueError for a row that is too long."""
     block, programs = own_groups(k, spec, config)
+    per = spec.scales_per_element  # a tile holds whole elements of the scale
     tiles, left = [], k // spec.group
-    while len(tiles) < config.tiles - 1 and left & (left - 1) and power_of_two(left) // 2 >= spec.scales_per_element:
-        tiles.append(power_of_two(left) // 2)
-        left -= tiles[-1]
-    tiles.append(max(power_of_two(left), spec.scales_per_element))
-    if not tiles[1:]:
-        tiles = [max(tiles[0], block)]
+    while len(tiles) < config.tiles - 1 and per <= (largest := power_of_two_in(left)) < left:
+        tiles.append(largest)
+        left -= largest
+    tiles.append(max(power_of_two(left), per))
     if sum(tiles) * spec.group > MAX_ROW:
         raise ValueError(f"K is {k}; the norm kernels hold a row in registers and take at most {MAX_ROW}")
     whole = tuple(tiles)
@@ -259,6 +256,11 @@ def divided(k: int, spec: QuantSpec, config: Config) -> Rows:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def power_of_two_in(n: int) -> int:
+    """The largest power of two that is at most n, which is at least 1."""
+    return 1 << n.bit_length() - 1
 
 
 def log2(n: int) -> int:

@@ -17,13 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
-from normquant.kernels._device import norm_quant_rows, prefetch_row, row_offset, wait_for_predecessor
+from normquant.kernels._device import row_offset, wait_for_predecessor
+from normquant.kernels._norm import norm_quant_rows, prefetch_row
 from normquant.kernels.dispatch import launch
 from normquant.kernels.launch import (
     Config,
     constant,
     divided,
-    on_device,
     stride_unit,
     target,
 )
@@ -127,33 +127,32 @@ def rms_norm_quant(
         config = choose_config(op_name(residual is not None, return_norm), k, m, where.capability)
     row = divided(k, spec, config)
     unit = stride_unit(x, residual)
-    with on_device(x.device):
-        launch(
-            rms_norm_quant_kernel,
-            (-(-m // config.rows), row.programs, 1),
-            (x, residual, weight, data, scale, total, norm),
-            (
-                m,
-                x.stride(0) // unit,
-                residual.stride(0) // unit if residual is not None else 0,
-                spec.scale_rows(m),
-                eps,
-            ),
-            where,
-            config,
-            weight_offset=weight_offset,
-            K=k,
-            SPEC=constant(spec),
-            ROWS=config.rows,
-            TILES=row.tiles,
-            OWN=row.own,
-            LOG_WARPS=row.log_warps,
-            PREFETCH=config.prefetch and where.pdl,
-            LATE_WEIGHT=config.late_weight,
-            EVICT_FIRST=config.evict_first,
-            KEEP_SUM=config.keep_sum,
-            STRIDE_UNIT=unit,
-            PDL=where.release(config),
-            ON_CUDA=where.on_cuda,
-        )
+    launch(
+        rms_norm_quant_kernel,
+        (-(-m // config.rows), row.programs, 1),
+        (x, residual, weight, data, scale, total, norm),
+        (
+            m,
+            x.stride(0) // unit,
+            residual.stride(0) // unit if residual is not None else 0,
+            spec.scale_rows(m),
+            eps,
+        ),
+        where,
+        config,
+        weight_offset=weight_offset,
+        K=k,
+        SPEC=constant(spec),
+        ROWS=config.rows,
+        TILES=row.tiles,
+        OWN=row.own,
+        LOG_WARPS=row.log_warps,
+        PREFETCH=config.prefetch and where.pdl,
+        LATE_WEIGHT=config.late_weight,
+        EVICT_FIRST=config.evict_first,
+        KEEP_SUM=config.keep_sum,
+        STRIDE_UNIT=unit,
+        PDL=where.release(config),
+        ON_CUDA=where.on_cuda,
+    )
     return data, scale, total, norm

@@ -19,7 +19,7 @@ import triton.language as tl
 from normquant.kernels._device import release_dependents, row_offset, wait_for_predecessor
 from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
 from normquant.kernels.dispatch import launch
-from normquant.kernels.launch import Config, constant, on_device, power_of_two, stride_unit, target
+from normquant.kernels.launch import Config, constant, power_of_two, power_of_two_in, stride_unit, target
 from normquant.spec import QuantSpec
 
 CONFIG = Config(4)
@@ -73,7 +73,7 @@ def rope_last_kernel(
 
 def heads_of_program(d: int) -> int:
     """Heads of d values that a program takes, a power of two: as many as come to at most `VALUES`, or one."""
-    return max(1, power_of_two(VALUES // d + 1) // 2)
+    return power_of_two_in(max(1, VALUES // d))
 
 
 def rope_last(
@@ -94,24 +94,23 @@ def rope_last(
         return out
     unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
     block = heads_of_program(d)
-    with on_device(x.device):
-        launch(
-            rope_last_kernel,
-            (-(-m * heads // block), 1, 1),
-            (x, cos, sin, positions, out),
-            (m, x.stride(0) // unit, cos.stride(0) // angle_unit, sin.stride(0) // angle_unit),
-            where,
-            CONFIG,
-            H=heads,
-            D=d,
-            R=r,
-            ROPE=rope,
-            SPEC=constant(spec),
-            BLOCK_H=block,
-            COPY_BLOCK=power_of_two(max(1, d - r)),
-            R_BLOCK=power_of_two(r // 2),
-            STRIDE_UNIT=unit,
-            ANGLE_UNIT=angle_unit,
-            PDL=where.release(CONFIG),
-        )
+    launch(
+        rope_last_kernel,
+        (-(-m * heads // block), 1, 1),
+        (x, cos, sin, positions, out),
+        (m, x.stride(0) // unit, cos.stride(0) // angle_unit, sin.stride(0) // angle_unit),
+        where,
+        CONFIG,
+        H=heads,
+        D=d,
+        R=r,
+        ROPE=rope,
+        SPEC=constant(spec),
+        BLOCK_H=block,
+        COPY_BLOCK=power_of_two(max(1, d - r)),
+        R_BLOCK=power_of_two(r // 2),
+        STRIDE_UNIT=unit,
+        ANGLE_UNIT=angle_unit,
+        PDL=where.release(CONFIG),
+    )
     return out

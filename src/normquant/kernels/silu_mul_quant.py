@@ -25,7 +25,7 @@ from normquant.kernels._device import (
     wait_for_predecessor,
 )
 from normquant.kernels.dispatch import launch
-from normquant.kernels.launch import Config, constant, group_blocks, on_device, stride_unit, target
+from normquant.kernels.launch import Config, constant, group_blocks, stride_unit, target
 from normquant.kernels.launch import config as choose_config
 from normquant.spec import QuantSpec, empty_scale
 
@@ -89,19 +89,18 @@ def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = Non
     config = config or choose_config("silu_mul_quant", k, m, where.capability)
     block_g, programs = group_blocks(m, k, spec, config)
     unit = stride_unit(x)
-    with on_device(x.device):
-        launch(
-            silu_mul_quant_kernel,
-            (programs, 1, 1),
-            (x, data, scale),
-            (m, x.stride(0) // unit, spec.scale_rows(m)),
-            where,
-            config,
-            K=k,
-            SPEC=constant(spec),
-            BLOCK_G=block_g,
-            STRIDE_UNIT=unit,
-            PDL=where.release(config),
-            ON_CUDA=where.on_cuda,
-        )
+    launch(
+        silu_mul_quant_kernel,
+        (programs, 1, 1),
+        (x, data, scale),
+        (m, x.stride(0) // unit, spec.scale_rows(m)),
+        where,
+        config,
+        K=k,
+        SPEC=constant(spec),
+        BLOCK_G=block_g,
+        STRIDE_UNIT=unit,
+        PDL=where.release(config),
+        ON_CUDA=where.on_cuda,
+    )
     return data, scale
