@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from normquant.bench.cases import MS, Case
 from normquant.bench.decode import DEEPSEEK_R1, LAYERS, SPEC, Configs, Gemm
 from normquant.bench.precompile import everywhere
 from normquant.bench.timing import capture_once, interleaved, middle_mean
-from normquant.bench.tune import PREFETCH_UP_TO, PROGRAMS, Table, columns, launch_once
+from normquant.bench.tune import PREFETCH_UP_TO, PROGRAMS, Rows, Table, joined, launch_once
 from normquant.kernels import launch
 from normquant.kernels.launch import RELEASES, Config
 
@@ -32,7 +31,6 @@ WARPS = {"add_rms_norm_quant": (8, 16, 32)}
 FEW_WARPS = (1, 2, 4, 8)  # of the narrower ops
 PER_THREAD = (2, 64)  # values of the groups that a program writes, or of the row that a norm's reads
 
-Rows = list[list[Any]]
 Times = Callable[[Sequence[Configs]], list[float]]  # us a layer of the step with each
 
 
@@ -177,7 +175,7 @@ def merged(table: Table, found: Sequence[Result], widths: Mapping[str, int], cap
 
 def in_use(op: str, k: int, capability: tuple[int, int] | None) -> Rows:
     """What `launch` chooses, as rows of a table: for an op and width that the table at hand lacks."""
-    return _joined([(m, launch.config(op, k, m, capability)) for m in MS])
+    return joined([(m, launch.config(op, k, m, capability)) for m in MS])
 
 
 def merged_rows(rows: Rows, measured: Sequence[tuple[int, Config]]) -> Rows:
@@ -188,15 +186,4 @@ def merged_rows(rows: Rows, measured: Sequence[tuple[int, Config]]) -> Rows:
     """
     last = measured[-1][0]
     above = [(limit, Config(*fields)) for limit, *fields in rows if limit > last]
-    return _joined([*measured, *(above or [(last + 1, Config(*rows[-1][1:]))])])
-
-
-def _joined(rows: Sequence[tuple[int, Config]]) -> Rows:
-    found: Rows = []
-    for limit, config in rows:
-        fields = columns(replace(config, keep_sum=False))  # a rule of `launch` by M, and no field of a table
-        if found and found[-1][1:] == fields:
-            found[-1][0] = limit
-        else:
-            found.append([limit, *fields])
-    return found
+    return joined([*measured, *(above or [(last + 1, Config(*rows[-1][1:]))])])

@@ -9,7 +9,8 @@ drift over all of them alike. Each replay is one raw sample.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -76,9 +77,7 @@ def interleaved(graphs: Sequence[torch.cuda.CUDAGraph], samples: int) -> list[li
 
 def capture(calls: Sequence[Call], sample_us: float = SAMPLE_US) -> tuple[torch.cuda.CUDAGraph, int]:
     """A CUDA graph of the calls in turn, repeated to about `sample_us`, and how many calls it holds."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with _side_stream() as stream:
         for call in calls:  # compiles and allocates outside of the graph
             call()
         once = _record(calls, 1, stream)
@@ -86,19 +85,24 @@ def capture(calls: Sequence[Call], sample_us: float = SAMPLE_US) -> tuple[torch.
         us = min(replay_us(once) for _ in range(3))
         repeats = max(1, min(MAX_CALLS // len(calls), round(sample_us / us)))
         graph = _record(calls, repeats, stream)
-    torch.cuda.current_stream().wait_stream(stream)
     return graph, repeats * len(calls)
 
 
 def capture_once(call: Call) -> torch.cuda.CUDAGraph:
     """A CUDA graph of one call, which is made once before."""
+    with _side_stream() as stream:
+        call()  # compiles and allocates outside of the graph
+        return _record([call], 1, stream)
+
+
+@contextmanager
+def _side_stream() -> Iterator[torch.cuda.Stream]:
+    # A graph is captured on a stream of its own: it waits for what was there before, and what follows waits for it.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call()  # compiles and allocates outside of the graph
-        graph = _record([call], 1, stream)
+        yield stream
     torch.cuda.current_stream().wait_stream(stream)
-    return graph
 
 
 def _record(calls: Sequence[Call], repeats: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:

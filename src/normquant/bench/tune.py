@@ -18,7 +18,8 @@ from normquant.bench.timing import Timing, sets_of, time_calls
 from normquant.kernels.launch import Config, divided
 from normquant.spec import QuantSpec
 
-Table = dict[str, dict[str, list[list[Any]]]]
+Rows = list[list[Any]]  # [[largest M, *fields of a Config], ...], ascending in M
+Table = dict[str, dict[str, Rows]]
 NOISE = 0.01  # a config must win by more than this to displace a neighbour's, so that the table stays short
 PROGRAMS = 512  # a row is split only as long as there are no more programs than this, some four a multiprocessor
 PREFETCH_UP_TO = 64  # rows: above, a prefetch competes with the loads of the kernel before
@@ -31,7 +32,6 @@ def candidates(case: Case) -> Iterator[Config]:
     """The configs worth measuring: from 4 to 64 values a thread, and rows split only where they are few."""
     groups = case.k // case.spec.group
     independent = case.op in ("group_quant", "silu_mul_quant")
-    norm = case.op.endswith("rms_norm_quant")
     splits = [s for s in (1, 2, 4, 8, 16) if s <= groups and (independent or s == 1 or s * case.m <= PROGRAMS)]
     shapes = [(split, 1) for split in splits]
     if case.m >= SEVERAL_FROM:
@@ -40,16 +40,22 @@ def candidates(case: Case) -> Iterator[Config]:
         for num_warps in (1, 2, 4, 8, 16, 32):
             per_thread = (case.k // split if independent else case.k) * rows / (32 * num_warps)
             if 4 <= per_thread <= (64 if rows == 1 else 32):  # more of several rows spill
-                found = [Config(num_warps, split, rows)]
-                if norm and case.m <= PREFETCH_UP_TO:
-                    found.append(Config(num_warps, split, prefetch=True))
-                if not independent and case.m >= SEVERAL_FROM:
-                    found.append(Config(num_warps, split, rows, late_weight=True))
-                if not independent and split == 1:
-                    if case.m >= EVICT_FROM:
-                        found += [replace(config, evict_first=True) for config in found]
-                    found += [replace(config, tiles=n) for config in found for n in tilings(case)]
-                yield from found
+                plain = Config(num_warps, split, rows)
+                yield from [plain] if independent else variants(case, plain)
+
+
+def variants(case: Case, plain: Config) -> list[Config]:
+    """A config of an op with a norm, and the same with each choice that may pay for so many rows."""
+    found = [plain]
+    if case.op.endswith("rms_norm_quant") and case.m <= PREFETCH_UP_TO:
+        found.append(replace(plain, prefetch=True))
+    if case.m >= SEVERAL_FROM:
+        found.append(replace(plain, late_weight=True))
+    if plain.split > 1:
+        return found
+    if case.m >= EVICT_FROM:
+        found += [replace(config, evict_first=True) for config in found]
+    return found + [replace(config, tiles=n) for config in found for n in tilings(case)]
 
 
 def tilings(case: Case) -> list[int]:
@@ -127,28 +133,39 @@ def launch_once(case: Case, config: Config) -> None:
     torch.cuda.synchronize()
 
 
-def choose(measured: Sequence[tuple[int, dict[Config, Timing]]]) -> list[list[Any]]:
+def choose(measured: Sequence[tuple[int, dict[Config, Timing]]]) -> Rows:
     """[[largest M, *config], ...] from measurements at ascending M; the last row holds for every larger M.
 
     A row keeps its neighbour's config unless another is faster by more than the noise.
     """
-    rows: list[list[Any]] = []
+    chosen: list[tuple[int, Config]] = []
     for m, times in measured:
         best = min(times, key=lambda config: times[config].us)
-        if rows:
-            previous = Config(*rows[-1][1:])
-            if previous in times and times[previous].us <= times[best].us * (1 + NOISE):
-                best = previous
-        if rows and rows[-1][1:] == columns(best):
-            rows[-1][0] = m
+        previous = chosen[-1][1] if chosen else best
+        if previous in times and times[previous].us <= times[best].us * (1 + NOISE):
+            best = previous
+        chosen.append((m, best))
+    return joined(chosen)
+
+
+def joined(chosen: Sequence[tuple[int, Config]]) -> Rows:
+    """Rows of a table from (M, config) at ascending M, neighbours with one config as one row."""
+    rows: Rows = []
+    for m, config in chosen:
+        row = [m, *columns(config)]
+        if rows and rows[-1][1:] == row[1:]:
+            rows[-1] = row
         else:
-            rows.append([m, *columns(best)])
+            rows.append(row)
     return rows
 
 
 def columns(config: Config) -> list[Any]:
-    """A config as a row of the table holds it: its fields, without defaults at the end."""
-    values = list(astuple(config))
+    """A config as a row of the table holds it: its fields, without defaults at the end.
+
+    keep_sum is a rule of `launch` by M, and no field of a table.
+    """
+    values = list(astuple(replace(config, keep_sum=False)))
     while len(values) > 2 and values[-1] == fields(config)[len(values) - 1].default:
         values.pop()
     return values

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.decode:
         path = decode(args)
     else:
-        args.samples = args.samples or SAMPLES
+        args.samples = SAMPLES if args.samples is None else args.samples
         cases = grid_cases(args)
         path = strategies(args, cases) if args.strategies else configs(args, cases)
     print(f"table in {path}", file=sys.stderr)
@@ -80,7 +80,8 @@ def decode(args: argparse.Namespace) -> Path:
     print(f"compiling on {os.cpu_count()} cores", file=sys.stderr)
     if trouble := decode_tune.precompile(ms, capability):
         print(trouble, file=sys.stderr)
-    found = decode_tune.tune(ms, args.samples or decode_tune.REPLAYS, gemm, lambda text: print(text, flush=True))
+    replays = decode_tune.REPLAYS if args.samples is None else args.samples
+    found = decode_tune.tune(ms, replays, gemm, lambda text: print(text, flush=True))
     table = json.loads(path.read_text()) if path.is_file() else {}
     tune.write(path, decode_tune.merged(table, found, DEEPSEEK_R1.widths, capability))
     return path
