@@ -14,6 +14,7 @@ import torch
 
 from normquant import reference
 from normquant.checks import check_latent, check_norm, check_quant, check_rope_last, check_silu_mul, rows
+from normquant.kernels.memo import remembered
 from normquant.spec import QuantizedActivation, QuantSpec, Rope
 
 LIBRARY = torch.library.Library("normquant", "DEF")
@@ -25,7 +26,10 @@ Impl = Callable[..., Any]
 
 
 def _register(schema: str, check: Impl, fake: Impl, cpu: Impl, cuda: Impl) -> None:
-    """Define an op; each implementation sees checked inputs and, as its last argument, the decoded spec."""
+    """Define an op; each implementation sees checked inputs and, as its last argument, the decoded spec.
+
+    cuda gives the plan of a launch, not its outputs.
+    """
     LIBRARY.define(schema, tags=TAGS)
     name = schema.partition("(")[0]
 
@@ -37,9 +41,14 @@ def _register(schema: str, check: Impl, fake: Impl, cpu: Impl, cuda: Impl) -> No
 
         return call
 
+    def launch(*args: Any) -> Any:
+        from normquant.kernels.dispatch import Launch  # Triton is imported where something is launched
+
+        return Launch(decoded(cuda)(*args))
+
     torch.library.register_fake(f"normquant::{name}", decoded(fake), lib=LIBRARY)
     LIBRARY.impl(name, decoded(cpu), "CPU")
-    LIBRARY.impl(name, decoded(cuda), "CUDA")
+    LIBRARY.impl(name, remembered(name, launch), "CUDA")
 
 
 def _fake_quant(x: torch.Tensor, m: Any, k: Any, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +83,7 @@ def _register_norm(name: str, with_residual: bool, with_norm: bool) -> None:
         from normquant.kernels.rms_norm_quant import rms_norm_quant
 
         x, residual, weight, eps, offset, spec = split(args)
-        return tuple(t for t in rms_norm_quant(x, residual, weight, eps, spec, offset, with_norm) if t is not None)
+        return rms_norm_quant.plan(x, residual, weight, eps, spec, offset, with_norm)
 
     _register(schema, check, fake, cpu, cuda)
 
@@ -107,7 +116,7 @@ for _name in ("rms_norm_quant", "add_rms_norm_quant"):
 def _group_quant_cuda(x, spec):
     from normquant.kernels.group_quant import group_quant
 
-    return group_quant(x, spec)
+    return group_quant.plan(x, spec)
 
 
 _register(
@@ -122,7 +131,7 @@ _register(
 def _silu_mul_quant_cuda(x, spec):
     from normquant.kernels.silu_mul_quant import silu_mul_quant
 
-    return silu_mul_quant(x, spec)
+    return silu_mul_quant.plan(x, spec)
 
 
 _register(
@@ -152,7 +161,7 @@ def _register_latent(name: str, quantize_kv: bool) -> None:
     def cuda(*args: Any) -> Any:
         from normquant.kernels.latent_norm_quant import latent_norm_quant
 
-        return latent_norm_quant(*args, quantize_kv)[: 6 if quantize_kv else 4]  # type: ignore[call-arg]
+        return latent_norm_quant.plan(*args, quantize_kv)
 
     _register(schema, check_latent, fake, cpu, cuda)
 
@@ -164,7 +173,7 @@ _register_latent("latent_norm_quant_with_kv", quantize_kv=True)
 def _rope_last_cuda(*args):
     from normquant.kernels.rope_last import rope_last
 
-    return rope_last(*args)
+    return rope_last.plan(*args)
 
 
 # For the compile pass: the queries of latent attention, of which the spec says only how the products are rounded.

@@ -1,4 +1,4 @@
-"""A launch that finds its binary again does what Triton's own launch does."""
+"""A launch that was worked out before does what Triton's own launch does."""
 
 import contextlib
 from types import SimpleNamespace
@@ -12,8 +12,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from normquant import QuantSpec, specs
-from normquant.kernels import dispatch, group_quant, latent_norm_quant, rms_norm_quant, rope_last, silu_mul_quant
+from normquant.kernels import dispatch, group_quant, latent_norm_quant, memo, rms_norm_quant, rope_last, silu_mul_quant
+from normquant.kernels.dispatch import Launch, Plan
 from normquant.kernels.launch import Config, Target, constant
+from normquant.kernels.memo import remembered
 
 MODULES = group_quant, latent_norm_quant, rms_norm_quant, rope_last, silu_mul_quant
 SPEC = QuantSpec(layout="col_tma")
@@ -37,8 +39,17 @@ def launched():
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
         stack.enter_context(mock.patch.object(CompiledKernel, "_init_handles", lambda self: None))
         stack.enter_context(mock.patch.object(CompiledKernel, "run", lambda self, *args: calls.append((self, args))))
-        stack.enter_context(mock.patch.dict(dispatch._binaries, clear=True))
+        stack.enter_context(mock.patch.dict(memo._launches, clear=True))
         yield calls
+
+
+def op(launcher):
+    """As an op on CUDA launches, on checked arguments."""
+    return remembered(launcher.__name__, lambda *args: Launch(launcher.plan(*args)))
+
+
+NORM, LATENT, ROPE = op(rms_norm_quant.rms_norm_quant), op(latent_norm_quant.latent_norm_quant), op(rope_last.rope_last)
+GROUP_QUANT, SILU = op(group_quant.group_quant), op(silu_mul_quant.silu_mul_quant)
 
 
 @contextlib.contextmanager
@@ -54,20 +65,20 @@ def rows(m=4, k=K, dtype=torch.bfloat16, offset=0):
 def norm(x=None, residual=None, weight_dtype=torch.bfloat16, spec=SPEC, offset=0.0, normed=False, config=PLAIN):
     x = rows() if x is None else x
     weight = torch.empty(x.shape[1], dtype=weight_dtype)
-    rms_norm_quant.rms_norm_quant(x, residual, weight, 1e-6, spec, offset, normed, config)
+    return NORM(x, residual, weight, 1e-6, spec, offset, normed, config)
 
 
 def latent(angles=64):
     x, cache = rows(4, 1536 + 512 + 64), torch.empty(8, angles, dtype=torch.bfloat16)
     weights = torch.empty(1536, dtype=x.dtype), torch.empty(512, dtype=x.dtype)
     angles = cache[:, :32], cache[:, 32:64], POSITIONS[torch.int64]
-    latent_norm_quant.latent_norm_quant(x, *weights, *angles, 1e-6, "half", SPEC)
+    return LATENT(x, *weights, *angles, 1e-6, "half", SPEC)
 
 
 def rope(dtype=torch.int64):
     cache = torch.empty(8, 64, dtype=torch.bfloat16)
     angles = cache[:, :32], cache[:, 32:], POSITIONS[dtype]
-    rope_last.rope_last(rows(4, 4 * 192), *angles, 4, 64, "interleaved", SPEC)
+    return ROPE(rows(4, 4 * 192), *angles, 4, 64, "interleaved", SPEC)
 
 
 FAR = torch.empty(1).as_strided((1, 1), (2**36, 1)).stride(0)  # a stride that takes 64 bits, also when divided by 8
@@ -89,8 +100,8 @@ LAUNCHES = {
     "warps": lambda: norm(config=Config(8)),
     "release": lambda: norm(config=Config(4, release="start")),
     "split": lambda: norm(config=Config(4, 2)),
-    "group_quant": lambda: group_quant.group_quant(rows(), SPEC),
-    "silu": lambda: silu_mul_quant.silu_mul_quant(rows(), SPEC),
+    "group_quant": lambda: GROUP_QUANT(rows(), SPEC),
+    "silu": lambda: SILU(rows(), SPEC),
     "latent": latent,
     "narrow angles": lambda: latent(angles=68),
     "rope": rope,
@@ -112,41 +123,137 @@ def test_every_launch_finds_the_binary_that_triton_takes(launched):
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_the_launcher_gets_what_triton_would_give_it(launched, name):
-    made, kept = torch.empty, {}
-
-    def same(*args, **kwargs):  # the outputs of both launches in the same memory
-        return kept.setdefault((args, tuple(kwargs.items())), made(*args, **kwargs))
-
-    with mock.patch.object(torch, "empty", same):
+    with same_tensors(torch, "empty") as inputs_again, same_tensors(dispatch, "empty") as outputs_again:
         LAUNCHES[name]()
+        inputs_again(), outputs_again()
         with without_triton():
             LAUNCHES[name]()
-    (first, theirs), (second, ours) = launched
-    assert first is second and len(ours) == len(theirs)
+    (first, (*head, _, _, _, theirs)), (second, (*our_head, _, _, _, ours)) = map(split, launched)
+    assert first is second and our_head == head and len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
-        if isinstance(a, torch.Tensor):
-            assert (a.shape, a.stride(), a.dtype, a.data_ptr()) == (b.shape, b.stride(), b.dtype, b.data_ptr())
-        else:
-            assert getattr(a, "data", a) == getattr(b, "data", b)  # what hooks are told is a LazyDict
+        assert a == (b.data_ptr() if isinstance(b, torch.Tensor) else b)
+
+
+@contextlib.contextmanager
+def same_tensors(module, name):
+    """A function of a module that gives what it gave before, one after the other, once that is asked for."""
+    function, made, again = getattr(module, name), [], []
+
+    def give(*args, **kwargs):
+        if again:
+            return again.pop(0)
+        made.append(function(*args, **kwargs))
+        return made[-1]
+
+    with mock.patch.object(module, name, give):
+        yield lambda: again.extend(made)
+
+
+def split(launch):
+    """(binary, [grid, stream, function, metadata, what hooks get, two hooks, the kernel's arguments])."""
+    binary, args = launch
+    return binary, [*args[:9], args[9:]]
+
+
+def test_inputs_of_two_launches_are_the_ones_given(launched):
+    x = [rows(), rows()]
+    for tensor in x * 2:
+        norm(tensor)
+    at = [split(launch)[1][-1][0] for launch in launched]
+    assert [getattr(a, "data_ptr", lambda a=a: a)() for a in at] == [t.data_ptr() for t in x * 2]
+
+
+def test_a_profiler_is_told_of_every_launch(launched):
+    norm()
+    told = []
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(told.append)
+    try:
+        norm()
+    finally:
+        hook.remove(told.append)
+    norm()
+    metadata = [split(launch)[1][6] for launch in launched]
+    assert metadata[1] is not None and metadata[2] is None
+    assert split(launched[1])[1][7] is hook
 
 
 def test_rows_may_be_any_number_and_any_aligned_distance_apart(launched):
     norm(rows(2, 2 * K)[:, :K])
-    with without_triton():
+    with mock.patch.object(JITFunction, "_do_compile", side_effect=AssertionError("compiled again")):
         for m, width in ((1, K), (3, 3 * K), (1000, K + 8)):
             norm(rows(m, width)[:, :K])
 
 
+def test_no_rows_launch_nothing(launched):
+    data, scale = norm(rows(0))
+    assert data.shape == (0, K) and scale.shape == (0, K // SPEC.group) and not launched
+
+
+@pytest.mark.parametrize("m", [1, 4, 5])
+@pytest.mark.parametrize("layout", ["row", "col", "col_tma"])
+def test_outputs_are_strided_as_the_spec_says(launched, m, layout):
+    spec = SPEC.but(layout=layout)
+    data, scale = norm(rows(m), spec=spec)
+    assert (data.shape, data.stride(), data.dtype) == ((m, K), (K, 1), spec.dtype)
+    assert scale.shape == spec.scale_shape(m, K) and scale.stride() == spec.scale_stride(m, K)
+    assert scale.untyped_storage().nbytes() >= spec.bytes(m, K) - m * K, "the padding is not in the scale's memory"
+
+
+def test_another_device_is_made_the_current_one():
+    plan = Plan(None, (0, 1, 1), torch.device("cuda", 1), (), (dispatch.matrix(1, K, SPEC.dtype),), (), {}, {})
+    current, made_on = [0], []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    with (
+        mock.patch.object(torch.cuda, "current_device", lambda: current[-1]),
+        mock.patch.object(torch.cuda, "device", device),
+        mock.patch.object(dispatch, "empty", lambda output, device: made_on.append(current[-1])),
+    ):
+        Launch(plan)()
+    assert made_on == [1] and current == [0]
+
+
 def test_constants_out_of_order_are_refused(launched):
-    x, where = rows(), Target(True, (9, 0))
-    names = group_quant.group_quant_kernel.arg_names[6:]
+    kernel, x = group_quant.group_quant_kernel, rows()
     values = dict(K=K, SPEC=constant(SPEC), BLOCK_G=4, STRIDE_UNIT=8, PDL="loaded", ON_CUDA=True)
-    tensors = x, x.to(torch.float8_e4m3fn), torch.empty(4, 4)
-    assert list(values) == names
-    dispatch.launch(group_quant.group_quant_kernel, (4, 1, 1), tensors, (4, 64, 4), where, Config(4), **values)
-    swapped = {"SPEC": values.pop("SPEC"), **values}
-    with pytest.raises(TypeError, match="constants"):
-        dispatch.launch(group_quant.group_quant_kernel, (4, 1, 1), tensors, (4, 64, 4), where, Config(4), **swapped)
+    assert list(values) == kernel.arg_names[6:]
+    rest = (4, 1, 1), (x,), dispatch.quantized(4, K, SPEC), (4, 64, 4), Target(True, (9, 0)), Config(4)
+    Launch(dispatch.plan(kernel, *rest, **values))(x)
+    swapped = Launch(dispatch.plan(kernel, *rest, SPEC=values.pop("SPEC"), **values))
+    for _ in range(2):
+        with pytest.raises(TypeError, match="constants"):
+            swapped(x)
+
+
+def test_what_cannot_be_launched_is_asked_about_again():
+    asked = []
+
+    def work_out(x, eps):
+        asked.append(eps)
+        if eps < 0:
+            raise ValueError("eps")
+        return lambda *tensors: [*tensors, None]
+
+    call, x = remembered("test", work_out), rows()
+    with mock.patch.dict(memo._launches, clear=True):
+        for eps in (1.0, 1.0, -1.0, -1.0):
+            with contextlib.suppress(ValueError):
+                assert call(x, eps) is x
+    assert asked == [1.0, -1.0, -1.0]
+
+
+def test_memory_for_launches_is_bounded():
+    with mock.patch.dict(memo._launches, clear=True), mock.patch.object(memo, "LIMIT", 3):
+        call = remembered("test", lambda n: lambda: [])
+        for n in range(10):
+            call(n)
+            assert len(memo._launches) <= 3
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])

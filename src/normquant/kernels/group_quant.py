@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import own_groups, quantize_groups, release_dependents, row_offset, wait_for_predecessor
-from normquant.kernels.dispatch import launch
+from normquant.kernels.dispatch import Launcher, Plan, plan, quantized
 from normquant.kernels.launch import Config, constant, group_blocks, stride_unit, target
 from normquant.kernels.launch import config as choose_config
-from normquant.spec import QuantSpec, empty_scale
+from normquant.spec import QuantSpec
 
 
 @triton.jit(do_not_specialize=["m", "stride_xm", "scale_rows"])
@@ -44,21 +44,19 @@ def group_quant_kernel(
     quantize_groups(x, data_ptr, scale_ptr, m, scale_rows, K, SPEC, BLOCK_G, ON_CUDA)
 
 
-def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch on checked inputs: -> data, scale."""
+@Launcher
+def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
+    """For checked inputs: -> data, scale."""
     m, k = x.shape
     where = target(x.device)
-    data = torch.empty((m, k), dtype=spec.dtype, device=x.device)
-    scale = empty_scale(m, k, spec, x.device)
-    if m == 0:
-        return data, scale
     config = config or choose_config("group_quant", k, m, where.capability)
     block_g, programs = group_blocks(m, k, spec, config)
     unit = stride_unit(x)
-    launch(
+    return plan(
         group_quant_kernel,
         (programs, 1, 1),
-        (x, data, scale),
+        (x,),
+        quantized(m, k, spec),
         (m, x.stride(0) // unit, spec.scale_rows(m)),
         where,
         config,
@@ -69,4 +67,3 @@ def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) 
         PDL=where.release(config),
         ON_CUDA=where.on_cuda,
     )
-    return data, scale

@@ -23,7 +23,7 @@ import triton.language as tl
 from normquant.kernels._device import row_offset, wait_for_predecessor
 from normquant.kernels._norm import norm_quant_rows
 from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
-from normquant.kernels.dispatch import launch
+from normquant.kernels.dispatch import Launcher, Plan, matrix, plan, quantized
 from normquant.kernels.launch import (
     Config,
     constant,
@@ -34,7 +34,7 @@ from normquant.kernels.launch import (
     unsplit,
 )
 from normquant.kernels.launch import config as choose_config
-from normquant.spec import QuantSpec, empty_scale
+from normquant.spec import QuantSpec
 
 
 @triton.jit(do_not_specialize=["m", "stride_xm", "stride_cos", "stride_sin", "scale_rows", "eps"])
@@ -104,6 +104,7 @@ def latent_norm_quant_kernel(
         store_pairs(k_pe_ptr + row.to(tl.int64) * R, u, v, there, R, R_BLOCK, ROWS, ROPE != "interleaved")
 
 
+@Launcher
 def latent_norm_quant(
     x: torch.Tensor,
     q_weight: torch.Tensor,
@@ -116,26 +117,24 @@ def latent_norm_quant(
     spec: QuantSpec,
     quantize_kv: bool = False,
     config: Config | None = None,
-) -> tuple[torch.Tensor | None, ...]:
-    """Launch on checked inputs: -> q data, q scale, kv norm, k_pe, kv data, kv scale (these two None unless asked)."""
+) -> Plan:
+    """For checked inputs: -> q data, q scale, kv norm, k_pe, kv data, kv scale (these two None unless asked)."""
     m, q, c = x.shape[0], q_weight.shape[0], kv_weight.shape[0]
     r = x.shape[1] - q - c
     where = target(x.device)
-    empty = lambda width, dtype: torch.empty((m, width), dtype=dtype, device=x.device)  # noqa: E731
-    q_data, kv_norm, k_pe = empty(q, spec.dtype), empty(c, x.dtype), empty(r, x.dtype)
-    q_scale = empty_scale(m, q, spec, x.device)
-    kv_data = empty(c, spec.dtype) if quantize_kv else None
-    kv_scale = empty_scale(m, c, spec, x.device) if quantize_kv else None
-    outputs = q_data, q_scale, kv_norm, k_pe, kv_data, kv_scale
-    if m == 0:
-        return outputs
     config = config or choose_config("latent_norm_quant", q, m, where.capability)
     q_row, c_row = divided(q, spec, config), divided(c, spec, unsplit(config))
     unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
-    launch(
+    return plan(
         latent_norm_quant_kernel,
         (-(-m // config.rows) * (q_row.programs + 1), 1, 1),
-        (x, q_weight, kv_weight, cos, sin, positions, *outputs),
+        (x, q_weight, kv_weight, cos, sin, positions),
+        (
+            *quantized(m, q, spec),
+            matrix(m, c, x.dtype),
+            matrix(m, r, x.dtype),
+            *(quantized(m, c, spec) if quantize_kv else (None, None)),
+        ),
         (
             m,
             x.stride(0) // unit,
@@ -166,4 +165,3 @@ def latent_norm_quant(
         PDL=where.release(config),
         ON_CUDA=where.on_cuda,
     )
-    return outputs

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from bisect import bisect_left
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -116,13 +115,6 @@ def target(device: torch.device) -> Target:
     if capability < MIN_CAPABILITY:
         raise ValueError(f"{device} has compute capability {capability}; float8_e4m3fn needs {MIN_CAPABILITY} or later")
     return Target(True, capability)
-
-
-def on_device(device: torch.device):
-    """A context in which Triton launches on `device`, free where it already would."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def config(op: str, k: int, m: int, capability: tuple[int, int] | None) -> Config:

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from normquant.kernels._device import row_offset, wait_for_predecessor
 from normquant.kernels._norm import norm_quant_rows, prefetch_row
-from normquant.kernels.dispatch import launch
+from normquant.kernels.dispatch import Launcher, Plan, matrix, plan, quantized
 from normquant.kernels.launch import (
     Config,
     constant,
@@ -28,7 +28,7 @@ from normquant.kernels.launch import (
     target,
 )
 from normquant.kernels.launch import config as choose_config
-from normquant.spec import QuantSpec, empty_scale
+from normquant.spec import QuantSpec
 
 
 @triton.jit(do_not_specialize=["m", "stride_xm", "stride_rm", "scale_rows", "eps"])
@@ -104,6 +104,7 @@ def op_name(with_residual: bool, with_norm: bool) -> str:
     return f"{'add_' if with_residual else ''}rms_norm_quant{'_with_norm' if with_norm else ''}"
 
 
+@Launcher
 def rms_norm_quant(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -113,24 +114,23 @@ def rms_norm_quant(
     weight_offset: float = 0.0,
     return_norm: bool = False,
     config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Launch on checked inputs: -> data, scale, x + residual (None without residual), norm (None unless asked for)."""
+) -> Plan:
+    """For checked inputs: -> data, scale, x + residual (None without residual), norm (None unless asked for)."""
     m, k = x.shape
     where = target(x.device)
-    data = torch.empty((m, k), dtype=spec.dtype, device=x.device)
-    scale = empty_scale(m, k, spec, x.device)
-    total = torch.empty((m, k), dtype=x.dtype, device=x.device) if residual is not None else None
-    norm = torch.empty((m, k), dtype=x.dtype, device=x.device) if return_norm else None
-    if m == 0:
-        return data, scale, total, norm
     if config is None:
         config = choose_config(op_name(residual is not None, return_norm), k, m, where.capability)
     row = divided(k, spec, config)
     unit = stride_unit(x, residual)
-    launch(
+    return plan(
         rms_norm_quant_kernel,
         (-(-m // config.rows), row.programs, 1),
-        (x, residual, weight, data, scale, total, norm),
+        (x, residual, weight),
+        (
+            *quantized(m, k, spec),
+            matrix(m, k, x.dtype) if residual is not None else None,
+            matrix(m, k, x.dtype) if return_norm else None,
+        ),
         (
             m,
             x.stride(0) // unit,
@@ -155,4 +155,3 @@ def rms_norm_quant(
         PDL=where.release(config),
         ON_CUDA=where.on_cuda,
     )
-    return data, scale, total, norm

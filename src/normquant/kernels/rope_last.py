@@ -18,7 +18,7 @@ import triton.language as tl
 
 from normquant.kernels._device import release_dependents, row_offset, wait_for_predecessor
 from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
-from normquant.kernels.dispatch import launch
+from normquant.kernels.dispatch import Launcher, Plan, matrix, plan
 from normquant.kernels.launch import Config, constant, power_of_two, power_of_two_in, stride_unit, target
 from normquant.spec import QuantSpec
 
@@ -76,6 +76,7 @@ def heads_of_program(d: int) -> int:
     return power_of_two_in(max(1, VALUES // d))
 
 
+@Launcher
 def rope_last(
     x: torch.Tensor,
     cos: torch.Tensor,
@@ -85,19 +86,17 @@ def rope_last(
     r: int,
     rope: str,
     spec: QuantSpec,
-) -> torch.Tensor:
-    """Launch on checked inputs: x [M, H * D] -> the same with the last r values of each head turned."""
+) -> Plan:
+    """For checked inputs: x [M, H * D] -> the same with the last r values of each head turned."""
     m, d = x.shape[0], x.shape[1] // heads
     where = target(x.device)
-    out = torch.empty((m, x.shape[1]), dtype=x.dtype, device=x.device)
-    if m == 0:
-        return out
     unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
     block = heads_of_program(d)
-    launch(
+    return plan(
         rope_last_kernel,
         (-(-m * heads // block), 1, 1),
-        (x, cos, sin, positions, out),
+        (x, cos, sin, positions),
+        (matrix(m, x.shape[1], x.dtype),),
         (m, x.stride(0) // unit, cos.stride(0) // angle_unit, sin.stride(0) // angle_unit),
         where,
         CONFIG,
@@ -113,4 +112,3 @@ def rope_last(
         ANGLE_UNIT=angle_unit,
         PDL=where.release(CONFIG),
     )
-    return out

@@ -24,10 +24,10 @@ from normquant.kernels._device import (
     scale_by_weight,
     wait_for_predecessor,
 )
-from normquant.kernels.dispatch import launch
+from normquant.kernels.dispatch import Launcher, Plan, plan, quantized
 from normquant.kernels.launch import Config, constant, group_blocks, stride_unit, target
 from normquant.kernels.launch import config as choose_config
-from normquant.spec import QuantSpec, empty_scale
+from normquant.spec import QuantSpec
 
 
 @triton.jit(do_not_specialize=["m", "stride_xm", "scale_rows"])
@@ -78,21 +78,19 @@ def divide(g, d):
     return tl.where((d > 1.0) & (d < float("inf")), q * 0.25, g * (approximate * 0.25))
 
 
-def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch on checked inputs: x [M, 2K] -> data [M, K], scale."""
+@Launcher
+def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
+    """For checked inputs: x [M, 2K] -> data [M, K], scale."""
     m, k = x.shape[0], x.shape[1] // 2
     where = target(x.device)
-    data = torch.empty((m, k), dtype=spec.dtype, device=x.device)
-    scale = empty_scale(m, k, spec, x.device)
-    if m == 0:
-        return data, scale
     config = config or choose_config("silu_mul_quant", k, m, where.capability)
     block_g, programs = group_blocks(m, k, spec, config)
     unit = stride_unit(x)
-    launch(
+    return plan(
         silu_mul_quant_kernel,
         (programs, 1, 1),
-        (x, data, scale),
+        (x,),
+        quantized(m, k, spec),
         (m, x.stride(0) // unit, spec.scale_rows(m)),
         where,
         config,
@@ -103,4 +101,3 @@ def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = Non
         PDL=where.release(config),
         ON_CUDA=where.on_cuda,
     )
-    return data, scale
