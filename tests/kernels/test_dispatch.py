@@ -123,7 +123,7 @@ def test_every_launch_finds_the_binary_that_triton_takes(launched):
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_the_launcher_gets_what_triton_would_give_it(launched, name):
-    with same_tensors(torch, "empty") as inputs_again, same_tensors(dispatch, "empty") as outputs_again:
+    with same_tensors(torch, "empty") as inputs_again, same_tensors(torch, "empty_strided") as outputs_again:
         LAUNCHES[name]()
         inputs_again(), outputs_again()
         with without_triton():
@@ -211,9 +211,9 @@ def test_another_device_is_made_the_current_one():
         current.pop()
 
     with (
-        mock.patch.object(torch.cuda, "current_device", lambda: current[-1]),
+        mock.patch.object(dispatch, "_current_device", lambda: current[-1]),
         mock.patch.object(torch.cuda, "device", device),
-        mock.patch.object(dispatch, "empty", lambda output, device: made_on.append(current[-1])),
+        mock.patch.object(dispatch, "maker", lambda output, device: lambda: made_on.append(current[-1])),
     ):
         Launch(plan)()
     assert made_on == [1] and current == [0]
