@@ -26,6 +26,8 @@ CONFIGS += [
     Config(16, tiles=3),
     Config(4, rows=2, tiles=2),
 ]
+CONFIGS += [Config(warps, split, cluster=True) for split, warps in ((2, 16), (3, 8), (4, 8), (8, 1), (8, 2), (8, 4))]
+CONFIGS += [Config(4, 8, cluster=True, prefetch=True), Config(8, 4, cluster=True, evict_first=True, keep_sum=True)]
 # and all that are committed for any width of these ops
 NORMS = ("rms_norm_quant", "rms_norm_quant_with_norm", "add_rms_norm_quant", "add_rms_norm_quant_with_norm")
 CONFIGS = list(dict.fromkeys(CONFIGS + [c for op in NORMS for k in cases.KS for c in configs(op, k, (9, 0))]))

@@ -1,6 +1,7 @@
 """A launch that was worked out before does what Triton's own launch does."""
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -100,6 +101,7 @@ LAUNCHES = {
     "warps": lambda: norm(config=Config(8)),
     "release": lambda: norm(config=Config(4, release="start")),
     "split": lambda: norm(config=Config(4, 2)),
+    "cluster": lambda: norm(config=Config(4, 4, cluster=True)),
     "group_quant": lambda: GROUP_QUANT(rows(), SPEC),
     "silu": lambda: SILU(rows(), SPEC),
     "latent": latent,
@@ -183,6 +185,18 @@ def test_rows_may_be_any_number_and_any_aligned_distance_apart(launched):
     with mock.patch.object(JITFunction, "_do_compile", side_effect=AssertionError("compiled again")):
         for m, width in ((1, K), (3, 3 * K), (1000, K + 8)):
             norm(rows(m, width)[:, :K])
+
+
+@pytest.mark.parametrize(("config", "grid"), [(Config(4, 4), (3, 4, 1)), (Config(4, 3), (3, 2, 1))])
+def test_programs_of_a_row_are_launched_as_clusters(launched, config, grid):
+    for cluster in (False, True):
+        for _ in range(2):
+            norm(rows(3), config=replace(config, cluster=cluster))
+    plain, clusters = ([split(launch)[1] for launch in launched[at : at + 2]] for at in (0, 2))
+    for x, y, z, _, _, metadata, *_ in plain:
+        assert ((x, y, z), metadata[:2]) == (grid, (4, 1))  # num_warps, programs of a cluster
+    for x, y, z, _, _, metadata, *_ in clusters:  # Triton multiplies x with the size of a cluster
+        assert ((x, y, z), metadata[:2]) == ((3, 1, 1), (4, grid[1]))
 
 
 def test_no_rows_launch_nothing(launched):

@@ -1,5 +1,7 @@
 """Which config a launch gets, and how a row is cut into tiles."""
 
+from dataclasses import replace
+
 import pytest
 
 from normquant import QuantSpec, specs
@@ -31,7 +33,9 @@ def test_programs_that_share_a_row_read_it_whole():
     assert (row.tiles, row.own, row.programs) == ((64,), (16,), 4)
 
 
-@pytest.mark.parametrize("choices", [{"release": "late"}, {"split": 2, "tiles": 2}])
+@pytest.mark.parametrize(
+    "choices", [{"release": "late"}, {"split": 2, "tiles": 2}, {"cluster": True}, {"split": 16, "cluster": True}]
+)
 def test_choices_that_there_are_not(choices):
     with pytest.raises(ValueError):
         Config(4, **choices)
@@ -49,10 +53,28 @@ def test_the_sum_is_kept_as_long_as_it_is_small(k, capability):
 
 
 @pytest.mark.parametrize("op", ["add_rms_norm_quant", "rms_norm_quant_with_norm", "latent_norm_quant"])
-def test_a_shape_without_measurements_follows_the_rule(op):
-    few, many = (launch.config(op, 6144, m, H100) for m in (4, 4096))
-    assert few.split == (1 if op.startswith("latent") else 4) and few.num_warps > many.num_warps
+@pytest.mark.parametrize("capability", [H100, (8, 9), None])
+def test_a_shape_without_measurements_follows_the_rule(op, capability):
+    few, many = (launch.config(op, 6144, m, capability) for m in (4, 4096))
+    if op.startswith("latent"):
+        assert few.split == 1 and few.num_warps > many.num_warps
+    elif capability == H100:
+        assert few == replace(Config(4, 8, cluster=True), keep_sum=few.keep_sum)
+    else:
+        assert few.split == 4 and not few.cluster and few.num_warps > many.num_warps
     assert divided(6144, QuantSpec(), many).tiles == (32, 16)
+
+
+@pytest.mark.parametrize(("k", "split", "own", "programs"), [(7168, 8, 8, 7), (7168, 4, 16, 4), (512, 8, 1, 4)])
+def test_programs_of_a_cluster_read_their_own_part(k, split, own, programs):
+    config = Config(4, split, cluster=True)
+    row = divided(k, QuantSpec(), config, clusters=True)
+    assert (row.tiles, row.own, row.programs, row.cluster) == ((own,), (own,), programs, programs)
+    assert divided(k, QuantSpec(), config) == replace(divided(k, QuantSpec(), Config(4, split)), cluster=1)
+
+
+def test_a_row_for_one_program_needs_no_cluster():
+    assert divided(128, QuantSpec(), Config(4, 2, cluster=True), clusters=True).cluster == 1
 
 
 def test_a_row_of_the_table_that_is_cut_keeps_its_config():

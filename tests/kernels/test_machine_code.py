@@ -81,6 +81,12 @@ def accesses(tile: int, bits: int, threads: int, exist: int | None = None) -> Co
     return Counter({width: max(1, -(-(tile if exist is None else exist) // at_once))})
 
 
+def scales(own: int, threads: int) -> Counter:
+    """How the scales of `own` values are stored: a thread has pieces of up to 16, and stores a scale for each."""
+    width = min(16, max(1, own // threads))
+    return Counter({32: max(1, own // (threads * width))})
+
+
 def assert_moved(widths: list[int], least: Counter, most: Counter) -> None:
     """Accesses of the widths in `most`, no more than those and no fewer than `least`."""
     got = Counter(widths)
@@ -130,12 +136,46 @@ def test_every_access_is_wide_and_nothing_is_read_twice(name, k, choice, capabil
         for exist in (k, None)
     )
     assert_moved(code.widths("LDG"), least, most)
-    scales = Counter({32: 1})  # at most 64 groups: one for a thread
     least, most = (
-        sum((accesses(own, bits, code.threads, exist) for bits in (*[16] * stores, 8)), scales)
+        sum((accesses(own, bits, code.threads, exist) for bits in (*[16] * stores, 8)), scales(own, code.threads))
         for exist in (min(k, own), None)
     )
     assert_moved(code.widths("STG"), least, most)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("warps", "split", "own"), [(4, 8, 8), (2, 8, 8), (8, 4, 16), (16, 2, 32)])
+@pytest.mark.parametrize("name", ["norm", "add_norm_normed"])
+def test_a_program_of_a_cluster_reads_its_own_part(name, warps, split, own, capability):
+    code = compiled(name, 7168, Config(warps, split, cluster=True), capability)
+    assert_clean(code)
+    assert_pdl_in_place(code)
+    assert set(code.widths("LDG")) == {128}
+    assert sum(code.widths("LDG")) * code.threads == 16 * own * 128 * len(LOADS[name](1, 1))
+    values = Counter(code.widths("STG")) - scales(own * 128, code.threads)
+    assert sum(values.elements()) * code.threads == (16 * STORES[name] + 8) * own * 128
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("split", "programs"), [(2, 2), (4, 4), (8, 7)])
+def test_programs_of_a_cluster_exchange_their_sums(split, programs, capability):
+    code = compiled("add_norm", 7168, Config(8, split, cluster=True), capability)
+    opened, waited, arrived, sent, full = (
+        code.places(what) for what in ("UCGABAR_ARV", "ACQBULK", "UCGABAR_WAIT", "STAS", "SYNCS.PHASECHK")
+    )
+    assert len(opened) == len(arrived) == len(sent) == 1, "one exchange"
+    loaded = code.places("LDG")[-1]
+    # The mailbox is opened while the kernel before is running, and the others are waited for when all loads are out.
+    assert opened[0] < waited[0] < loaded < arrived[0] < sent[0] < full[0]
+    assert f"expect_tx.shared::cta.b64 _, [mailbox + 32], {4 * programs};" in code.ptx
+
+
+@pytest.mark.parametrize("name", ["quant", "silu"])
+@pytest.mark.parametrize("spec", [specs.VLLM, specs.DEEPGEMM_UE8M0], ids=lambda spec: spec.scale)
+def test_groups_are_quantized_without_a_barrier(name, spec):
+    module, launch = LAUNCHES[name]
+    code = machine_code(module, lambda: launch(empty(4, 7168), Config(8, 4), spec=spec), SM_90)
+    assert not code.places("BAR"), "a group and its scale stay where they are"
 
 
 @pytest.mark.parametrize("rows", [4, 16])
@@ -145,8 +185,8 @@ def test_several_rows_for_a_program(name, rows):
     assert_clean(code)
     assert_pdl_in_place(code)
     assert set(code.widths("LDG")) == {128}
-    *values, scales = code.widths("STG")
-    assert scales == 32 and min(values) >= 64
+    widths = Counter(code.widths("STG"))
+    assert widths.keys() <= {32, 64, 128} and widths[32] == scales(rows * 512, code.threads)[32]
 
 
 @pytest.mark.parametrize("k", [5120, 7168])
@@ -224,7 +264,8 @@ def test_what_is_not_asked_for_is_not_moved(name, capability):
     assert_pdl_in_place(code)
     whole, own = tiles(7168, 1)
     assert sum(code.widths("LDG")) * code.threads == 16 * sum(LOADS[name](whole, own))
-    assert sum(code.widths("STG")[:-1]) * code.threads == (16 * STORES[name] + 8) * own
+    values = Counter(code.widths("STG")) - scales(own, code.threads)
+    assert sum(values.elements()) * code.threads == (16 * STORES[name] + 8) * own
 
 
 # op -> what launches it on x and a config

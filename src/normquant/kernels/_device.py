@@ -154,18 +154,36 @@ def scale_values(s, inside, SPEC: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def store_scale(
-    scale_ptr, value, row, column, mask, may_be_last, m, scale_rows, COLUMNS: tl.constexpr, SPEC: tl.constexpr
-):
+    scale_ptr, value, row, column, mask, may_be_last, m, scale_rows,
+    COLUMNS: tl.constexpr, SPEC: tl.constexpr, ON_CUDA: tl.constexpr,
+):  # fmt: skip
     # value, column, mask [N]: what scale_values gives, of one row or each of its own. may_be_last: row m - 1 is there.
     if SPEC.layout == "row":
-        tl.store(scale_ptr + row.to(tl.int64) * COLUMNS + column, value, mask=mask)
+        store_in_place(scale_ptr + row.to(tl.int64) * COLUMNS + column, value, mask, ON_CUDA)
     else:
         at = scale_ptr + column.to(tl.int64) * scale_rows + row
-        tl.store(at, value, mask=mask)
+        store_in_place(at, value, mask, ON_CUDA)
         if SPEC.layout == "col_tma":
             if may_be_last:  # the last row zeroes the at most three rows of padding below it
                 for pad in tl.static_range(1, 4):
                     tl.store(at + pad, tl.zeros_like(value), mask=mask & (row == m - 1) & (row + pad < scale_rows))
+
+
+@triton.jit
+def store_in_place(at, value, mask, ON_CUDA: tl.constexpr):
+    # Stores 32-bit values from the threads that have them. All threads of a group have its scale and store it to one
+    # place, which is one write. tl.store first moves values to one thread each, which takes two barriers.
+    if ON_CUDA:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred there; setp.ne.s32 there, $3, 0; @there st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r",
+            [at.to(tl.int64), value.to(tl.int32, bitcast=True), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(at, value, mask=mask)
 
 
 @triton.jit
@@ -200,4 +218,4 @@ def quantize_groups(
     value = scale_values(s, tl.reshape(there, (BLOCK_G,)), SPEC, BLOCK_G)
     row, column = rows_and_columns(tl.program_id(0) * N, N, COLUMNS)
     may_be_last = (tl.program_id(0) + 1) * N > (m - 1) * COLUMNS
-    store_scale(scale_ptr, value, row, column, row < m, may_be_last, m, scale_rows, COLUMNS, SPEC)
+    store_scale(scale_ptr, value, row, column, row < m, may_be_last, m, scale_rows, COLUMNS, SPEC, ON_CUDA)

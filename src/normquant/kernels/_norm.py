@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels import launch
+from normquant.kernels._cluster import sum_of_all
 from normquant.kernels._device import (
     divide_by_constant,
     quantize,
@@ -23,19 +24,22 @@ power_of_two = triton.constexpr_function(launch.power_of_two)
 
 
 @triton.jit
-def prefetch_row(x_ptr, residual_ptr, weight_ptr, K: tl.constexpr):
-    # Asks the L2 for a row of K values and the weight, so that they are there after the wait. A prefetch reads no
-    # value: what a predecessor is still writing is as safe as without it. Each lane asks for 128 bytes, of x, of the
-    # residual or of the weight, which has a second half of as many bytes where it is fp32.
-    LINES: tl.constexpr = power_of_two(K) // 64
+def prefetch_row(x_ptr, residual_ptr, weight_ptr, first, N: tl.constexpr, K: tl.constexpr):
+    # Asks the L2 for N values, a power of two, of a row of K and of the weight, from value `first` on, so that they are
+    # there after the wait. A prefetch reads no value: what a predecessor is still writing is as safe as without it.
+    # Each lane asks for 128 bytes, of x, of the residual or of the weight, which has twice the bytes where it is fp32.
+    LINES: tl.constexpr = max(N // 64, 1)
     lane = tl.arange(0, 4 * LINES)
-    at = tl.minimum(lane % LINES * 128, K * 2 - 2)
-    address = x_ptr.to(tl.int64) + at
+    at = first * 2 + lane % LINES * 128
+    last = K * 2 - 2
+    address = x_ptr.to(tl.int64) + tl.minimum(at, last)
     if residual_ptr is not None:
-        address = tl.where(lane // LINES == 1, residual_ptr.to(tl.int64) + at, address)
-    address = tl.where(lane // LINES == 2, weight_ptr.to(tl.int64) + at, address)
+        address = tl.where(lane // LINES == 1, residual_ptr.to(tl.int64) + tl.minimum(at, last), address)
     if weight_ptr.dtype.element_ty == tl.float32:
-        address = tl.where(lane // LINES == 3, weight_ptr.to(tl.int64) + K * 2 + at, address)
+        at_weight = tl.minimum(at * 2 + tl.where(lane // LINES == 3, 128, 0), K * 4 - 4)
+        address = tl.where(lane // LINES >= 2, weight_ptr.to(tl.int64) + at_weight, address)
+    else:
+        address = tl.where(lane // LINES == 2, weight_ptr.to(tl.int64) + tl.minimum(at, last), address)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -136,12 +140,14 @@ def norm_quant_rows(
     m,
     scale_rows,
     eps,
+    mailbox,  # of this program, where CLUSTER programs share a row and exchange sums
     weight_offset: tl.constexpr,
     K: tl.constexpr,
     SPEC: tl.constexpr,
     ROWS: tl.constexpr,  # more than one only where OWN is all of a row
-    TILES: tl.constexpr,  # groups of each tile of a row, powers of two, descending; the last may reach over its end
-    OWN: tl.constexpr,  # of the tiles that are written: TILES, or where programs share a row one that is smaller
+    CLUSTER: tl.constexpr,  # programs that exchange sums, or 1
+    TILES: tl.constexpr,  # groups of each tile that is read, powers of two, descending; the last may reach over the row
+    OWN: tl.constexpr,  # of the tiles that are written: TILES, or where programs read a whole row one that is smaller
     LOG_WARPS: tl.constexpr,  # for each of TILES log2 of the neighbours that one warp holds
     LATE_WEIGHT: tl.constexpr,  # read the weight after the sums of squares, so that it holds no registers before
     EVICT_FIRST: tl.constexpr,  # x and the residual leave the L2 first
@@ -153,7 +159,7 @@ def norm_quant_rows(
     # Whole rows are read for the sums of squares, and all other loads stand before the first store.
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     SPLIT: tl.constexpr = OWN[0] < TILES[0]
-    first = part * OWN[0] if SPLIT else 0
+    first = part * OWN[0] if SPLIT or CLUSTER > 1 else 0
     h_own = load_sums(
         x_ptr, residual_ptr, first_row, first, m, stride_xm, stride_rm, K, SPEC, ROWS, OWN, STRIDE_UNIT, EVICT_FIRST
     )
@@ -181,6 +187,8 @@ def norm_quant_rows(
     s = sums_of_squares(h[LAST], ROWS, TILES[LAST] * SPEC.group, LOG_WARPS[LAST])
     for i in tl.static_range(1, len(TILES)):
         s = sums_of_squares(h[LAST - i], ROWS, TILES[LAST - i] * SPEC.group, LOG_WARPS[LAST - i]) + s
+    if CLUSTER > 1:
+        s = sum_of_all(mailbox, s, CLUSTER)
     rstd = tl.rsqrt(divide_by_constant(s, K, ON_CUDA) + eps)  # scalar, or [ROWS]
     if LATE_WEIGHT:
         w = load_weights(weight_ptr, first, K, SPEC, ROWS, OWN)
@@ -220,7 +228,7 @@ def store_tile(
             at_column += column
             there = (at_row < m) & (at_column < COLUMNS)
         may_be_last = first_row + ROWS >= m
-        store_scale(scale_ptr, value, at_row, at_column, there, may_be_last, m, scale_rows, COLUMNS, SPEC)
+        store_scale(scale_ptr, value, at_row, at_column, there, may_be_last, m, scale_rows, COLUMNS, SPEC, ON_CUDA)
 
 
 @triton.jit

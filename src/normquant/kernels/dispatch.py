@@ -15,6 +15,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from triton.compiler.compiler import make_backend
 from triton.knobs import runtime
 from triton.runtime import driver
 
@@ -56,7 +57,7 @@ class Plan:
 
     The kernel takes its inputs, its outputs, numbers that it does not specialize on, and constants, in this order.
     given: which inputs there are; the kernel gets None for the others, as for outputs that are None.
-    grid: no kernel is launched where a side of it is 0.
+    grid: of clusters of `cluster` programs each, along x; no kernel is launched where a side of it is 0.
     """
 
     kernel: Any
@@ -67,6 +68,7 @@ class Plan:
     numbers: tuple[float, ...]
     constants: dict[str, Any]
     options: dict[str, object]
+    cluster: int = 1
 
 
 def plan(
@@ -77,12 +79,13 @@ def plan(
     numbers: tuple[float, ...],
     where: Target,
     config: Config,
+    cluster: int = 1,
     **constants: Any,
 ) -> Plan:
     """The plan for inputs like these, of which the first is there; the constants in the kernel's order."""
     device = inputs[0].device  # type: ignore[union-attr]
     given = tuple(t is not None for t in inputs)
-    return Plan(kernel, grid, device, given, outputs, numbers, constants, where.options(config))
+    return Plan(kernel, grid, device, given, outputs, numbers, constants, where.options(config), cluster)
 
 
 class Launch:
@@ -125,13 +128,28 @@ class Launch:
         plan, names = self.plan, list(self.plan.constants)
         for at in self._absent:
             tensors.insert(at, None)
-        binary = plan.kernel[plan.grid](*tensors, *outputs, *plan.numbers, **plan.constants, **plan.options)
+        args = *tensors, *outputs, *plan.numbers
+        ask = plan.kernel[plan.grid] if plan.cluster == 1 else partial(plan.kernel.warmup, grid=plan.grid)
+        binary = ask(*args, **plan.constants, **plan.options)
         if binary is None:  # the interpreter has none
             return
         if plan.kernel.arg_names[-len(names) :] != names:
             raise TypeError(f"{plan.kernel.__name__} takes its constants as {plan.kernel.arg_names[-len(names) :]}")
+        if plan.cluster > 1:
+            set_cluster(binary, plan.cluster)
+            binary[plan.grid](*args, *plan.constants.values())
         self._run, self._binary = binary.run, (binary.function, binary.packed_metadata)
         self._stream = driver.active.get_current_stream
+
+
+def set_cluster(binary: Any, programs: int) -> None:
+    """Have Triton's launcher make a cluster of so many programs, along the grid's x, for each place in the grid.
+
+    It does so for its own num_ctas; told about that, the compiler would spread one program over the cluster, and cannot
+    compile a sum over one.
+    """
+    metadata = binary.metadata._replace(num_ctas=programs)
+    binary.packed_metadata = make_backend(metadata.target).pack_metadata(metadata)
 
 
 def maker(output: Output, device: torch.device) -> Callable[[], torch.Tensor]:

@@ -83,8 +83,8 @@ def latent_norm_quant_kernel(
     if part < PARTS - 1:
         norm_quant_rows(
             x_ptr, None, q_weight_ptr, q_data_ptr, q_scale_ptr, None, None, stride_xm, 0, first_row, part, m,
-            scale_rows, eps, 0.0, Q, SPEC, ROWS, Q_TILES, Q_OWN, LOG_Q_WARPS, LATE_WEIGHT, EVICT_FIRST, False,
-            STRIDE_UNIT, PDL, ON_CUDA,
+            scale_rows, eps, None, 0.0, Q, SPEC, ROWS, 1, Q_TILES, Q_OWN, LOG_Q_WARPS, LATE_WEIGHT, EVICT_FIRST,
+            False, STRIDE_UNIT, PDL, ON_CUDA,
         )  # fmt: skip
     else:
         # k_pe is stored last, so that its loads do not keep those of kv_a waiting behind a store
@@ -98,8 +98,8 @@ def latent_norm_quant_kernel(
         u, v = turn(a, b, cos, sin, SPEC)
         norm_quant_rows(
             x_ptr + Q, None, kv_weight_ptr, kv_data_ptr, kv_scale_ptr, None, kv_norm_ptr, stride_xm, 0, first_row, 0, m,
-            scale_rows, eps, 0.0, C, SPEC, ROWS, C_TILES, C_TILES, LOG_C_WARPS, LATE_WEIGHT, EVICT_FIRST, False,
-            STRIDE_UNIT, PDL, ON_CUDA,
+            scale_rows, eps, None, 0.0, C, SPEC, ROWS, 1, C_TILES, C_TILES, LOG_C_WARPS, LATE_WEIGHT, EVICT_FIRST,
+            False, STRIDE_UNIT, PDL, ON_CUDA,
         )  # fmt: skip
         store_pairs(k_pe_ptr + row.to(tl.int64) * R, u, v, there, R, R_BLOCK, ROWS, ROPE != "interleaved")
 

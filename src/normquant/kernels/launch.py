@@ -21,6 +21,8 @@ from normquant.spec import QuantSpec
 MIN_CAPABILITY = (8, 9)  # the first with e4m3 conversions
 MAX_ROW = 65536  # values of a normed row, which one program holds in registers
 PDL_CAPABILITY = (9, 0)  # the first with programmatic dependent launch
+CLUSTER_CAPABILITY = (9, 0)  # the first with thread block clusters
+SLOTS = 8  # programs of a cluster that every such GPU takes
 # When the next kernel may be scheduled: before this one waits for the one before it, right after, or when it has loaded
 # its inputs.
 RELEASES = ("start", "waited", "loaded")
@@ -29,16 +31,23 @@ KEPT_SUM = 4 << 20  # bytes of x + residual that the L2 is asked to keep at the 
 
 @dataclass(frozen=True)
 class Config:
-    """num_warps of a program, over how many programs a row is split, and how many rows a program takes.
+    """How a kernel is launched. Fields change its speed and no bit of its result.
 
-    rows: a power of two, one where a row is split. prefetch: whether a norm asks the L2 for its row while the kernel
-    before it is still running, which pays where few rows leave the GPU idle. late_weight: whether a norm reads its
-    weight only when the sum of squares is there, which leaves registers for more programs where many rows fill the GPU.
+    num_warps: warps of a program.
+    split: over how many programs a row is split.
+    rows: how many rows a program takes, a power of two, one where a row is split.
+    prefetch: whether a norm asks the L2 for its row while the kernel before it is still running, which pays where few
+        rows leave the GPU idle.
+    late_weight: whether a norm reads its weight only when the sum of squares is there, which leaves registers for more
+        programs where many rows fill the GPU.
     evict_first: whether a norm says that nobody reads x and the residual again, so that the L2 keeps what is written.
     release: when the next kernel may be scheduled, one of RELEASES. The earlier, the more time a GEMM has to set itself
-    up, and the longer it takes a place from others. tiles: in how many tiles at the most a norm holds a row, each a
-    power of two of groups: 40 groups are one tile of 64, or two of 32 and 8 without idle lanes. keep_sum: whether the
-    L2 keeps x + residual as long as it can, for the next norm, two GEMMs later.
+        up, and the longer it takes a place from others.
+    tiles: in how many tiles at the most a norm holds a row, each a power of two of groups: 40 groups are one tile of
+        64, or two of 32 and 8 without idle lanes.
+    keep_sum: whether the L2 keeps x + residual as long as it can, for the next norm, two GEMMs later.
+    cluster: whether the programs of a split row exchange their sums of squares, where the GPU can, so that each reads
+        its own part of the row only.
     """
 
     num_warps: int
@@ -50,13 +59,16 @@ class Config:
     release: str = "loaded"
     tiles: int = 1
     keep_sum: bool = False
+    cluster: bool = False
 
     def __post_init__(self) -> None:
         if self.release not in RELEASES:
             raise ValueError(f"{self}: release is one of {', '.join(RELEASES)}")
         if self.rows > 1 and (self.split > 1 or self.prefetch):
             raise ValueError(f"{self}: several rows for a program go with neither a split nor a prefetch")
-        if self.evict_first and self.split > 1:
+        if self.cluster and not 1 < self.split <= SLOTS:
+            raise ValueError(f"{self}: a cluster takes 2 to {SLOTS} programs")
+        if self.evict_first and self.split > 1 and not self.cluster:
             raise ValueError(f"{self}: the programs of a split row read it more than once")
         if self.tiles > 1 and self.split > 1:
             raise ValueError(f"{self}: the programs of a split row hold it in one tile")
@@ -82,6 +94,11 @@ def constant(spec: QuantSpec) -> Constant:
     return text
 
 
+def has_clusters(capability: tuple[int, int] | None) -> bool:
+    """Whether GPUs of a compute capability have thread block clusters."""
+    return capability is not None and capability >= CLUSTER_CAPABILITY
+
+
 @dataclass(frozen=True)
 class Target:
     """The part of a device that a launch depends on; capability is None for Triton's interpreter on CPU."""
@@ -93,6 +110,11 @@ class Target:
     def pdl(self) -> bool:
         """Whether kernels are launched with programmatic dependent launch."""
         return self.capability is not None and self.capability >= PDL_CAPABILITY
+
+    @property
+    def clusters(self) -> bool:
+        """Whether programs can be launched in clusters."""
+        return has_clusters(self.capability)
 
     def release(self, config: Config) -> str:
         """When the next kernel may be scheduled: as `_device.wait_for_predecessor` takes it."""
@@ -132,11 +154,17 @@ def configs(op: str, k: int, capability: tuple[int, int] | None) -> list[Config]
 def _rows(op: str, k: int, capability: tuple[int, int] | None) -> tuple[list[int], list[Config]]:
     # The largest M of each row but the last, which has no upper limit, and the rows' configs.
     table = _table(capability).get(op, {}).get(str(k), []) if capability else []
-    rows = [(limit, Config(*fields)) for limit, *fields in table] or [(m, _rule(op, k, m)) for m in _RULE_LIMITS]
+    rows = [(limit, Config(*fields)) for limit, *fields in table]
+    rows = rows or [(m, _rule(op, k, m, has_clusters(capability))) for m in _RULE_LIMITS]
     rows[-1] = sys.maxsize, rows[-1][1]
-    if op.startswith("add_"):
-        rows = _keeping(KEPT_SUM // (2 * k), rows)
+    if kept := rows_kept(op, k):
+        rows = _keeping(kept, rows)
     return [limit for limit, _ in rows[:-1]], [config for _, config in rows]
+
+
+def rows_kept(op: str, k: int) -> int:
+    """Up to how many rows `op` has keep_sum."""
+    return KEPT_SUM // (2 * k) if op.startswith("add_") else 0
 
 
 def _keeping(m: int, rows: list[tuple[int, Config]]) -> list[tuple[int, Config]]:
@@ -153,16 +181,19 @@ def _table(capability: tuple[int, int]) -> dict[str, dict[str, list[list[Any]]]]
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-_RULE_LIMITS = (16, 256, 257)  # up to how many rows the rule gives one config; the last is all above
+_RULE_LIMITS = (16, 128, 256, 257)  # up to how many rows the rule gives one config; the last is all above
 
 
-def _rule(op: str, k: int, m: int) -> Config:
-    # Few rows: many warps, a row over several programs, so that one row's latency is short. Many rows: fewer warps and
-    # no idle lanes, so that several programs share a multiprocessor.
+def _rule(op: str, k: int, m: int, clusters: bool) -> Config:
+    # Few long rows: each over several programs, so that one row's latency is short. Else, few rows: many warps. Many
+    # rows: fewer warps and no idle lanes, so that several programs share a multiprocessor.
     per_warp = 512 if m <= 256 else 1024
     num_warps = min(32, power_of_two_in(max(4, k // per_warp)))
-    if "rms_norm_quant" in op and k >= 4096 and m <= 16:
-        return Config(num_warps, split=4)
+    if "rms_norm_quant" in op and k >= 4096:
+        if clusters and m <= 128:  # 8 values a thread, a load of 16 bytes
+            return Config(power_of_two(-(-k // SLOTS)) // 256, split=SLOTS, cluster=True)
+        if m <= 16:
+            return Config(num_warps, split=4)
     return Config(num_warps, tiles=1 if m <= 256 else 3)
 
 
@@ -218,20 +249,28 @@ def group_blocks(m: int, k: int, spec: QuantSpec, config: Config) -> tuple[int, 
 class Rows:
     """How programs divide rows between them.
 
-    tiles: groups of each tile of a row. own: of each that one program writes. log_warps: for each of `tiles` log2 of
-    the neighbours that one warp holds. programs: how many share a row.
+    tiles: groups of each tile that a program reads. own: of each that it writes. log_warps: for each of `tiles` log2 of
+    the neighbours that one warp holds. programs: how many share a row. cluster: how many of them are a cluster, each
+    reading its own part; one where each reads the whole row.
     """
 
     tiles: tuple[int, ...]
     own: tuple[int, ...]
     log_warps: tuple[int, ...]
     programs: int
+    cluster: int = 1
 
 
 @cache
-def divided(k: int, spec: QuantSpec, config: Config) -> Rows:
-    """How a config divides rows of k values; raises ValueError for a row that is too long."""
+def divided(k: int, spec: QuantSpec, config: Config, clusters: bool = False) -> Rows:
+    """How a config divides rows of k values; raises ValueError for a row that is too long.
+
+    clusters: whether the kernel and its GPU do as the config says about them.
+    """
     block, programs = own_groups(k, spec, config)
+    if clusters and config.cluster and programs > 1:
+        own = (block,)
+        return Rows(own, own, _log_warps(own, own, spec, config), programs, cluster=programs)
     per = spec.scales_per_element  # a tile holds whole elements of the scale
     tiles, left = [], k // spec.group
     while len(tiles) < config.tiles - 1 and per <= (largest := power_of_two_in(left)) < left:

@@ -8,17 +8,18 @@
 Bytes moved per row of K bf16 values, group 128, fp32 scales: read 2K, or 4K with a residual; written K + K/32, and 2K
 more for each of the stored residual sum and norm. The weight (2K) is read by every program but stays in the L2.
 
-Grid: (M / rows, split). A program reads whole rows for their sums of squares. At small M several programs share a row,
-each of which writes some groups of it; at large M and small K one program takes several rows. Every config gives
-the same bits, since the order of the sum is fixed.
+Grid: (M / rows, split). Several programs may share a row, each of which writes some groups of it. They are a cluster
+and tell each other their sums of squares, or else each reads the whole row for its sum. At large M and small K one
+program takes several rows. Every config gives the same bits, since the order of the sum is fixed.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from normquant.kernels._cluster import open_mailbox
 from normquant.kernels._device import row_offset, wait_for_predecessor
-from normquant.kernels._norm import norm_quant_rows, prefetch_row
+from normquant.kernels._norm import norm_quant_rows, power_of_two, prefetch_row
 from normquant.kernels.dispatch import Launcher, Plan, matrix, plan, quantized
 from normquant.kernels.launch import (
     Config,
@@ -49,6 +50,7 @@ def rms_norm_quant_kernel(
     K: tl.constexpr,
     SPEC: tl.constexpr,
     ROWS: tl.constexpr,  # rows of a program, a power of two
+    CLUSTER: tl.constexpr,  # programs of a row that exchange sums, or 1
     TILES: tl.constexpr,  # groups of each tile of a row, powers of two
     OWN: tl.constexpr,  # groups of each tile that a program writes
     LOG_WARPS: tl.constexpr,  # for each of TILES log2 of the neighbouring values that one warp holds
@@ -60,13 +62,20 @@ def rms_norm_quant_kernel(
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
+    first_row = tl.program_id(0) // CLUSTER * ROWS
+    part = tl.program_id(1)
+    mailbox = None
+    if CLUSTER > 1:
+        part = tl.program_id(0) % CLUSTER
+        mailbox = open_mailbox(CLUSTER)
     if PREFETCH:
-        first = tl.program_id(0) * ROWS
-        x_row = x_ptr + row_offset(first, stride_xm, STRIDE_UNIT)
+        READ: tl.constexpr = TILES[0] * SPEC.group if CLUSTER > 1 else power_of_two(K)
+        first = part * READ if CLUSTER > 1 else 0
+        x_row = x_ptr + row_offset(first_row, stride_xm, STRIDE_UNIT)
         residual_row = residual_ptr
         if residual_ptr is not None:
-            residual_row += row_offset(first, stride_rm, STRIDE_UNIT)
-        prefetch_row(x_row, residual_row, weight_ptr, K)
+            residual_row += row_offset(first_row, stride_rm, STRIDE_UNIT)
+        prefetch_row(x_row, residual_row, weight_ptr, first, READ, K)
     wait_for_predecessor(PDL)
     norm_quant_rows(
         x_ptr,
@@ -78,15 +87,17 @@ def rms_norm_quant_kernel(
         norm_ptr,
         stride_xm,
         stride_rm,
-        tl.program_id(0) * ROWS,
-        tl.program_id(1),
+        first_row,
+        part,
         m,
         scale_rows,
         eps,
+        mailbox,
         weight_offset,
         K,
         SPEC,
         ROWS,
+        CLUSTER,
         TILES,
         OWN,
         LOG_WARPS,
@@ -120,11 +131,11 @@ def rms_norm_quant(
     where = target(x.device)
     if config is None:
         config = choose_config(op_name(residual is not None, return_norm), k, m, where.capability)
-    row = divided(k, spec, config)
+    row = divided(k, spec, config, where.clusters)
     unit = stride_unit(x, residual)
     return plan(
         rms_norm_quant_kernel,
-        (-(-m // config.rows), row.programs, 1),
+        (-(-m // config.rows), row.programs // row.cluster, 1),
         (x, residual, weight),
         (
             *quantized(m, k, spec),
@@ -140,10 +151,12 @@ def rms_norm_quant(
         ),
         where,
         config,
+        row.cluster,
         weight_offset=weight_offset,
         K=k,
         SPEC=constant(spec),
         ROWS=config.rows,
+        CLUSTER=row.cluster,
         TILES=row.tiles,
         OWN=row.own,
         LOG_WARPS=row.log_warps,
