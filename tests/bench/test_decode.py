@@ -147,9 +147,9 @@ def test_candidates_are_configs_of_their_op(op, k, m, capability):
     assert {c.prefetch for c in found[1:]} == ({False, True} if op == "add_rms_norm_quant" and m <= 64 else {False})
     for config in found:
         if op in ("add_rms_norm_quant", "latent_norm_quant"):
-            row = launch.divided(k, SPEC, config)
-            assert sum(row.tiles) * 128 >= k and sum(row.own) * row.programs * 128 >= k
-            assert config == present or config.split == 1 or config.split * m <= tune.PROGRAMS
+            row = launch.divided(k, SPEC, config, clusters=True)
+            assert sum(row.tiles) * row.cluster * 128 >= k and sum(row.own) * row.programs * 128 >= k
+            assert config == present or config.split == 1 or config.cluster or config.split * m <= tune.PROGRAMS
         else:
             block, programs = launch.group_blocks(m, k, SPEC, config)
             assert block * programs * 128 >= m * k
@@ -160,7 +160,8 @@ def test_candidates_are_configs_of_their_op(op, k, m, capability):
 @pytest.mark.parametrize(("op", "k", "m"), [case for case in GRID if case[2] <= 64])
 def test_the_shapes_of_the_committed_table_are_among_the_candidates(op, k, m):
     present = launch.config(op, k, m, H100)
-    assert (present.num_warps, present.split) in decode_tune.shapes(op, k, m)
+    shape = Config(present.num_warps, present.split, cluster=present.cluster)
+    assert shape in decode_tune.shapes(op, k, m)
 
 
 @pytest.mark.parametrize("m", decode_tune.DECODE_MS)

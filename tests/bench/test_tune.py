@@ -30,7 +30,8 @@ def test_every_case_has_candidates_that_cover_its_row():
     for case in kernel_cases(OPS, None, (1, 128, 4096)):
         found = list(tune.candidates(case))
         assert found, case
-        assert all(c.split == 1 for c in found) or case.m <= 128 or case.op in ("group_quant", "silu_mul_quant")
+        independent = case.op in ("group_quant", "silu_mul_quant")
+        assert all(c.split == 1 or c.cluster for c in found) or case.m <= 128 or independent
 
 
 def test_rows_are_tried_in_every_way_to_cut_them():
@@ -47,13 +48,15 @@ def test_a_config_is_as_slow_as_under_the_slower_rule(monkeypatch):
     assert (ours.sum, theirs.sum) == ("fp32", "rounded") and ours.layout == theirs.layout
     assert len(tune.rules(Case("add_rms_norm_quant", 16, 7168))) == len(tune.rules(Case("group_quant", 1024, 512))) == 1
     slow = {(ours, A): 1.0, (theirs, A): 3.0, (ours, B): 2.0, (theirs, B): 2.0}
-    monkeypatch.setattr(tune, "candidates", lambda case: [A, B])
     monkeypatch.setattr(tune, "inputs", lambda case, sets: [None])
     monkeypatch.setattr(tune, "sets_of", lambda case, in_l2: 1)
-    monkeypatch.setattr(tune, "launcher", lambda case: lambda i, config: slow[case.spec, config])
+    monkeypatch.setattr(tune, "calls", lambda case, config, data: [lambda: slow[case.spec, config]])
     took = lambda calls: Timing(us := calls[0](), us, us, 1)  # noqa: E731
     monkeypatch.setattr(tune, "time_calls", lambda work, *args: {name: took(calls) for name, calls in work.items()})
-    assert {config: timing.us for config, timing in tune.measure(case, 3).items()} == {A: 3.0, B: 2.0}
+    assert {config: timing.us for config, timing in tune.measure(case, 3, candidates=lambda case: [A, B]).items()} == {
+        A: 3.0,
+        B: 2.0,
+    }
 
 
 def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch):

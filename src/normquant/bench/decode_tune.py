@@ -18,7 +18,7 @@ from normquant.bench.cases import MS, Case
 from normquant.bench.decode import DEEPSEEK_R1, LAYERS, SPEC, Configs, Gemm
 from normquant.bench.precompile import everywhere
 from normquant.bench.timing import capture_once, interleaved, middle_mean
-from normquant.bench.tune import PREFETCH_UP_TO, PROGRAMS, Rows, Table, joined, launch_once
+from normquant.bench.tune import PREFETCH_UP_TO, PROGRAMS, Rows, Table, clusters, joined, launch_once
 from normquant.kernels import launch
 from normquant.kernels.launch import RELEASES, Config
 
@@ -29,6 +29,7 @@ MARGIN_US = 0.05  # a layer: a config must win by more to displace the present o
 TOGETHER = 4  # times as many replays for the two steps that are reported
 WARPS = {"add_rms_norm_quant": (8, 16, 32)}
 FEW_WARPS = (1, 2, 4, 8)  # of the narrower ops
+WHOLE_READ = 4  # programs at the most that each read a norm's whole row; more of them are a cluster
 PER_THREAD = (2, 64)  # values of the groups that a program writes, or of the row that a norm's reads
 
 Times = Callable[[Sequence[Configs]], list[float]]  # us a layer of the step with each
@@ -62,25 +63,26 @@ def candidates(op: str, k: int, m: int, present: Config) -> list[Config]:
     """The configs worth measuring, the present one first; all keep x + residual in the L2 as `launch` has it for m."""
     prefetches = (False, True) if op == "add_rms_norm_quant" and m <= PREFETCH_UP_TO else (False,)
     found = [present]
-    for num_warps, split in shapes(op, k, m):
+    for shape in shapes(op, k, m):
         for prefetch in prefetches:
             for release in RELEASES:
-                shape = Config(num_warps, split, prefetch=prefetch, release=release)
-                found.append(replace(shape, keep_sum=present.keep_sum))
+                found.append(replace(shape, prefetch=prefetch, release=release, keep_sum=present.keep_sum))
     return list(dict.fromkeys(found))
 
 
-def shapes(op: str, k: int, m: int) -> Iterator[tuple[int, int]]:
-    """(num_warps, split) that leave no thread without work, nor with more than fits its registers."""
+def shapes(op: str, k: int, m: int) -> Iterator[Config]:
+    """Numbers of warps and splits that leave no thread without work, nor with more than fits its registers."""
     normed = op in ("add_rms_norm_quant", "latent_norm_quant")
     least, most = PER_THREAD
     for split in (1, 2, 4, 8, 16):
-        if split > k // SPEC.group or (normed and split > 1 and split * m > PROGRAMS):
+        if split > k // SPEC.group or (normed and split > 1 and (split > WHOLE_READ or split * m > PROGRAMS)):
             continue
         own = launch.own_groups(k, SPEC, Config(4, split))[0] * SPEC.group
         for num_warps in WARPS.get(op, FEW_WARPS):
             if least <= (k if normed else own) / (32 * num_warps) <= most:
-                yield num_warps, split
+                yield Config(num_warps, split)
+    for config in clusters(Case(op, m, k, spec=SPEC)):
+        yield replace(config, prefetch=False, release="loaded", keep_sum=False)
 
 
 def precompile(ms: Sequence[int], capability: tuple[int, int]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, fields, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,9 @@ import torch
 from normquant import specs
 from normquant.bench.cases import Case, Inputs, inputs
 from normquant.bench.precompile import everywhere
-from normquant.bench.timing import Timing, sets_of, time_calls
+from normquant.bench.providers import EPS
+from normquant.bench.timing import Call, Timing, sets_of, time_calls
+from normquant.kernels import launch
 from normquant.kernels.launch import Config, divided
 from normquant.spec import QuantSpec
 
@@ -25,36 +27,66 @@ PROGRAMS = 512  # a row is split only as long as there are no more programs than
 PREFETCH_UP_TO = 64  # rows: above, a prefetch competes with the loads of the kernel before
 EVICT_FROM = 256  # rows: fewer are together small beside the L2
 SEVERAL_FROM = 512  # rows: from here a program may take several
+CLUSTER_VALUES = (8, 16)  # values of a thread where programs are clusters: one load of 16 bytes, or two
 SAMPLE_US = 300.0
 
 
-def candidates(case: Case) -> Iterator[Config]:
+def candidates(case: Case) -> list[Config]:
     """The configs worth measuring: from 4 to 64 values a thread, and rows split only where they are few."""
-    groups = case.k // case.spec.group
-    independent = case.op in ("group_quant", "silu_mul_quant")
-    splits = [s for s in (1, 2, 4, 8, 16) if s <= groups and (independent or s == 1 or s * case.m <= PROGRAMS)]
-    shapes = [(split, 1) for split in splits]
+    if case.op in ("group_quant", "silu_mul_quant"):
+        return list(plain(case, splits=(1, 2, 4, 8, 16)))
+    splits = [split for split in (1, 2, 4, 8, 16) if split == 1 or split * case.m <= PROGRAMS]
+    found = [config for shape in plain(case, splits) for config in variants(case, shape)] + clusters(case)
+    return [replace(config, keep_sum=case.m <= launch.rows_kept(case.op_name, case.k)) for config in found]
+
+
+def present_and_clusters(case: Case) -> list[Config]:
+    """The config that the case has on this GPU, and those of its candidates whose programs are clusters."""
+    present = launch.config(case.op_name, case.k, case.m, torch.cuda.get_device_capability())
+    return list(dict.fromkeys([present, *(config for config in candidates(case) if config.cluster)]))
+
+
+def plain(case: Case, splits: Sequence[int]) -> Iterator[Config]:
+    """Numbers of warps, splits and rows, without further choices."""
+    shapes = [(split, 1) for split in splits if split <= case.k // case.spec.group]
     if case.m >= SEVERAL_FROM:
         shapes += [(1, rows) for rows in (2, 4, 8, 16)]
+    independent = case.op in ("group_quant", "silu_mul_quant")
     for split, rows in shapes:
         for num_warps in (1, 2, 4, 8, 16, 32):
             per_thread = (case.k // split if independent else case.k) * rows / (32 * num_warps)
             if 4 <= per_thread <= (64 if rows == 1 else 32):  # more of several rows spill
-                plain = Config(num_warps, split, rows)
-                yield from [plain] if independent else variants(case, plain)
+                yield Config(num_warps, split, rows)
 
 
-def variants(case: Case, plain: Config) -> list[Config]:
+def clusters(case: Case) -> list[Config]:
+    """Configs in which the programs of a row are a cluster, which only norms have."""
+    shapes: dict[tuple[int, int], Config] = {}
+    if case.op.endswith("rms_norm_quant"):
+        for split in (2, 4, launch.SLOTS):
+            block, programs = launch.own_groups(case.k, case.spec, Config(4, split))
+            for per_thread in CLUSTER_VALUES:
+                num_warps = block * case.spec.group // (32 * per_thread)
+                if programs > 1 and 1 <= num_warps <= 32 and (split < launch.SLOTS or case.m < EVICT_FROM):
+                    shapes.setdefault((num_warps, block), Config(num_warps, split, cluster=True))
+    return [config for shape in shapes.values() for config in variants(case, shape)]
+
+
+def variants(case: Case, shape: Config) -> list[Config]:
     """A config of an op with a norm, and the same with each choice that may pay for so many rows."""
-    found = [plain]
+    found = [shape]
     if case.op.endswith("rms_norm_quant") and case.m <= PREFETCH_UP_TO:
-        found.append(replace(plain, prefetch=True))
+        found.append(replace(shape, prefetch=True))
+        if shape.cluster:  # which leaves much of the GPU to the next kernel
+            found.append(replace(shape, prefetch=True, release="start"))
     if case.m >= SEVERAL_FROM:
-        found.append(replace(plain, late_weight=True))
-    if plain.split > 1:
+        found.append(replace(shape, late_weight=True))
+    if shape.split > 1 and not shape.cluster:
         return found
     if case.m >= EVICT_FROM:
         found += [replace(config, evict_first=True) for config in found]
+    if shape.cluster:
+        return found
     return found + [replace(config, tiles=n) for config in found for n in tilings(case)]
 
 
@@ -74,46 +106,55 @@ def rules(case: Case) -> list[QuantSpec]:
     return [case.spec]
 
 
-def launcher(case: Case) -> Callable[[Inputs, Config], object]:
-    """The kernel's launcher as a function of inputs and config."""
+def calls(case: Case, config: Config, data: Sequence[Inputs]) -> list[Call]:
+    """A launch with a config for each set of inputs, worked out once for all of them."""
+    from normquant.kernels.dispatch import Launch
     from normquant.kernels.group_quant import group_quant
     from normquant.kernels.latent_norm_quant import latent_norm_quant
     from normquant.kernels.rms_norm_quant import rms_norm_quant
     from normquant.kernels.silu_mul_quant import silu_mul_quant
 
-    spec, eps = case.spec, 1e-6
-    return {
-        "rms_norm_quant": lambda i, c: rms_norm_quant(i.x, None, i.weight, eps, spec, 0.0, case.normed, c),
-        "add_rms_norm_quant": lambda i, c: rms_norm_quant(i.x, i.residual, i.weight, eps, spec, 0.0, case.normed, c),
-        "group_quant": lambda i, c: group_quant(i.x, spec, c),
-        "silu_mul_quant": lambda i, c: silu_mul_quant(i.x, spec, c),
-        "latent_norm_quant": lambda i, c: latent_norm_quant(
-            i.x, i.weight, i.kv_weight, i.cos, i.sin, i.positions, eps, "interleaved", spec, config=c
-        ),
-    }[case.op]
+    def tensors(i: Inputs) -> tuple[Any, ...]:
+        if case.op.endswith("rms_norm_quant"):
+            return i.x, i.residual, i.weight
+        if case.op == "latent_norm_quant":
+            return i.x, i.weight, i.kv_weight, i.cos, i.sin, i.positions
+        return (i.x,)
+
+    first, spec = tensors(data[0]), case.spec
+    if case.op.endswith("rms_norm_quant"):
+        plan = rms_norm_quant.plan(*first, EPS, spec, return_norm=case.normed, config=config)
+    elif case.op == "latent_norm_quant":
+        plan = latent_norm_quant.plan(*first, EPS, "interleaved", spec, config=config)
+    else:
+        plan = {"group_quant": group_quant, "silu_mul_quant": silu_mul_quant}[case.op].plan(*first, spec, config)
+    launched = Launch(plan)
+    return [partial(launched, *(t for t in tensors(i) if t is not None)) for i in data]
 
 
-def measure(case: Case, samples: int, in_l2: bool = False) -> dict[Config, Timing]:
+def measure(
+    case: Case, samples: int, in_l2: bool = False, candidates: Callable[[Case], Iterable[Config]] = candidates
+) -> dict[Config, Timing]:
     """Times of all candidates on one case, with inputs from DRAM or, in_l2, such as stay in the L2.
 
     A candidate's time is that of the slower of the case's `rules`.
     """
-    launchers = [launcher(replace(case, spec=spec)) for spec in rules(case)]
+    specs = rules(case)
     data = inputs(case, sets_of(case, in_l2))
     configs = list(candidates(case))
     work = {
-        f"{rule} {n}": [partial(launch, i, config) for i in data]
-        for rule, launch in enumerate(launchers)
+        f"{rule} {n}": calls(replace(case, spec=spec), config, data)
+        for rule, spec in enumerate(specs)
         for n, config in enumerate(configs)
     }
     timings = time_calls(work, samples, SAMPLE_US)
     return {
-        config: max((timings[f"{rule} {n}"] for rule in range(len(launchers))), key=lambda timing: timing.us)
+        config: max((timings[f"{rule} {n}"] for rule in range(len(specs))), key=lambda timing: timing.us)
         for n, config in enumerate(configs)
     }
 
 
-def precompile(cases: Sequence[Case]) -> str | None:
+def precompile(cases: Sequence[Case], candidates: Callable[[Case], Iterable[Config]] = candidates) -> str | None:
     """Compile every candidate of every (op, K) into Triton's cache, since compiling is most of tuning.
 
     Returns what went wrong, if something did; what is missing is compiled when it is measured.
@@ -129,7 +170,7 @@ def precompile(cases: Sequence[Case]) -> str | None:
 
 def launch_once(case: Case, config: Config) -> None:
     """Launch a config, which compiles it."""
-    launcher(case)(inputs(case, 1)[0], config)
+    calls(case, config, inputs(case, 1))[0]()
     torch.cuda.synchronize()
 
 
@@ -188,11 +229,17 @@ def write(path: Path, table: Table) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def tune(cases: Sequence[Case], samples: int, progress: Callable[[str], None], in_l2: bool = False) -> Table:
+def tune(
+    cases: Sequence[Case],
+    samples: int,
+    progress: Callable[[str], None],
+    in_l2: bool = False,
+    candidates: Callable[[Case], Iterable[Config]] = candidates,
+) -> Table:
     """Measure all cases and build the table; `progress` is told each result."""
     measured: dict[tuple[str, int], list[tuple[int, dict[Config, Timing]]]] = {}
     for case in sorted(cases, key=lambda c: (c.op_name, c.k, c.m)):
-        times = measure(case, samples, in_l2)
+        times = measure(case, samples, in_l2, candidates)
         measured.setdefault((case.op_name, case.k), []).append((case.m, times))
         best = min(times, key=lambda config: times[config].us)
         progress(f"{case.op_name} k={case.k} m={case.m}: {times[best].us:.2f} us with {best}")

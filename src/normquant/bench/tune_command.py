@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time the launch configs in a decode step of DeepSeek-R1, between GEMMs (default: --m 1,16,64 "
         "--samples 100), and replace those of up to the largest M",
     )
+    what.add_argument(
+        "--clusters",
+        action="store_true",
+        help="time, beside the present launch configs, only those whose programs are thread block clusters",
+    )
     parser.set_defaults(samples=None)  # the default depends on what is timed
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where the table goes (default: into this installation)"
@@ -57,11 +62,15 @@ def configs(args: argparse.Namespace, cases: list[Case]) -> Path:
     from normquant.bench import tune
 
     path = args.output or tune.table_path(torch.cuda.get_device_capability())
+    candidates = tune.present_and_clusters if args.clusters else tune.candidates
+    if args.clusters:
+        cases = [case for case in cases if tune.clusters(case)]
     print(f"compiling on {os.cpu_count()} cores", file=sys.stderr)
-    if trouble := tune.precompile(cases):
+    if trouble := tune.precompile(cases, candidates):
         print(trouble, file=sys.stderr)
     table = json.loads(path.read_text()) if path.is_file() else {}
-    for op, widths in tune.tune(cases, args.samples, lambda text: print(text, flush=True), args.l2).items():
+    found = tune.tune(cases, args.samples, lambda text: print(text, flush=True), args.l2, candidates)
+    for op, widths in found.items():
         table.setdefault(op, {}).update(widths)
     tune.write(path, table)
     return path
