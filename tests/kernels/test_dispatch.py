@@ -252,7 +252,7 @@ def test_what_cannot_be_launched_is_asked_about_again():
         asked.append(eps)
         if eps < 0:
             raise ValueError("eps")
-        return lambda *tensors: [*tensors, None]
+        return lambda *tensors: [*tensors]
 
     call, x = remembered("test", work_out), rows()
     with mock.patch.dict(memo._launches, clear=True):

@@ -96,39 +96,39 @@ class Launch:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._makers = [output and maker(output, plan.device) for output in plan.outputs]
-        self._absent = [at for at, given in enumerate(plan.given) if not given]
+        self._index = plan.device.index if plan.device.type == "cuda" else None
+        self._makers = [maker(output, plan.device) for output in plan.outputs if output is not None]
+        self._pointers: list[int | None] = [None] * len(plan.given + plan.outputs)
+        self._places = [at for at, there in enumerate(plan.given + plan.outputs) if there]  # of the tensors among them
         self._values = (*plan.numbers, *plan.constants.values())
         self._run: Callable[..., None] | None = None  # these three are Triton's, from the first launch on
         self._stream: Callable[[int], int] = int
         self._binary: tuple[Any, Any] = None, None
 
-    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor | None]:
-        """Launch on inputs like those of the plan, of which None are left out: -> the outputs, None as in the plan."""
-        plan = self.plan
-        if plan.device.type == "cuda" and plan.device.index != _current_device():
-            with torch.cuda.device(plan.device):
+    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """Launch on inputs like those of the plan: -> the outputs; inputs and outputs that are None are left out."""
+        if self._index is not None and self._index != _current_device():
+            with torch.cuda.device(self.plan.device):
                 return self(*inputs)
-        outputs = [make and make() for make in self._makers]
-        if 0 in plan.grid:
+        outputs = [make() for make in self._makers]
+        if 0 in self.plan.grid:
             return outputs
-        if self._run is None or _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook):
-            self._ask_triton([*inputs], outputs)
+        tensors = *inputs, *outputs
+        if self._run is None or _hooked():
+            self._ask_triton(tensors)
             return outputs
-        addresses: list[int | None] = [t.data_ptr() for t in inputs]  # Triton takes them as they are, unchecked
-        for at in self._absent:
-            addresses.insert(at, None)
-        addresses += [t if t is None else t.data_ptr() for t in outputs]
+        pointers = self._pointers.copy()
+        for at, tensor in zip(self._places, tensors):  # noqa: B905
+            pointers[at] = tensor.data_ptr()  # Triton takes addresses as they are, unchecked
         # As `kernel[grid](...)` ends; no metadata for hooks and no hooks.
-        stream = self._stream(plan.device.index)
-        self._run(*plan.grid, stream, *self._binary, None, None, None, *addresses, *self._values)
+        stream = self._stream(self._index)  # type: ignore[arg-type]
+        self._run(*self.plan.grid, stream, *self._binary, None, None, None, *pointers, *self._values)
         return outputs
 
-    def _ask_triton(self, tensors: list[torch.Tensor | None], outputs: list[torch.Tensor | None]) -> None:
+    def _ask_triton(self, tensors: tuple[torch.Tensor, ...]) -> None:
         plan, names = self.plan, list(self.plan.constants)
-        for at in self._absent:
-            tensors.insert(at, None)
-        args = *tensors, *outputs, *plan.numbers
+        placed = dict(zip(self._places, tensors, strict=True))
+        args = *(placed.get(at) for at in range(len(self._pointers))), *plan.numbers
         ask = plan.kernel[plan.grid] if plan.cluster == 1 else partial(plan.kernel.warmup, grid=plan.grid)
         binary = ask(*args, **plan.constants, **plan.options)
         if binary is None:  # the interpreter has none
@@ -162,9 +162,10 @@ def maker(output: Output, device: torch.device) -> Callable[[], torch.Tensor]:
     return make if output.storage is None else lambda: make().as_strided(output.shape, output.stride)
 
 
-def _calls(hook: Any) -> Any:
-    # Whom a hook tells, a profiler for one; a hook is a chain of functions, or one that somebody put in its place.
-    return getattr(hook, "calls", hook)
+def _hooked() -> bool:
+    # Whether a launch is told to somebody, such as a profiler; a hook is a chain of functions, or what replaced one.
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 class Launcher:
@@ -181,5 +182,7 @@ class Launcher:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs, None as in the plan; of a single one the tensor itself."""
         values = self._signature.bind(*args, **kwargs).arguments.values()
-        outputs = Launch(self.plan(*args, **kwargs))(*(v for v in values if isinstance(v, torch.Tensor)))
-        return tuple(outputs) if len(outputs) > 1 else outputs[0]
+        plan = self.plan(*args, **kwargs)
+        made = iter(Launch(plan)(*(v for v in values if isinstance(v, torch.Tensor))))
+        outputs = tuple(next(made) if output is not None else None for output in plan.outputs)
+        return outputs if len(outputs) > 1 else outputs[0]

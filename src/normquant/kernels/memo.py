@@ -26,8 +26,9 @@ def remembered(name: str, work_out: Callable[..., Launch]) -> Callable[..., Any]
         for arg in args:
             if isinstance(arg, torch.Tensor):
                 tensors.append(arg)
-                arg = arg.shape, arg.stride(), arg.dtype, arg.device, arg.data_ptr() % 16 == 0
-            kind.append(arg)
+                kind += arg.shape, arg.stride(), arg.dtype, arg.get_device(), arg.data_ptr() % 16 == 0
+            else:
+                kind.append(arg)
         key = tuple(kind)
         launch = _launches.get(key)
         if launch is None:
@@ -35,7 +36,7 @@ def remembered(name: str, work_out: Callable[..., Launch]) -> Callable[..., Any]
             if len(_launches) >= LIMIT:
                 _launches.clear()
             _launches[key] = launch
-        outputs = [t for t in launch(*tensors) if t is not None]
+        outputs = launch(*tensors)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return call
