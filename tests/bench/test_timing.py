@@ -5,6 +5,8 @@ import torch
 
 from normquant.bench import decode_tune, timing
 
+POOL = (0, 1)  # the memory that all graphs share
+
 
 @pytest.fixture
 def replays(monkeypatch) -> list[str]:
@@ -21,7 +23,8 @@ def replays(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "replay_us", replay_us)
-    monkeypatch.setattr(timing, "capture", lambda calls, sample_us: (Graph(calls[0]), len(calls)))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: POOL)
+    monkeypatch.setattr(timing, "capture", lambda calls, _, pool: (Graph(calls[0]), len(calls) if pool is POOL else 0))
     monkeypatch.setattr(decode_tune, "capture_once", lambda call: Graph(call.args[0]["op"]))
     return order
 

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -57,7 +58,10 @@ def time_calls(
 
     sample_us: length of one sample, in microseconds.
     """
-    graphs = {name: capture(calls, sample_us) for name, calls in providers.items()}
+    # Nobody reads what the graphs write and one runs at a time, so that their outputs may share memory: hundreds of
+    # launch configs of a large case would not fit otherwise.
+    pool = torch.cuda.graph_pool_handle()
+    graphs = {name: capture(calls, sample_us, pool) for name, calls in providers.items()}
     raw = interleaved([graph for graph, _ in graphs.values()], samples)
     found = zip(graphs.items(), raw, strict=True)
     return {name: summary([us / calls for us in values]) for (name, (_, calls)), values in found}
@@ -75,16 +79,19 @@ def interleaved(graphs: Sequence[torch.cuda.CUDAGraph], samples: int) -> list[li
     return raw
 
 
-def capture(calls: Sequence[Call], sample_us: float = SAMPLE_US) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A CUDA graph of the calls in turn, repeated to about `sample_us`, and how many calls it holds."""
+def capture(calls: Sequence[Call], sample_us: float, pool: Any) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A CUDA graph of the calls in turn, repeated to about `sample_us`, and how many calls it holds.
+
+    pool: the memory for what is allocated in the graph, as `torch.cuda.graph_pool_handle` gives it.
+    """
     with _side_stream() as stream:
         for call in calls:  # compiles and allocates outside of the graph
             call()
-        once = _record(calls, 1, stream)
+        once = _record(calls, 1, stream, pool)
         once.replay()
         us = min(replay_us(once) for _ in range(3))
         repeats = max(1, min(MAX_CALLS // len(calls), round(sample_us / us)))
-        graph = _record(calls, repeats, stream)
+        graph = _record(calls, repeats, stream, pool)
     return graph, repeats * len(calls)
 
 
@@ -105,10 +112,10 @@ def _side_stream() -> Iterator[torch.cuda.Stream]:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def _record(calls: Sequence[Call], repeats: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+def _record(calls: Sequence[Call], repeats: int, stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, pool=pool):
         for _ in range(repeats):
             for call in calls:
                 call()
