@@ -63,11 +63,11 @@ def clusters(case: Case) -> list[Config]:
     """Configs in which the programs of a row are a cluster, which only norms have."""
     shapes: dict[tuple[int, int], Config] = {}
     if case.op.endswith("rms_norm_quant"):
-        for split in (2, 4, launch.SLOTS):
+        for split in (2, 4, launch.MAX_CLUSTER):
             block, programs = launch.own_groups(case.k, case.spec, Config(4, split))
             for per_thread in CLUSTER_VALUES:
                 num_warps = block * case.spec.group // (32 * per_thread)
-                if programs > 1 and 1 <= num_warps <= 32 and (split < launch.SLOTS or case.m < EVICT_FROM):
+                if programs > 1 and 1 <= num_warps <= 32 and (split < launch.MAX_CLUSTER or case.m < EVICT_FROM):
                     shapes.setdefault((num_warps, block), Config(num_warps, split, cluster=True))
     return [config for shape in shapes.values() for config in variants(case, shape)]
 

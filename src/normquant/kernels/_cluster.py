@@ -10,20 +10,27 @@ Nothing is stored in a program that has ended: it does not end before all others
 import triton
 import triton.language as tl
 
-from normquant.kernels.launch import SLOTS
+from normquant.kernels.launch import MAX_CLUSTER
+
+# A mailbox: MAX_CLUSTER slots of an fp32 each, then the barrier.
+BARRIER = 4 * MAX_CLUSTER
+MAILBOX_BYTES = BARRIER + 8
 
 
 @triton.constexpr_function
 def opening(programs):
-    """PTX: makes a mailbox for so many sums and returns its address; other programs may not yet send."""
+    """PTX: makes a mailbox that waits for the sums of so many programs, and gives its address.
+
+    The programs are told that it is there; who has heard it from all may send, which `exchange` waits for.
+    """
     return f"""{{
-        .shared .align 16 .b8 mailbox[{4 * SLOTS + 8}];
+        .shared .align 16 .b8 mailbox[{MAILBOX_BYTES}];
         .reg .pred first;
         .reg .b32 thread;
         mov.u32 thread, %tid.x;
         setp.eq.u32 first, thread, 0;
-        @first mbarrier.init.shared::cta.b64 [mailbox + {4 * SLOTS}], 1;
-        @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [mailbox + {4 * SLOTS}], {4 * programs};
+        @first mbarrier.init.shared::cta.b64 [mailbox + {BARRIER}], 1;
+        @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [mailbox + {BARRIER}], {4 * programs};
         @first fence.mbarrier_init.release.cluster;
         barrier.cluster.arrive.relaxed;
         mov.u32 $0, mailbox;
@@ -32,9 +39,10 @@ def opening(programs):
 
 @triton.constexpr_function
 def exchange(programs):
-    """PTX: from the mailbox's address and this program's sum to the sums of all programs, SLOTS of them."""
-    loaded = "".join(f"ld.shared::cta.f32 ${i}, [${SLOTS} + {4 * i}];\n" for i in range(programs))
-    absent = "".join(f"mov.f32 ${i}, 0f00000000;\n" for i in range(programs, SLOTS))
+    """PTX: from the mailbox's address and this program's sum to the sums of all programs, zero where there is none."""
+    mailbox, own_sum = f"${MAX_CLUSTER}", f"${MAX_CLUSTER + 1}"  # operands, after as many results as there are slots
+    sums = [f"ld.shared::cta.f32 ${i}, [{mailbox} + {4 * i}];" for i in range(programs)]
+    sums += [f"mov.f32 ${i}, 0f00000000;" for i in range(programs, MAX_CLUSTER)]
     return f"""{{
         .reg .pred sends, full;
         .reg .b32 thread, slot, barrier;
@@ -42,16 +50,16 @@ def exchange(programs):
         mov.u32 thread, %tid.x;
         setp.lt.u32 sends, thread, {programs};
         mov.u32 slot, %cluster_ctarank;
-        mad.lo.u32 slot, slot, 4, ${SLOTS};
-        add.u32 barrier, ${SLOTS}, {4 * SLOTS};
+        mad.lo.u32 slot, slot, 4, {mailbox};
+        add.u32 barrier, {mailbox}, {BARRIER};
         @sends mapa.shared::cluster.u32 slot, slot, thread;
         @sends mapa.shared::cluster.u32 barrier, barrier, thread;
-        @sends st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [slot], ${SLOTS + 1}, [barrier];
-        add.u32 barrier, ${SLOTS}, {4 * SLOTS};
+        @sends st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [slot], {own_sum}, [barrier];
+        add.u32 barrier, {mailbox}, {BARRIER};
     wait:
         mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 full, [barrier], 0;
         @!full bra wait;
-        {loaded}{absent}
+        {" ".join(sums)}
     }}"""
 
 

@@ -22,7 +22,7 @@ MIN_CAPABILITY = (8, 9)  # the first with e4m3 conversions
 MAX_ROW = 65536  # values of a normed row, which one program holds in registers
 PDL_CAPABILITY = (9, 0)  # the first with programmatic dependent launch
 CLUSTER_CAPABILITY = (9, 0)  # the first with thread block clusters
-SLOTS = 8  # programs of a cluster that every such GPU takes
+MAX_CLUSTER = 8  # programs, on every such GPU
 # When the next kernel may be scheduled: before this one waits for the one before it, right after, or when it has loaded
 # its inputs.
 RELEASES = ("start", "waited", "loaded")
@@ -66,8 +66,8 @@ class Config:
             raise ValueError(f"{self}: release is one of {', '.join(RELEASES)}")
         if self.rows > 1 and (self.split > 1 or self.prefetch):
             raise ValueError(f"{self}: several rows for a program go with neither a split nor a prefetch")
-        if self.cluster and not 1 < self.split <= SLOTS:
-            raise ValueError(f"{self}: a cluster takes 2 to {SLOTS} programs")
+        if self.cluster and not 1 < self.split <= MAX_CLUSTER:
+            raise ValueError(f"{self}: a cluster takes 2 to {MAX_CLUSTER} programs")
         if self.evict_first and self.split > 1 and not self.cluster:
             raise ValueError(f"{self}: the programs of a split row read it more than once")
         if self.tiles > 1 and self.split > 1:
@@ -191,7 +191,7 @@ def _rule(op: str, k: int, m: int, clusters: bool) -> Config:
     num_warps = min(32, power_of_two_in(max(4, k // per_warp)))
     if "rms_norm_quant" in op and k >= 4096:
         if clusters and m <= 128:  # 8 values a thread, a load of 16 bytes
-            return Config(power_of_two(-(-k // SLOTS)) // 256, split=SLOTS, cluster=True)
+            return Config(power_of_two(-(-k // MAX_CLUSTER)) // 256, split=MAX_CLUSTER, cluster=True)
         if m <= 16:
             return Config(num_warps, split=4)
     return Config(num_warps, tiles=1 if m <= 256 else 3)
