@@ -11,7 +11,7 @@ from inputs import weights
 from normquant import QuantSpec, reference
 from normquant.bench import cases, tune
 from normquant.kernels.group_quant import group_quant
-from normquant.kernels.launch import Config, configs
+from normquant.kernels.launch import Config, _table, configs
 from normquant.kernels.rms_norm_quant import rms_norm_quant
 
 KS = (1536, 7168)
@@ -113,6 +113,17 @@ def test_group_quant(config):
         assert_same(group_quant(x, SPEC, config), want)
         assert_same(group_quant(spread(x, 7168 + 8), SPEC, config), want)
         assert_same(group_quant(x[m - 1 :], SPEC, config), [t[m - 1 :] for t in want])
+
+
+@pytest.mark.parametrize(("op", "k"), [(op, int(k)) for op, widths in _table((9, 0)).items() for k in widths])
+def test_every_committed_config_at_its_width(op, k):
+    name, normed = op.removesuffix("_with_norm"), op.endswith("_with_norm")
+    for m in (1, 3, 64, 257, 2048, 16384):
+        case = cases.Case(name, m, k, normed)
+        data = cases.inputs(case, 1)
+        want = tune.calls(case, PLAIN, data)[0]()
+        for config in configs(op, k, (9, 0)):
+            assert_same(tune.calls(case, config, data)[0](), want)
 
 
 def test_the_inputs_are_not_easy():
