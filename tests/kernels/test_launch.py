@@ -73,6 +73,14 @@ def test_programs_of_a_cluster_read_their_own_part(k, split, own, programs):
     assert divided(k, QuantSpec(), config) == replace(divided(k, QuantSpec(), Config(4, split)), cluster=1)
 
 
+@pytest.mark.parametrize("capability", [H100, (8, 9), None])
+@pytest.mark.parametrize("m", [1, 64, 4096])
+def test_a_row_that_is_too_long_is_refused_however_it_is_divided(m, capability):
+    config = launch.config("add_rms_norm_quant", 2 * launch.MAX_ROW, m, capability)
+    with pytest.raises(ValueError, match="take at most 65536"):
+        divided(2 * launch.MAX_ROW, QuantSpec(), config, launch.has_clusters(capability))
+
+
 def test_a_row_for_one_program_needs_no_cluster():
     assert divided(128, QuantSpec(), Config(4, 2, cluster=True), clusters=True).cluster == 1
 

@@ -268,9 +268,6 @@ def divided(k: int, spec: QuantSpec, config: Config, clusters: bool = False) -> 
     clusters: whether the kernel and its GPU do as the config says about them.
     """
     block, programs = own_groups(k, spec, config)
-    if clusters and config.cluster and programs > 1:
-        own = (block,)
-        return Rows(own, own, _log_warps(own, own, spec, config), programs, cluster=programs)
     per = spec.scales_per_element  # a tile holds whole elements of the scale
     tiles, left = [], k // spec.group
     while len(tiles) < config.tiles - 1 and per <= (largest := power_of_two_in(left)) < left:
@@ -281,7 +278,9 @@ def divided(k: int, spec: QuantSpec, config: Config, clusters: bool = False) -> 
         raise ValueError(f"K is {k}; the norm kernels hold a row in registers and take at most {MAX_ROW}")
     whole = tuple(tiles)
     own = whole if config.split == 1 else (block,)
-    return Rows(whole, own, _log_warps(whole, own, spec, config), programs)
+    cluster = programs if clusters and config.cluster else 1
+    read = whole if cluster == 1 else own
+    return Rows(read, own, _log_warps(read, own, spec, config), programs, cluster)
 
 
 def power_of_two(n: int) -> int:
