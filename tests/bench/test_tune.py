@@ -30,8 +30,7 @@ def test_every_case_has_candidates_that_cover_its_row():
     for case in kernel_cases(OPS, None, (1, 128, 4096)):
         found = list(tune.candidates(case))
         assert found, case
-        independent = case.op in ("group_quant", "silu_mul_quant")
-        assert all(c.split == 1 or c.cluster for c in found) or case.m <= 128 or independent
+        assert all(c.split == 1 or c.cluster for c in found) or case.m <= 128 or case.op in tune.INDEPENDENT
 
 
 def test_rows_are_tried_in_every_way_to_cut_them():
@@ -53,10 +52,8 @@ def test_a_config_is_as_slow_as_under_the_slower_rule(monkeypatch):
     monkeypatch.setattr(tune, "calls", lambda case, config, data: [lambda: slow[case.spec, config]])
     took = lambda calls: Timing(us := calls[0](), us, us, 1)  # noqa: E731
     monkeypatch.setattr(tune, "time_calls", lambda work, *args: {name: took(calls) for name, calls in work.items()})
-    assert {config: timing.us for config, timing in tune.measure(case, 3, candidates=lambda case: [A, B]).items()} == {
-        A: 3.0,
-        B: 2.0,
-    }
+    found = tune.measure(case, 3, candidates=lambda case: [A, B])
+    assert {config: timing.us for config, timing in found.items()} == {A: 3.0, B: 2.0}
 
 
 def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch):

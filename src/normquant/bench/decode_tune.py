@@ -81,8 +81,7 @@ def shapes(op: str, k: int, m: int) -> Iterator[Config]:
         for num_warps in WARPS.get(op, FEW_WARPS):
             if least <= (k if normed else own) / (32 * num_warps) <= most:
                 yield Config(num_warps, split)
-    for config in clusters(Case(op, m, k, spec=SPEC)):
-        yield replace(config, prefetch=False, release="loaded", keep_sum=False)
+    yield from clusters(Case(op, m, k, spec=SPEC))
 
 
 def precompile(ms: Sequence[int], capability: tuple[int, int]) -> str | None:

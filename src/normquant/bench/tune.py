@@ -27,17 +27,18 @@ PROGRAMS = 512  # a row is split only as long as there are no more programs than
 PREFETCH_UP_TO = 64  # rows: above, a prefetch competes with the loads of the kernel before
 EVICT_FROM = 256  # rows: fewer are together small beside the L2
 SEVERAL_FROM = 512  # rows: from here a program may take several
+INDEPENDENT = ("group_quant", "silu_mul_quant")  # ops whose programs take any groups, and have no further choices
 CLUSTER_VALUES = (8, 16)  # values of a thread where programs are clusters: one load of 16 bytes, or two
 SAMPLE_US = 300.0
 
 
 def candidates(case: Case) -> list[Config]:
-    """The configs worth measuring: from 4 to 64 values a thread, and rows split only where they are few."""
-    if case.op in ("group_quant", "silu_mul_quant"):
-        return list(plain(case, splits=(1, 2, 4, 8, 16)))
-    splits = [split for split in (1, 2, 4, 8, 16) if split == 1 or split * case.m <= PROGRAMS]
-    found = [config for shape in plain(case, splits) for config in variants(case, shape)] + clusters(case)
-    return [replace(config, keep_sum=case.m <= launch.rows_kept(case.op_name, case.k)) for config in found]
+    """The configs worth measuring."""
+    shapes = [*plain(case), *clusters(case)]
+    if case.op in INDEPENDENT:
+        return shapes
+    keep_sum = case.m <= launch.rows_kept(case.op_name, case.k)
+    return [replace(config, keep_sum=keep_sum) for shape in shapes for config in variants(case, shape)]
 
 
 def present_and_clusters(case: Case) -> list[Config]:
@@ -46,12 +47,13 @@ def present_and_clusters(case: Case) -> list[Config]:
     return list(dict.fromkeys([present, *(config for config in candidates(case) if config.cluster)]))
 
 
-def plain(case: Case, splits: Sequence[int]) -> Iterator[Config]:
-    """Numbers of warps, splits and rows, without further choices."""
-    shapes = [(split, 1) for split in splits if split <= case.k // case.spec.group]
+def plain(case: Case) -> Iterator[Config]:
+    """Numbers of warps, splits and rows: from 4 to 64 values a thread, and rows split only where they are few."""
+    groups, independent = case.k // case.spec.group, case.op in INDEPENDENT
+    splits = [s for s in (1, 2, 4, 8, 16) if s <= groups and (independent or s == 1 or s * case.m <= PROGRAMS)]
+    shapes = [(split, 1) for split in splits]
     if case.m >= SEVERAL_FROM:
         shapes += [(1, rows) for rows in (2, 4, 8, 16)]
-    independent = case.op in ("group_quant", "silu_mul_quant")
     for split, rows in shapes:
         for num_warps in (1, 2, 4, 8, 16, 32):
             per_thread = (case.k // split if independent else case.k) * rows / (32 * num_warps)
@@ -60,7 +62,7 @@ def plain(case: Case, splits: Sequence[int]) -> Iterator[Config]:
 
 
 def clusters(case: Case) -> list[Config]:
-    """Configs in which the programs of a row are a cluster, which only norms have."""
+    """Numbers of warps and splits in which the programs of a row are a cluster, which only norms have."""
     shapes: dict[tuple[int, int], Config] = {}
     if case.op.endswith("rms_norm_quant"):
         for split in (2, 4, launch.MAX_CLUSTER):
@@ -69,7 +71,7 @@ def clusters(case: Case) -> list[Config]:
                 num_warps = block * case.spec.group // (32 * per_thread)
                 if programs > 1 and 1 <= num_warps <= 32 and (split < launch.MAX_CLUSTER or case.m < EVICT_FROM):
                     shapes.setdefault((num_warps, block), Config(num_warps, split, cluster=True))
-    return [config for shape in shapes.values() for config in variants(case, shape)]
+    return list(shapes.values())
 
 
 def variants(case: Case, shape: Config) -> list[Config]:
@@ -108,28 +110,26 @@ def rules(case: Case) -> list[QuantSpec]:
 
 def calls(case: Case, config: Config, data: Sequence[Inputs]) -> list[Call]:
     """A launch with a config for each set of inputs, worked out once for all of them."""
-    from normquant.kernels.dispatch import Launch
+    from normquant.kernels.dispatch import Launch, Launcher
     from normquant.kernels.group_quant import group_quant
     from normquant.kernels.latent_norm_quant import latent_norm_quant
     from normquant.kernels.rms_norm_quant import rms_norm_quant
     from normquant.kernels.silu_mul_quant import silu_mul_quant
 
-    def tensors(i: Inputs) -> tuple[Any, ...]:
-        if case.op.endswith("rms_norm_quant"):
-            return i.x, i.residual, i.weight
-        if case.op == "latent_norm_quant":
-            return i.x, i.weight, i.kv_weight, i.cos, i.sin, i.positions
-        return (i.x,)
-
-    first, spec = tensors(data[0]), case.spec
+    launcher: Launcher
+    settings: tuple[Any, ...]
+    tensors: list[tuple[Any, ...]]
     if case.op.endswith("rms_norm_quant"):
-        plan = rms_norm_quant.plan(*first, EPS, spec, return_norm=case.normed, config=config)
+        launcher, settings = rms_norm_quant, (EPS, case.spec, 0.0, case.normed)
+        tensors = [(i.x, i.residual, i.weight) for i in data]
     elif case.op == "latent_norm_quant":
-        plan = latent_norm_quant.plan(*first, EPS, "interleaved", spec, config=config)
+        launcher, settings = latent_norm_quant, (EPS, "interleaved", case.spec, False)
+        tensors = [(i.x, i.weight, i.kv_weight, i.cos, i.sin, i.positions) for i in data]
     else:
-        plan = {"group_quant": group_quant, "silu_mul_quant": silu_mul_quant}[case.op].plan(*first, spec, config)
-    launched = Launch(plan)
-    return [partial(launched, *(t for t in tensors(i) if t is not None)) for i in data]
+        launcher, settings = {"group_quant": group_quant, "silu_mul_quant": silu_mul_quant}[case.op], (case.spec,)
+        tensors = [(i.x,) for i in data]
+    launched = Launch(launcher.plan(*tensors[0], *settings, config))
+    return [partial(launched, *(t for t in given if t is not None)) for given in tensors]
 
 
 def measure(
@@ -139,17 +139,17 @@ def measure(
 
     A candidate's time is that of the slower of the case's `rules`.
     """
-    specs = rules(case)
+    under = rules(case)
     data = inputs(case, sets_of(case, in_l2))
     configs = list(candidates(case))
     work = {
         f"{rule} {n}": calls(replace(case, spec=spec), config, data)
-        for rule, spec in enumerate(specs)
+        for rule, spec in enumerate(under)
         for n, config in enumerate(configs)
     }
     timings = time_calls(work, samples, SAMPLE_US)
     return {
-        config: max((timings[f"{rule} {n}"] for rule in range(len(specs))), key=lambda timing: timing.us)
+        config: max((timings[f"{rule} {n}"] for rule in range(len(under))), key=lambda timing: timing.us)
         for n, config in enumerate(configs)
     }
 
