@@ -10,34 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from normquant.cli import COMMANDS
-
 PACKAGE = Path(__file__).parents[1] / "src" / "normquant"
 
 # layer -> the layers that it imports directly; what those may import it may import too. A layer is a file or a folder.
 IMPORTS: dict[str, set[str]] = {
     "spec": set(),
     "specs": {"spec"},
-    "rcp": set(),
-    "checks": {"spec"},
-    "reference": {"spec", "rcp"},
+    "approximate_reciprocal": set(),
+    "reference": {"spec", "approximate_reciprocal"},
     "kernels": {"spec"},
-    "ops": {"reference", "kernels", "checks"},
+    "ops": {"reference", "kernels"},
     "linear": {"ops"},
-    "warmup": {"ops"},
-    "traffic": {"spec"},
-    "compile": {"ops", "traffic"},
-    "integrations": {"compile", "linear", "specs", "version", "warmup"},
+    "compile": {"ops", "specs"},
+    "vllm": {"compile", "linear", "version"},
+    "integrations": {"vllm"},
     "audit": set(),
-    "bench": {"ops", "specs", "traffic", "version", "compile", "linear", "integrations"},
+    "bench": {"ops", "specs", "version", "compile", "linear", "vllm"},
+    "tune": {"bench"},
     "report": set(),
     "version": set(),
-    "env": {"version"},
     "testing": {"audit"},
 }
 TOP = {"cli", "demo", "__main__"}  # may import everything, and nothing outside of TOP imports them
-# Of layer cli, wherever they lie; one is a part of another that is.
-SUBCOMMANDS = {command.module for command in COMMANDS} | {"normquant.bench.vllm_command"}
 ROOT = "__init__"  # re-exports the public names: may import every layer, and no layer imports it back
 LAZY = ("triton", "transformers", "vllm", "torch._inductor")  # never imported by `import normquant` itself
 
@@ -61,9 +55,7 @@ def allowed(layer: str) -> set[str]:
 
 
 def layer_of(module: str) -> str:
-    """``normquant.audit.rules`` -> ``audit``; a subcommand -> ``cli``; ``normquant`` itself -> ``__init__``."""
-    if module in SUBCOMMANDS - {"normquant.env", "normquant.demo"}:
-        return "cli"
+    """``normquant.audit.rules`` -> ``audit``; ``normquant`` itself -> ``__init__``."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ROOT
 
@@ -105,7 +97,6 @@ def violations(package: Path) -> list[str]:
         if layer not in known:
             lines.append(f"{where}: is in no layer; add {layer!r} to the table in {Path(__file__).name}")
             continue
-        layer = layer_of(module) if layer_of(module) == "cli" else layer
         for imported in sorted(imported_modules(path.read_text(encoding="utf-8"), module, is_package)):
             if layer_of(imported) != layer and layer_of(imported) not in allowed(layer):
                 lines.append(f"{where}: {layer} imports {imported}, and may import {sorted(allowed(layer) - {layer})}")
@@ -113,7 +104,7 @@ def violations(package: Path) -> list[str]:
 
 
 def test_imports_follow_the_arrows() -> None:
-    assert (PACKAGE / "cli.py").is_file(), f"no sources under {PACKAGE}"
+    assert (PACKAGE / "cli" / "entry.py").is_file(), f"no sources under {PACKAGE}"
     assert violations(PACKAGE) == []
 
 
@@ -134,8 +125,8 @@ def test_arrows_have_no_cycle() -> None:
         ("audit/rules.py", "from normquant import spec", "audit imports normquant.spec"),
         ("ops.py", "import normquant as nq", "ops imports normquant"),
         ("ops.py", "from normquant import rms_norm_quant", "ops imports normquant"),
-        ("spec.py", "from normquant.cli import main", "spec imports normquant.cli"),
-        ("__init__.py", "from normquant.cli import main", "__init__ imports normquant.cli"),
+        ("spec.py", "from normquant.cli.entry import main", "spec imports normquant.cli.entry"),
+        ("__init__.py", "from normquant.cli.entry import main", "__init__ imports normquant.cli.entry"),
         ("utils.py", "", "is in no layer"),
     ],
 )
@@ -148,11 +139,11 @@ def test_a_forbidden_import_is_found(tmp_path: Path, path: str, source: str, exp
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("ops.py", "from normquant.spec import QuantSpec\nfrom normquant import kernels\nimport torch"),
+        ("ops/rms.py", "from normquant.spec import QuantSpec\nfrom normquant import kernels\nimport torch"),
         ("kernels/rms.py", "from . import _device\nfrom .launch import config\nfrom ..spec import QuantSpec"),
         ("kernels/__init__.py", "from .rms import rms"),
         ("__init__.py", "from .ops import rms\nfrom normquant.audit import audit"),
-        ("demo/__init__.py", "import normquant as nq\nfrom normquant import env, rms_norm_quant"),
+        ("demo/__init__.py", "import normquant as nq\nfrom normquant import cli, rms_norm_quant"),
         ("cli.py", "from normquant import demo"),
     ],
 )

@@ -5,8 +5,8 @@ import io
 
 import pytest
 import torch
-from compare import assert_bitwise, bits
-from inputs import activations, awkward
+from shared.compare import assert_bitwise, bits
+from shared.inputs import activations, awkward
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normquant as nq

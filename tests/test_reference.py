@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_bitwise, bits
-from inputs import activations, awkward, exact, weights
+from shared.compare import assert_bitwise, bits
+from shared.inputs import activations, awkward, exact, weights
 
 from normquant import QuantSpec, reference
 

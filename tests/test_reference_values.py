@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import activations, weights
+from shared.inputs import activations, weights
 
 from normquant import QuantSpec, reference
 

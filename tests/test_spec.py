@@ -6,10 +6,10 @@ from typing import get_args
 
 import pytest
 import torch
-from compare import bits, pad_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import activations
+from shared.compare import bits, pad_rows
+from shared.inputs import activations
 
 from normquant import QuantizedActivation, QuantSpec, reference, specs
 from normquant.spec import GROUPS, Divide, Layout, Rounding, ScaleBy, ScaleEncoding, Sum, empty_scale

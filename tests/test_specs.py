@@ -6,8 +6,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from compare import assert_bitwise
-from inputs import exact
+from shared.compare import assert_bitwise
+from shared.inputs import exact
 
 from normquant import QuantizedActivation, QuantSpec, reference, specs
 

@@ -40,5 +40,5 @@ else:
     from normquant.compile import FusionReport, explain, inductor_options
     from normquant.linear import BlockFP8Linear, block_fp8, block_fp8_linear, quantize_weight
     from normquant.ops import add_rms_norm_quant, group_quant, latent_norm_quant, rms_norm_quant, silu_mul_quant
+    from normquant.ops._warmup import warmup
     from normquant.spec import QuantizedActivation, QuantSpec
-    from normquant.warmup import warmup

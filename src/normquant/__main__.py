@@ -1,5 +1,5 @@
 """``python -m normquant``: the same as the command ``normquant``."""
 
-from normquant.cli import main
+from normquant.cli.entry import main
 
 raise SystemExit(main())

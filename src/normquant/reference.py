@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from normquant.rcp import approximate_reciprocal
+from normquant.approximate_reciprocal import approximate_reciprocal
 from normquant.spec import AMAX_SHIFT, FP8_MAX, QuantSpec, Rope, empty_scale
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from normquant.audit import audit, checks
+from normquant.audit import audit, expectations
 from normquant.audit.result import AuditReport
 
 
@@ -31,9 +31,9 @@ def assert_generated(
         AssertionError: naming all that does not hold, and every launch.
         ValueError: an unknown rule, target or option.
     """
-    checks.known_rules(forbid)
+    expectations.known_rules(forbid)
     report = audit(fn, make_inputs, target, options, dynamic)
-    broken = checks.broken([report], forbid, expect, max_bytes)
+    broken = expectations.broken([report], forbid, expect, max_bytes)
     if broken:
         launches = (f"  {n.name}: reads {n.bytes_read}, writes {n.bytes_written} bytes" for n in report.launches)
         raise AssertionError("\n".join([*broken, "launched:", *launches]))

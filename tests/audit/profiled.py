@@ -33,9 +33,9 @@ import sys
 from typing import Any
 
 import torch
+from shared.clean_graphs import BF16, F32, FP8, I64, Graph, add_norm_quant, empty, quantize, rms_norm
 
 from normquant.audit import audit
-from tests.audit.graphs import BF16, F32, FP8, I64, Graph, add_norm_quant, empty, quantize, rms_norm
 
 M, K = 16384, 7168
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shared.clean_graphs import GRAPHS, empty
 
 from normquant.testing import assert_generated
-
-from .graphs import GRAPHS, empty
 
 
 def test_it_passes_and_gives_the_report() -> None:

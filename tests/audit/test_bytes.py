@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shared.clean_graphs import GRAPHS, I64, Graph, compiled, empty
 
 from normquant.audit import audit
-
-from .graphs import GRAPHS, I64, Graph, compiled, empty
 
 M, K = 64, 7168
 SLICED = 2112  # columns of a fused projection, of which a norm reads 1536

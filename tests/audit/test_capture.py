@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from shared.clean_graphs import BF16, empty
 
-from normquant.audit import audit, deviceguard, targets
-from normquant.audit.capture import capture
+from normquant.audit import audit, targets
+from normquant.audit.capture import device_guard as deviceguard
+from normquant.audit.capture.live_compile import capture
 from normquant.audit.program import Extern, Kernel
-
-from .graphs import BF16, empty
 
 
 def rows_of_ones() -> tuple[torch.Tensor, ...]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from .graphs import GRAPHS, compiled
+from shared.clean_graphs import GRAPHS, compiled
 
 COPIES = ("identity", "cast-round-trip", "layout-copy", "mutated-input-copy")
 # Where the scheduler's own count is the coarser one; that the code's is right is counted by hand in test_bytes.py.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from normquant.audit import checks
-from normquant.audit.disk import audit_path
+from normquant.audit import expectations
+from normquant.audit.on_disk import audit_path
 from normquant.audit.result import AuditReport
 from normquant.report import audit_diff
 
@@ -40,7 +40,7 @@ def test_the_residual_copy_is_found(on: AuditReport) -> None:
 
 def test_three_fused_operators_are_counted(on: AuditReport) -> None:
     assert on.externs["_C.rms_norm_per_block_quant"] == 3
-    assert checks.count(on, "rms_norm_per_block_quant") == 3
+    assert expectations.count(on, "rms_norm_per_block_quant") == 3
 
 
 def test_dropped_ue8m0_is_found(on: AuditReport) -> None:

@@ -13,12 +13,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+from shared.damaged_code import mutated
 
-from normquant.audit import disk, wrappercode
-from normquant.audit.module import NotGenerated
+from normquant.audit import on_disk
+from normquant.audit.source import wrapper_code
+from normquant.audit.source.generated_module import NotGenerated
 from normquant.report import audit_html, audit_text
-
-from .mutate import mutated
 
 INPUTS = int(os.environ.get("NORMQUANT_FUZZ_INPUTS", "1500"))
 SEEDS = Path(__file__).parent / "fixtures" / "seeds"
@@ -28,11 +28,11 @@ TEXTS = [path.read_text(encoding="utf-8") for path in sorted(SEEDS.glob("*.py"))
 def audited(text: str) -> bool:
     """Whether the text was audited; False if it was refused. Anything else raises."""
     try:
-        module = wrappercode.read_module(text, "fuzz")
+        module = wrapper_code.read_module(text, "fuzz")
     except NotGenerated as error:
         assert "\n" not in str(error) and str(error)
         return False
-    (report,) = disk.reports([module], text, "h100")
+    (report,) = on_disk.reports([module], text, "h100")
     assert all(launch.bytes_read >= 0 and launch.bytes_written >= 0 for launch in report.launches)
     return True
 
@@ -65,10 +65,10 @@ def test_damaged_code_is_printed() -> None:
         for _ in range(60):
             text = mutated(rng.choice(TEXTS), rng)
             try:
-                module = wrappercode.read_module(text, "<script>alert(1)</script>")
+                module = wrapper_code.read_module(text, "<script>alert(1)</script>")
             except NotGenerated:
                 continue
-            data = [report.to_dict() for report in disk.reports([module], text, "h100")]
+            data = [report.to_dict() for report in on_disk.reports([module], text, "h100")]
             assert "<script>alert" not in audit_html.page(data, "<script>alert(1)</script>")
             assert audit_text.render(data, "title")
             printed += 1

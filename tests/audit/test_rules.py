@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from shared.clean_graphs import BF16, F32, empty, quantize, rms_norm
 
 from normquant.audit import audit, rules
 from normquant.audit.program import COPY_SAME, Access, Buffer, Copy, Extern, Kernel, Launch, Program, View
 from normquant.audit.result import AuditReport
 from normquant.audit.rules import RULE_IDS, RULES
 from normquant.audit.targets import TARGETS
-
-from .graphs import BF16, F32, empty, quantize, rms_norm
 
 M, K = 64, 1024
 DOCS = Path(__file__).parents[2] / "docs" / "rules"

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normquant.audit import build, disk, files, kernelcode, sizes, wrappercode
-from normquant.audit.digits import Bound, Digit, distinct
-from normquant.audit.disk import audit_path
-from normquant.audit.files import Unusable
-from normquant.audit.module import NotGenerated
+from normquant.audit import on_disk
+from normquant.audit.on_disk import audit_path
 from normquant.audit.program import Program
+from normquant.audit.source import code_files, evaluate, kernel_code, sizes, wrapper_code
+from normquant.audit.source.code_files import Unusable
+from normquant.audit.source.generated_module import NotGenerated
+from normquant.audit.source.index_reach import Bound, Digit, distinct
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SEEDS = FIXTURES / "seeds"
@@ -58,7 +59,7 @@ def call(args):
 
 
 def program(text: str) -> Program:
-    return build.build(wrappercode.read_module(text, "test"))
+    return evaluate.build(wrapper_code.read_module(text, "test"))
 
 
 COPY = "tmp0 = tl.load(in_ptr0 + (x0 + 64*x1), xmask)\ntl.store(out_ptr0 + (xindex), tmp0, xmask)"
@@ -173,7 +174,7 @@ def test_a_size_that_is_read_off_an_input() -> None:
     text += "def get_args():\n    arg0_1 = rand_strided((64, 64), (64, 1), device='cuda:0', dtype=torch.bfloat16)\n"
     found = program(text)
     assert found.sizes == {"s0": 64} and bytes_moved(text) == [("triton_poi_fused_0", 8192, 8192)]
-    larger = build.build(wrappercode.read_module(text, "test"), {"s0": 128})
+    larger = evaluate.build(wrapper_code.read_module(text, "test"), {"s0": 128})
     assert [launch.bytes_read for launch in larger.launches] == [16384]
 
 
@@ -215,7 +216,7 @@ def triton_for_fused_0(in_ptr0, in_ptr1, out_ptr0, out_ptr1):
 
 def test_kernels_of_a_foreach_that_share_one_body() -> None:
     """As torch 2.14 writes them."""
-    uses = kernelcode.read_uses(kernelcode.read_kernel(SHARED_BODY), {})
+    uses = kernel_code.read_uses(kernel_code.read_kernel(SHARED_BODY), {})
     assert [(site.pointer, distinct(site.index.digits, site.bounds)) for site in uses.loads] == [
         ("in_ptr0", 64), ("in_ptr1", 128),
     ]  # fmt: skip
@@ -364,7 +365,7 @@ def test_a_log_of_output_code(tmp_path: Path, prefixed: bool) -> None:
     assert [p.bytes for p in report.programs] == direct
     path.write_text(lines[0] + "\n" + prefix)
     with pytest.raises(Unusable, match="log without generated code"):
-        files.find(path)
+        code_files.find(path)
 
 
 def test_several_programs_are_one_report() -> None:
@@ -405,7 +406,7 @@ def test_one_file_of_ten_megabytes(tmp_path: Path) -> None:
     path.write_text(head + "".join(kernels) + "def call(args):" + body)
     assert path.stat().st_size > 10_000_000
     code = (
-        "import json, sys, time\nfrom normquant.audit.disk import audit_path\nbegan = time.perf_counter()\n"
+        "import json, sys, time\nfrom normquant.audit.on_disk import audit_path\nbegan = time.perf_counter()\n"
         "(report,) = audit_path(sys.argv[1])\nspent = time.perf_counter() - began\n"
         # not ru_maxrss: a child's begins at what its parent, the test run, has used
         "peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
@@ -417,11 +418,11 @@ def test_one_file_of_ten_megabytes(tmp_path: Path) -> None:
 
 
 def test_more_launches_than_any_program_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wrappercode, "_MOST_CALLS", 100)
+    monkeypatch.setattr(wrapper_code, "_MOST_CALLS", 100)
     call = "triton_poi_fused_0.run(arg0_1, buf0, 4096, stream=stream0)"
     assert len(program(module(COPY, "\n    ".join([call] * 100))).launches) == 100
     with pytest.raises(NotGenerated, match="more than 100 launches"):
-        wrappercode.read_module(module(COPY, "\n    ".join([call] * 101)), "too many")
+        wrapper_code.read_module(module(COPY, "\n    ".join([call] * 101)), "too many")
 
 
 def test_reports_are_plain_data() -> None:
@@ -431,4 +432,4 @@ def test_reports_are_plain_data() -> None:
     assert set(data["kernels"][0]) >= {"name", "kind", "file", "bytes_read", "bytes_written", "reads", "writes"}
     assert set(data["findings"][0]) >= {"rule", "kernel", "bytes", "est_us", "message", "fix"}
     assert {"name": "_C.rms_norm_per_block_quant", "count": 3} in data["extern"]
-    assert disk.reports([wrappercode.read_module(ON.read_text(), "x")], "", "h100", (64,))[0].bytes == data["bytes"]
+    assert on_disk.reports([wrapper_code.read_module(ON.read_text(), "x")], "", "h100", (64,))[0].bytes == data["bytes"]

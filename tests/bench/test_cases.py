@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from normquant import QuantSpec, traffic
+from normquant import QuantSpec
 from normquant.bench.cases import KS, LATENT, MS, OPS, Case, kernel_cases
-from normquant.cli import main
+from normquant.cli.entry import main
+from normquant.ops import _bytes
 
 ROW = QuantSpec()
 
@@ -18,13 +19,13 @@ def test_the_full_grid():
 
 def test_bytes_by_hand():
     # 2 rows of 256 bf16 values: 1024 bytes; fp8 data: 512; 2 groups a row, 4 bytes each: 16; the weight: 512
-    assert traffic.rms_norm_quant(2, 256, ROW) == (1024 + 512, 512 + 16)
-    assert traffic.rms_norm_quant(2, 256, ROW, residual=True, normed=True) == (2048 + 512, 512 + 16 + 2048)
-    assert traffic.group_quant(2, 256, ROW) == (1024, 528)
-    assert traffic.silu_mul_quant(2, 256, ROW) == (2048, 528)
-    assert traffic.group_quant(2, 256, ROW.but(layout="col_tma")) == (1024, 512 + 32)  # two padding rows
+    assert _bytes.rms_norm_quant(2, 256, ROW) == (1024 + 512, 512 + 16)
+    assert _bytes.rms_norm_quant(2, 256, ROW, residual=True, normed=True) == (2048 + 512, 512 + 16 + 2048)
+    assert _bytes.group_quant(2, 256, ROW) == (1024, 528)
+    assert _bytes.silu_mul_quant(2, 256, ROW) == (2048, 528)
+    assert _bytes.group_quant(2, 256, ROW.but(layout="col_tma")) == (1024, 512 + 32)  # two padding rows
     q, c, r = LATENT
-    read, written = traffic.latent_norm_quant(1, q, c, r, ROW)
+    read, written = _bytes.latent_norm_quant(1, q, c, r, ROW)
     assert read == 2 * (q + c + r) + 2 * (q + c) + 2 * r
     assert written == q + 4 * q // 128 + 2 * c + 2 * r
 

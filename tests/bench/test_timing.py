@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from normquant.bench import decode_tune, timing
+from normquant.bench import timing
+from normquant.tune import by_decode_step
 
 POOL = (0, 1)  # the memory that all graphs share
 
@@ -25,7 +26,7 @@ def replays(monkeypatch) -> list[str]:
     monkeypatch.setattr(timing, "replay_us", replay_us)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: POOL)
     monkeypatch.setattr(timing, "capture", lambda calls, _, pool: (Graph(calls[0]), len(calls) if pool is POOL else 0))
-    monkeypatch.setattr(decode_tune, "capture_once", lambda call: Graph(call.args[0]["op"]))
+    monkeypatch.setattr(by_decode_step, "capture_once", lambda call: Graph(call.args[0]["op"]))
     return order
 
 
@@ -37,7 +38,7 @@ def test_graphs_take_turns_and_a_call_is_a_part_of_a_replay(replays):
 
 
 def test_a_layer_is_a_part_of_a_step(replays):
-    found = decode_tune.layer_us(lambda configs: None, 2, 4, [{"op": "a"}, {"op": "b"}])
+    found = by_decode_step.layer_us(lambda configs: None, 2, 4, [{"op": "a"}, {"op": "b"}])
     assert replays == ["a", "b"] * 4
     assert found == [12.5, 12.5]  # the middle half of 10, 20, 30, 40 us
 

@@ -11,13 +11,12 @@ from unittest import mock
 
 import pytest
 import torch
+from shared.pass_harness import exact, share_of_the_pass
 
 import normquant as nq
-from normquant.compile import clear, explain, fusion_pass, inductor_options, last_report, reports
+from normquant.compile import clear, driver, explain, inductor_options, last_report, reports
 from normquant.linear import BlockFP8Linear
 from normquant.spec import QuantSpec
-
-from .harness import exact, share_of_the_pass
 
 ROOT = Path(__file__).parents[2]
 BF16 = torch.bfloat16
@@ -149,7 +148,7 @@ def test_an_exception_in_the_pass_breaks_no_compile_unless_strict() -> None:
     def broken(*args, **kwargs):
         raise RuntimeError("a defect")
 
-    with mock.patch.object(fusion_pass, "find", broken):
+    with mock.patch.object(driver, "find", broken):
         check(inductor_options("always"))
         assert "compiled as it was: RuntimeError: a defect" in explain()
         torch._dynamo.reset()
@@ -158,7 +157,7 @@ def test_an_exception_in_the_pass_breaks_no_compile_unless_strict() -> None:
 
 
 def test_an_exception_in_one_rewrite_leaves_that_site_and_the_graph_whole() -> None:
-    with mock.patch("normquant.compile.rewrite.shaped", side_effect=RuntimeError("a defect")):
+    with mock.patch("normquant.compile.fusions.norm_quant.shaped", side_effect=RuntimeError("a defect")):
         check(inductor_options("always"))
     (site,) = last_report().sites  # type: ignore[union-attr]
     assert not site.fused and site.reason == "the rewrite failed: RuntimeError: a defect"

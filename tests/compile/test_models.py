@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shared.pass_harness import assert_same, exact, run_with_pass, share_of_the_pass
 
 from normquant.compile import explain, inductor_options, last_report
 from normquant.compile.verify import verify
 from normquant.linear import BlockFP8Linear
 from normquant.spec import QuantSpec
 
-from .harness import assert_same, exact, run_with_pass, share_of_the_pass
-
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from .models import BF16, MODELS, decoder_layer, empty_linear
+from shared.decoder_layers import BF16, MODELS, decoder_layer, empty_linear
 
 SITES = {
     "deepseek_v3": {

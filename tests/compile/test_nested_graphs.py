@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-
-from .harness import Outcome, assert_same, exact, run_with_pass
+from shared.pass_harness import Outcome, assert_same, exact, run_with_pass
 
 M, K, GROUP = 128, 512, 128
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn

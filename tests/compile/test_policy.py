@@ -8,10 +8,10 @@ from unittest import mock
 import pytest
 import torch
 
-from normquant.bench import strategies
 from normquant.compile import inductor_options
+from normquant.compile.measured import measured, parse
 from normquant.compile.policy import Facts, Rules
-from normquant.compile.table import measured, parse
+from normquant.tune import strategies
 
 GPU = torch.device("cuda", 0)
 

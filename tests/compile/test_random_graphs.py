@@ -9,9 +9,8 @@ import os
 
 import pytest
 import torch
-
-from .harness import assert_same, keeps_roundings, run_with_pass
-from .random_graphs import sample
+from shared.pass_harness import assert_same, keeps_roundings, run_with_pass
+from shared.random_graphs import sample
 
 COUNT = int(os.environ.get("NORMQUANT_RANDOM_GRAPHS", "240"))
 FIRST = int(os.environ.get("NORMQUANT_RANDOM_SEED", "0"))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shared import vllm_ops
+from shared.pass_harness import assert_same, exact, keeps_roundings, run_with_pass
 
 from normquant.compile.policy import Rules
 from normquant.spec import QuantSpec
-
-from . import vllm_ops
-from .harness import assert_same, exact, keeps_roundings, run_with_pass
 
 M, K = 5, 512
 ARGS = (exact(M, K), exact(M, K, seed=1), exact(K, seed=2) + 0.5)

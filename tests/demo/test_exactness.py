@@ -93,7 +93,7 @@ def test_a_pass_that_fuses_nothing_proves_nothing(arguments: tuple) -> None:
 
 def test_the_tolerance_is_for_random_inputs_alone() -> None:
     def one(compared: int, differ: int) -> tuple[Check, ...]:
-        from normquant.demo.compare import Tally
+        from normquant.demo.differences import Tally
 
         return (Check("n", "rms_norm_quant", Tally(compared, differ, 1), Tally(), Tally()),)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from normquant.bench.timing import Timing
 from normquant.demo import page, text
-from normquant.demo.compare import Tally
+from normquant.demo.differences import Tally
 from normquant.demo.exactness import Check, Checks
 from normquant.demo.gpu import OnGpu, Times
 from normquant.demo.layer import SMALL
-from normquant.demo.result import OnCpu
+from normquant.demo.outcome import OnCpu
 from normquant.demo.sections import Section, Table, same_values, timed
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_bitwise
-from inputs import activations, weights
+from shared.compare import assert_bitwise
+from shared.inputs import activations, weights
 
 import normquant as nq
 from normquant import BlockFP8Linear, QuantSpec

@@ -5,14 +5,15 @@ from itertools import product
 
 import pytest
 import torch
-from compare import bits
-from inputs import weights
+from shared.compare import bits
+from shared.inputs import weights
 
 from normquant import QuantSpec, reference
-from normquant.bench import cases, tune
+from normquant.bench import cases
+from normquant.kernels.configs import Config, _table, configs
 from normquant.kernels.group_quant import group_quant
-from normquant.kernels.launch import Config, _table, configs
 from normquant.kernels.rms_norm_quant import rms_norm_quant
+from normquant.tune import launch_configs
 
 KS = (1536, 7168)
 MS = (1, 2, 16, 257, 4096, 16384)
@@ -69,7 +70,7 @@ def assert_same(got, want) -> None:
 
 
 @pytest.mark.parametrize("k", KS)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, tune.columns(c))))
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, launch_configs.columns(c))))
 def test_every_config_and_batch(config, k):
     for m in MS:
         x, residual, weight = inputs(m, k)
@@ -121,9 +122,9 @@ def test_every_committed_config_at_its_width(op, k):
     for m in (1, 3, 64, 257, 2048, 16384):
         case = cases.Case(name, m, k, normed)
         data = cases.inputs(case, 1)
-        want = tune.calls(case, PLAIN, data)[0]()
+        want = launch_configs.calls(case, PLAIN, data)[0]()
         for config in configs(op, k, (9, 0)):
-            assert_same(tune.calls(case, config, data)[0](), want)
+            assert_same(launch_configs.calls(case, config, data)[0](), want)
 
 
 def test_the_inputs_are_not_easy():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from inputs import activations
+from shared.inputs import activations
 
 import normquant as nq
 from normquant import BlockFP8Linear, QuantSpec, block_fp8_linear, quantize_weight

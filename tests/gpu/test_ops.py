@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from compare import assert_bitwise
-from inputs import activations, weights
+from shared.compare import assert_bitwise
+from shared.inputs import activations, weights
 
 import normquant as nq
 from normquant import QuantSpec, reference
+from normquant.kernels.configs import config
 from normquant.kernels.group_quant import group_quant_kernel
-from normquant.kernels.launch import config
 from normquant.kernels.rms_norm_quant import rms_norm_quant_kernel
 
 K = 7168

@@ -4,17 +4,17 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from compare import assert_bitwise
-from inputs import activations, awkward, weights
+from shared.compare import assert_bitwise
+from shared.inputs import activations, awkward, weights
 
 import normquant as nq
 from normquant import QuantSpec, reference, specs
+from normquant.approximate_reciprocal import approximate_reciprocal
 from normquant.kernels._device import reciprocal_approximate
+from normquant.kernels.configs import Config
 from normquant.kernels.latent_norm_quant import latent_norm_quant
-from normquant.kernels.launch import Config
 from normquant.kernels.rope_last import rope_last
 from normquant.kernels.silu_mul_quant import silu_mul_quant
-from normquant.rcp import approximate_reciprocal
 
 Q, C, R = 1536, 512, 64  # DeepSeek-R1
 SPECS = {

@@ -6,12 +6,12 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_bitwise, pad_rows
-from inputs import activations, awkward, exact, weights
+from shared.compare import assert_bitwise, pad_rows
+from shared.inputs import activations, awkward, exact, weights
 
 import normquant as nq
 from normquant import QuantSpec, reference, specs
-from normquant.kernels.launch import Config
+from normquant.kernels.configs import Config
 from normquant.kernels.rms_norm_quant import rms_norm_quant
 from normquant.spec import QuantizedActivation
 

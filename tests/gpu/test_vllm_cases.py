@@ -1,7 +1,7 @@
 """vLLM's own cases for its fused norm and quantization kernels, with our kernels. About half a minute."""
 
 import pytest
-from integrations.vllm_cases import Case, check, check_mixed_weight, some_cases
+from shared.vllm_cases import Case, check, check_mixed_weight, some_cases
 
 from normquant.specs import VLLM
 

@@ -1,13 +1,13 @@
 """The quantization kernel, interpreted on CPU, against the reference: equal to the bit."""
 
-import interpreter
 import pytest
 import torch
-from compare import assert_bitwise, pad_rows
-from inputs import awkward
+from shared import interpreter
+from shared.compare import assert_bitwise, pad_rows
+from shared.inputs import awkward
 
 from normquant import QuantSpec, reference, specs
-from normquant.kernels.launch import Config
+from normquant.kernels.configs import Config
 
 
 def check(x, spec, split=1, rows=1):

@@ -1,13 +1,13 @@
 """The latent kernel, interpreted on CPU, against the reference: equal to the bit."""
 
-import interpreter
 import pytest
 import torch
-from compare import assert_bitwise
-from inputs import activations, awkward, weights
+from shared import interpreter
+from shared.compare import assert_bitwise
+from shared.inputs import activations, awkward, weights
 
 from normquant import QuantSpec, reference, specs
-from normquant.kernels.launch import Config
+from normquant.kernels.configs import Config
 
 Q, C, R = 1536, 512, 64  # DeepSeek-R1
 

@@ -8,11 +8,12 @@ from unittest import mock
 import pytest
 import torch
 import triton
-from machine_code import SM_90, SM_100, Code, compiling, machine_code
+from shared.machine_code import SM_90, SM_100, Code, compiling, machine_code
 
 from normquant import QuantSpec, specs
 from normquant.kernels import group_quant, latent_norm_quant, rms_norm_quant, rope_last, silu_mul_quant
-from normquant.kernels.launch import RELEASES, Config, Target, _table, configs
+from normquant.kernels.capability import LaunchTarget
+from normquant.kernels.configs import RELEASES, Config, _table, configs
 
 CAPABILITIES = (SM_90, SM_100)
 CONFIGS = [Config(warps, split) for warps, split in product((4, 8, 16, 32), (1, 4))]
@@ -315,8 +316,10 @@ def test_no_multiply_add_of_the_compilers_choice(name, capability):
     code = compiled(name, 7168, Config(8), capability)
     assert code.options.enable_fp_fusion is False
     assert not free.search(code.ptx) and "mul.rn.f32" in code.ptx
-    stock = Target.options
-    with mock.patch.object(Target, "options", lambda self, config: stock(self, config) | {"enable_fp_fusion": True}):
+    stock = LaunchTarget.options
+    with mock.patch.object(
+        LaunchTarget, "options", lambda self, config: stock(self, config) | {"enable_fp_fusion": True}
+    ):
         assert free.search(compiled(name, 7168, Config(8), capability).ptx)
 
 

@@ -2,14 +2,14 @@
 
 from itertools import product
 
-import interpreter
 import pytest
 import torch
-from compare import assert_bitwise, pad_rows
-from inputs import activations, awkward, weights
+from shared import interpreter
+from shared.compare import assert_bitwise, pad_rows
+from shared.inputs import activations, awkward, weights
 
 from normquant import QuantSpec, reference, specs
-from normquant.kernels.launch import Config
+from normquant.kernels.configs import Config
 
 KS = (512, 1536, 2048, 4096, 5120, 7168, 8192)
 LAYOUTS = ("row", "col", "col_tma")

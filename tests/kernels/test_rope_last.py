@@ -1,10 +1,10 @@
 """The kernel for q's rotary embedding, interpreted on CPU, against the reference: equal to the bit."""
 
-import interpreter
 import pytest
 import torch
-from compare import assert_bitwise
-from inputs import activations, awkward
+from shared import interpreter
+from shared.compare import assert_bitwise
+from shared.inputs import activations, awkward
 
 from normquant import QuantSpec, reference
 

@@ -1,14 +1,14 @@
 """The gated-product kernel, interpreted on CPU, against the reference: equal to the bit."""
 
-import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_bitwise
-from inputs import activations, awkward
+from shared import interpreter
+from shared.compare import assert_bitwise
+from shared.inputs import activations, awkward
 
 from normquant import QuantSpec, reference, specs
-from normquant.kernels.launch import Config
+from normquant.kernels.configs import Config
 
 
 def check(x, spec, split=1):

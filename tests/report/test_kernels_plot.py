@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from normquant.bench.records import read
-from normquant.cli import main
+from normquant.cli.entry import main
 from normquant.report import kernels_plot
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed; it comes with normquant[report]")

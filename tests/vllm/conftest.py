@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from normquant.integrations.vllm_records import FILE, GraphRecord, read
+from normquant.vllm.graph_records import FILE, GraphRecord, read
 
 Environment = Callable[[Path], dict[str, str]]
 HERE = Path(__file__).parent

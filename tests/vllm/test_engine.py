@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from normquant.integrations.vllm_records import FILE
+from normquant.vllm.graph_records import FILE
 
 # The graph between the attentions of layers 0 and 1 is also that between layers 1 and 2; vLLM compiles it once.
 COMPILED_SITES = {

@@ -15,9 +15,9 @@ from normquant.specs import VLLM
 
 @pytest.fixture
 def manual() -> Any:
-    from normquant.integrations import vllm_manual
+    from normquant.vllm import manual
 
-    return vllm_manual
+    return manual
 
 
 def exact(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -43,10 +43,11 @@ def audit(
 
     Compiled functions of this process are compiled anew when they are next called: the compiler's state is reset.
     """
-    from normquant.audit import disk, wrappercode
-    from normquant.audit.capture import capture
+    from normquant.audit import on_disk
+    from normquant.audit.capture.live_compile import capture
+    from normquant.audit.source import wrapper_code
 
     captured = capture(fn, make_inputs, target, options, dynamic)
-    modules = [wrappercode.read_module(one.source, f"graph {index}") for index, one in enumerate(captured)]
+    modules = [wrapper_code.read_module(one.source, f"graph {index}") for index, one in enumerate(captured)]
     text = "\n".join(one.source for one in captured)
-    return disk.reports(modules, text, target, scheduled=[one.scheduled for one in captured])[0]
+    return on_disk.reports(modules, text, target, scheduled=[one.scheduled for one in captured])[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from normquant import traffic
+from normquant.ops import _bytes
 from normquant.spec import QuantSpec
 
 DEEPSEEK_KS = (7168, 1536, 512)  # hidden, q_lora and kv_lora of DeepSeek-V3/R1
@@ -43,12 +43,12 @@ class Case:
     def traffic(self) -> tuple[int, int]:
         """(bytes read, bytes written), at least."""
         if self.op.endswith("rms_norm_quant"):
-            return traffic.rms_norm_quant(self.m, self.k, self.spec, residual=self.residual, normed=self.normed)
+            return _bytes.rms_norm_quant(self.m, self.k, self.spec, residual=self.residual, normed=self.normed)
         if self.op == "silu_mul_quant":
-            return traffic.silu_mul_quant(self.m, self.k, self.spec)
+            return _bytes.silu_mul_quant(self.m, self.k, self.spec)
         if self.op == "latent_norm_quant":
-            return traffic.latent_norm_quant(self.m, *LATENT, self.spec)
-        return traffic.group_quant(self.m, self.k, self.spec)
+            return _bytes.latent_norm_quant(self.m, *LATENT, self.spec)
+        return _bytes.group_quant(self.m, self.k, self.spec)
 
     @property
     def bytes(self) -> int:

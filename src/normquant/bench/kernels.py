@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 
 from normquant import reference
-from normquant.bench import copies
+from normquant.bench import ceilings
 from normquant.bench.cases import LATENT, Case, Inputs, inputs
 from normquant.bench.providers import EPS, Provider, Run, calls
 from normquant.bench.records import KernelRecord, current_run, timing_fields
@@ -29,8 +29,11 @@ def measure(case: Case, providers: Sequence[Provider], samples: int, in_l2: bool
     sets = sets_of(case, in_l2)
     data = inputs(case, sets)
     work: dict[str, Sequence[Call]] = {p.name: calls(run, data) for p, run in runs.items()}
-    work |= {"torch copy_": copies.torch_copy(case.bytes, sets), "triton copy": copies.triton_copy(case.bytes, sets)}
-    work["empty kernel"] = copies.empty()
+    work |= {
+        "torch copy_": ceilings.torch_copy(case.bytes, sets),
+        "triton copy": ceilings.triton_copy(case.bytes, sets),
+    }
+    work["empty kernel"] = ceilings.empty()
     timings = time_calls(work, samples)
     copy_us = min(timings[name].us for name in COPIES)
     for name, timing in timings.items():

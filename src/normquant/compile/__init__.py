@@ -35,13 +35,13 @@ def inductor_options(
         "opaque-norm": fused where the norm is one opaque operation that the compiler cannot fuse itself, else stock.
     strict: let an exception of the pass end the compile; else the graph compiles as it was and the report says why.
     sites: glob of a site's name, as the report shows it -> a policy, "fused" or "stock" for those sites.
-    table: path of a JSON file of measurements, as `normquant.compile.table` describes it, that "auto" goes by.
+    table: path of a JSON file of measurements, as `normquant.compile.measured` describes it, that "auto" goes by.
     mode: "reduce-overhead", "max-autotune", ...: its options as well; torch.compile takes a mode or options, not both.
     overrides: further Inductor options; a "." in a name is written "__".
 
     Raises ValueError for an unknown policy or a file that is no table, OSError for one that cannot be read.
     """
-    from normquant.compile.fusion_pass import NormQuantPass
+    from normquant.compile.driver import NormQuantPass
     from normquant.compile.policy import Rules
 
     rules = Rules(policy, dict(sites or {}), table)  # type: ignore[arg-type]  # Rules checks the word

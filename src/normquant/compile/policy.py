@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from normquant.compile.table import Strategy, Table, measured
+from normquant.compile.measured import Strategy, Table, measured
 
 Policy = Literal["auto", "always", "never", "native", "opaque-norm"]
 BY_POLICY: dict[str, Strategy] = {

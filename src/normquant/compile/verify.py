@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from normquant.compile.forms import order
-from normquant.compile.fusion_pass import run, site_name
+from normquant.compile.driver import run, site_name
+from normquant.compile.find.axes import order
+from normquant.compile.find.sites import Match, find
+from normquant.compile.fusions.norm_quant import Rewriter, fused_op, op_spec
 from normquant.compile.policy import Rules
 from normquant.compile.report import FusionReport
-from normquant.compile.rewrite import Rewriter, fused_op, op_spec
-from normquant.compile.sites import Match, find
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,6 @@ A DeepSeek-R1 layer from transformers is compiled for an H100 with no GPU, stock
 on the CPU, and every fused op is compared with the graph that it replaced; where there is a CUDA GPU both are timed.
 """
 
-from normquant.demo.command import add_arguments, run
+from normquant.cli.demo import add_arguments, run
 
 __all__ = ["add_arguments", "run"]

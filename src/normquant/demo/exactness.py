@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from normquant.demo.compare import Tally, tally
+from normquant.demo.differences import Tally, tally
 from normquant.demo.recorder import Recording, arguments, module_of, nodes_by_name
 
 VIEWS = ("aten.reshape", "aten.view", "aten._unsafe_view", "aten.squeeze", "aten.unsqueeze", "aten.alias")

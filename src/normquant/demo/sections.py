@@ -12,7 +12,7 @@ from normquant.demo.codegen import Compiled, is_matrix_product
 from normquant.demo.exactness import ALLOWED, Checks, total
 from normquant.demo.gpu import OnGpu
 from normquant.demo.layer import R1_TP8
-from normquant.demo.result import OnCpu, Result, estimate_us, site_name
+from normquant.demo.outcome import OnCpu, Result, estimate_us, site_name
 from normquant.report import units
 
 NEXT = (

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from normquant.demo.sections import NEXT, Section, Table
-from normquant.report.table import table
+from normquant.report.text_table import table
 
 WIDTH = 100
 INDENT = "   "

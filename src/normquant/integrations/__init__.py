@@ -1,1 +1,1 @@
-"""Where normquant meets a framework; each file imports one, and only when it is called by it."""
+"""Import paths that documentation and installed entry points name; the code is in `normquant.vllm`."""

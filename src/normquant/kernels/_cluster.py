@@ -10,7 +10,7 @@ Nothing is stored in a program that has ended: it does not end before all others
 import triton
 import triton.language as tl
 
-from normquant.kernels.launch import MAX_CLUSTER
+from normquant.kernels.capability import MAX_CLUSTER
 
 # A mailbox: MAX_CLUSTER slots of an fp32 each, then the barrier.
 BARRIER = 4 * MAX_CLUSTER

@@ -15,9 +15,12 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import own_groups, quantize_groups, release_dependents, row_offset, wait_for_predecessor
-from normquant.kernels.dispatch import Launcher, Plan, plan, quantized
-from normquant.kernels.launch import Config, constant, group_blocks, stride_unit, target
-from normquant.kernels.launch import config as choose_config
+from normquant.kernels.capability import target
+from normquant.kernels.configs import Config
+from normquant.kernels.configs import config as choose_config
+from normquant.kernels.launch import Launcher, Plan, plan, quantized
+from normquant.kernels.spec_constant import constant
+from normquant.kernels.tiling import group_blocks, stride_unit
 from normquant.spec import QuantSpec
 
 

@@ -21,19 +21,15 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import row_offset, wait_for_predecessor
-from normquant.kernels._norm import norm_quant_rows
 from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
-from normquant.kernels.dispatch import Launcher, Plan, matrix, plan, quantized
-from normquant.kernels.launch import (
-    Config,
-    constant,
-    divided,
-    power_of_two,
-    stride_unit,
-    target,
-    unsplit,
-)
-from normquant.kernels.launch import config as choose_config
+from normquant.kernels._rows import norm_quant_rows
+from normquant.kernels.capability import target
+from normquant.kernels.configs import Config
+from normquant.kernels.configs import config as choose_config
+from normquant.kernels.launch import Launcher, Plan, matrix, plan, quantized
+from normquant.kernels.powers_of_two import power_of_two
+from normquant.kernels.spec_constant import constant
+from normquant.kernels.tiling import divided, stride_unit, unsplit
 from normquant.spec import QuantSpec
 
 

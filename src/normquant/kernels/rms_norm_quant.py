@@ -19,16 +19,13 @@ import triton.language as tl
 
 from normquant.kernels._cluster import open_mailbox
 from normquant.kernels._device import row_offset, wait_for_predecessor
-from normquant.kernels._norm import norm_quant_rows, power_of_two, prefetch_row
-from normquant.kernels.dispatch import Launcher, Plan, matrix, plan, quantized
-from normquant.kernels.launch import (
-    Config,
-    constant,
-    divided,
-    stride_unit,
-    target,
-)
-from normquant.kernels.launch import config as choose_config
+from normquant.kernels._rows import norm_quant_rows, power_of_two, prefetch_row
+from normquant.kernels.capability import target
+from normquant.kernels.configs import Config
+from normquant.kernels.configs import config as choose_config
+from normquant.kernels.launch import Launcher, Plan, matrix, plan, quantized
+from normquant.kernels.spec_constant import constant
+from normquant.kernels.tiling import divided, stride_unit
 from normquant.spec import QuantSpec
 
 

@@ -18,8 +18,12 @@ import triton.language as tl
 
 from normquant.kernels._device import release_dependents, row_offset, wait_for_predecessor
 from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
-from normquant.kernels.dispatch import Launcher, Plan, matrix, plan
-from normquant.kernels.launch import Config, constant, power_of_two, power_of_two_in, stride_unit, target
+from normquant.kernels.capability import target
+from normquant.kernels.configs import Config
+from normquant.kernels.launch import Launcher, Plan, matrix, plan
+from normquant.kernels.powers_of_two import power_of_two, power_of_two_in
+from normquant.kernels.spec_constant import constant
+from normquant.kernels.tiling import stride_unit
 from normquant.spec import QuantSpec
 
 CONFIG = Config(4)

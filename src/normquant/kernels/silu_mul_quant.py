@@ -24,9 +24,12 @@ from normquant.kernels._device import (
     scale_by_weight,
     wait_for_predecessor,
 )
-from normquant.kernels.dispatch import Launcher, Plan, plan, quantized
-from normquant.kernels.launch import Config, constant, group_blocks, stride_unit, target
-from normquant.kernels.launch import config as choose_config
+from normquant.kernels.capability import target
+from normquant.kernels.configs import Config
+from normquant.kernels.configs import config as choose_config
+from normquant.kernels.launch import Launcher, Plan, plan, quantized
+from normquant.kernels.spec_constant import constant
+from normquant.kernels.tiling import group_blocks, stride_unit
 from normquant.spec import QuantSpec
 
 

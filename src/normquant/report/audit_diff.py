@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from normquant.report import units
-from normquant.report.table import shorten, table
+from normquant.report.text_table import shorten, table
 
 Report = Mapping[str, Any]
 _COPIES = ("identity", "layout-copy", "mutated-input-copy", "cast-round-trip")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from normquant.report import units
-from normquant.report.table import shorten, table
+from normquant.report.text_table import shorten, table
 
 Report = Mapping[str, Any]
 _NAME_WIDTH = 56

@@ -7,7 +7,7 @@ from typing import Any
 
 from normquant.report import dataflow, units
 from normquant.report.dataflow import BOX_HEIGHT, BOX_WIDTH, Layout, Line
-from normquant.report.table import shorten
+from normquant.report.text_table import shorten
 
 _WIDEST, _NARROWEST = 26.0, 1.4
 _STUB = 26

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from normquant.report.table import table
+from normquant.report.text_table import table
 
 SHOWN = (
     "norm_quant",

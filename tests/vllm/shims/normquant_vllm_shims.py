@@ -18,9 +18,9 @@ FP8_MAX = 448.0
 FAULTS = set(filter(None, os.environ.get("NORMQUANT_SHIM", "").split(",")))
 
 if "other_version" in FAULTS:  # on import, since vLLM imports every plugin before it calls the first
-    from normquant.integrations import vllm_versions
+    from normquant.vllm import versions
 
-    vllm_versions.NEWEST = vllm_versions.OLDEST
+    versions.NEWEST = versions.OLDEST
 
 _C = torch.library.Library("_C", "FRAGMENT")
 _C.define(
@@ -69,11 +69,11 @@ def register() -> None:
     if "native_quant" not in FAULTS:
         _quantize_with_the_op()
     if "failing_pass" in FAULTS:
-        from normquant.compile import fusion_pass
-        from normquant.integrations import fused_ops, latent_quant, lone_quant, q_rope, silu_quant
+        from normquant.compile import driver
+        from normquant.compile.fusions import group_quant, latent_norm_quant, rope_last, silu_mul_quant, vllm_fused_ops
 
-        fusion_pass.find = silu_quant.fuse_silu_quant = lone_quant.replace_lone_quants = _fail
-        fused_ops.replace_fused_ops = latent_quant.fuse_latents = q_rope.fuse_q_rope = _fail
+        driver.find = silu_mul_quant.fuse_silu_quant = group_quant.replace_lone_quants = _fail
+        vllm_fused_ops.replace_fused_ops = latent_norm_quant.fuse_latents = rope_last.fuse_q_rope = _fail
     if "verify" in FAULTS:
         import normquant_vllm_verify
 

@@ -17,22 +17,22 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from normquant.compile import fusion_pass, verify
-from normquant.compile.fusion_pass import site_name
-from normquant.compile.match import Match
-from normquant.compile.rewrite import Rewriter
-from normquant.compile.sites import find
-from normquant.integrations import latent_quant
+from normquant.compile import driver, verify
+from normquant.compile.driver import site_name
+from normquant.compile.find.found import Match
+from normquant.compile.find.sites import find
+from normquant.compile.fusions import latent_norm_quant
+from normquant.compile.fusions.norm_quant import Rewriter
 
 ROWS = 5
 
 
 def install(out: str) -> None:
-    original = fusion_pass.run
+    original = driver.run
     if getattr(original, "verifies", False):
         return
 
-    fuse_latents = latent_quant.fuse_latents
+    fuse_latents = latent_norm_quant.fuse_latents
 
     def run(graph: Graph, *args: Any) -> Any:
         copy = copied(graph)
@@ -40,12 +40,12 @@ def install(out: str) -> None:
         return original(graph, *args)
 
     def run_latents(graph: Graph, *args: Any) -> Any:
-        found = latent_quant.find_latents(copied(graph))
-        write(out, (compare_latents(latents) for latents in found if isinstance(latents, latent_quant.Latents)))
+        found = latent_norm_quant.find_latents(copied(graph))
+        write(out, (compare_latents(latents) for latents in found if isinstance(latents, latent_norm_quant.Latents)))
         return fuse_latents(graph, *args)
 
     run.verifies = True  # type: ignore[attr-defined]
-    fusion_pass.run, latent_quant.fuse_latents = run, run_latents
+    driver.run, latent_norm_quant.fuse_latents = run, run_latents
 
 
 def copied(graph: Graph) -> Graph:
@@ -71,7 +71,7 @@ def compare(graph: Graph, match: Match) -> verify.SiteComparison:
     return verify._compare(match, add, values)
 
 
-def compare_latents(found: latent_quant.Latents) -> verify.SiteComparison:
+def compare_latents(found: latent_norm_quant.Latents) -> verify.SiteComparison:
     q, kv, k_pe = found.q.norm, found.kv, found.k_pe
     angles = torch.randn(k_pe.cache.meta["val"].shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     width = found.base.meta["val"].shape[-1]

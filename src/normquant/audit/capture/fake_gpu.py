@@ -1,0 +1,157 @@
+"""Make this process believe, for a while, that it has a given GPU: enough for code generation, nothing is ever run.
+
+Everything replaced is put back when the context ends, however it ends.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from normquant.audit.capture import device_guard as deviceguard
+from normquant.audit.targets import Target, Unavailable
+
+
+@contextlib.contextmanager
+def fake_gpu(target: Target) -> Iterator[None]:
+    """Within: torch, Inductor and Triton see one idle GPU of kind `target`. Needs triton, not CUDA."""
+    _require_triton()
+    deviceguard.ensure()
+    with contextlib.ExitStack() as stack:
+        stack.callback(_clear_device_caches)
+        _patch_torch(stack, target)
+        _patch_inductor(stack, target)
+        _patch_triton(stack, target)
+        _clear_device_caches()
+        yield
+
+
+def _require_triton() -> None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise Unavailable("generating GPU code needs triton: pip install 'normquant[nogpu]'") from error
+
+
+def _always(value: Any) -> Any:
+    return lambda *args, **kwargs: value
+
+
+def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Replace an attribute until the stack closes; names that this torch version lacks are not created."""
+    if hasattr(owner, name):
+        stack.enter_context(mock.patch.object(owner, name, value))
+
+
+def _patch_torch(stack: contextlib.ExitStack, target: Target) -> None:
+    properties = target.properties()
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_properties": properties,
+        "get_device_capability": target.capability,
+        "get_device_name": target.device_name,
+        "get_arch_list": [f"sm_{target.compute_capability}"],
+        "is_initialized": False,
+        "is_bf16_supported": True,
+        "is_tf32_supported": True,
+        "is_current_stream_capturing": False,
+        "synchronize": None,
+        "set_device": None,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
+        "_lazy_init": None,
+        "set_rng_state": None,
+    }
+    for name, answer in answers.items():
+        _replace(stack, torch.cuda, name, _always(answer))
+    _replace(stack, torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.empty(0))
+    _replace(stack, torch.version, "cuda", torch.version.cuda or "13.0")
+
+    import torch._subclasses.fake_tensor as fake_tensor
+
+    _replace(stack, fake_tensor, "init_gpu_context", _always(None))
+
+
+class _OnCpu(TorchDispatchMode):
+    """Makes every tensor on the CPU that would be made on a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def cpu(value: Any) -> Any:
+            return torch.device("cpu") if isinstance(value, torch.device) and value.type == "cuda" else value
+
+        moved = {name: cpu(value) for name, value in (kwargs or {}).items()}
+        return func(*(cpu(arg) for arg in args), **moved)
+
+
+def _run_on_cpu(method: Any) -> Any:
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _OnCpu():
+            return method(*args, **kwargs)
+
+    return run
+
+
+def _patch_inductor(stack: contextlib.ExitStack, target: Target) -> None:
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.fx_passes import joint_graph
+    from torch._inductor.runtime import triton_helpers
+
+    properties = target.properties()
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_properties": properties,
+        "get_compute_capability": target.compute_capability,
+        "is_triton_capable": True,
+        "raise_if_triton_unavailable": None,
+        "is_bf16_supported": True,
+        "synchronize": None,
+        "get_raw_stream": 0,
+    }
+    for name, answer in answers.items():
+        _replace(stack, CudaInterface, name, staticmethod(_always(answer)))
+    _replace(stack, CudaInterface.Worker, "current_device", staticmethod(_always(0)))
+    _replace(stack, CudaInterface.Worker, "get_device_properties", staticmethod(_always(properties)))
+    _replace(stack, triton_helpers, "set_driver_to_gpu", _always(None))
+    # Constant folding computes with real tensors of one element, on the graph's device; their device does not matter.
+    folder = joint_graph.UniformValueConstantFolder
+    for name in ("__init__", "run"):
+        _replace(stack, folder, name, _run_on_cpu(getattr(folder, name)))
+    # Inductor traces its attention and matmul-padding patterns on real GPU tensors, once per process. They are left
+    # out here, and through the module's name, so that the once-per-process mark is not set for a later real compile.
+    _replace(stack, joint_graph, "lazy_init", _always(None))
+
+
+def _patch_triton(stack: contextlib.ExitStack, target: Target) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class NoDriver:
+        """Answers what the compiler asks of a driver; there is nothing to launch on."""
+
+        get_current_target = staticmethod(_always(GPUTarget("cuda", target.compute_capability, 32)))
+        get_current_device = staticmethod(_always(0))
+        get_current_stream = staticmethod(_always(0))
+        get_active_torch_device = staticmethod(_always(torch.device("cuda", 0)))
+        is_active = staticmethod(_always(True))
+
+    _replace(stack, triton.runtime.driver, "_active", NoDriver())
+
+
+def _clear_device_caches() -> None:
+    """Forget memoised answers about the device, the real ones before and the fake ones after."""
+    import torch.utils._triton as triton_queries
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    for query in (DeviceProperties.create, *vars(triton_queries).values()):
+        clear = getattr(query, "cache_clear", None)
+        if clear is not None and not isinstance(query, functools.partial):
+            clear()

@@ -1,0 +1,225 @@
+"""A live compile, stopped where the code would be compiled for the GPU: what Inductor generates for a target.
+
+Nothing runs on a GPU and no GPU memory is allocated: inputs are fake tensors, and where the target is not this
+machine's GPU, `fakegpu` stands in for it.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+
+from normquant.audit import targets
+from normquant.audit.capture import scheduler as nodes
+from normquant.audit.capture.fake_gpu import fake_gpu
+from normquant.audit.program import Program
+
+# A cache hit would skip the code generation that is to be seen; a pool of compile workers would wait for a GPU.
+_UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "compile_threads": 1}
+
+_IS_CPU_BUILD = torch.version.cuda is None  # asked before a fake GPU changes the answer
+
+MakeInputs = Callable[[], tuple[Any, ...]] | tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """One graph as Inductor generated it: the code, and the program as its scheduler saw it."""
+
+    source: str
+    scheduled: Program
+
+
+class _Generated(Exception):
+    """Raised once the code is there, to leave the compile before a GPU would be needed."""
+
+
+def capture(
+    fn: Callable[..., Any],
+    make_inputs: MakeInputs,
+    target: str = "h100",
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+) -> list[Captured]:
+    """Compile `fn` for `target` and return what was generated, one entry per graph (graph breaks make several).
+
+    Errors of the compile itself, and of `make_inputs`, are raised as they are.
+    """
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    chosen = targets.resolve(target)
+    patches = {**_UNCACHED, **_config_patches(options)}
+    captured: list[Captured] = []
+    with contextlib.ExitStack() as stack:
+        if target != targets.HERE:
+            stack.enter_context(fake_gpu(chosen))
+        stack.enter_context(torch.no_grad())
+        stack.callback(torch._dynamo.reset)
+        torch._dynamo.reset()
+        stack.enter_context(config.patch(patches))
+        stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
+        stack.enter_context(FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+        inputs = _inputs(make_inputs)
+        if isinstance(fn, torch.nn.Module):
+            stack.enter_context(_on_gpu(fn))
+        torch.compile(fn, backend=functools.partial(_backend, captured), dynamic=dynamic)(*inputs)
+    if not captured:
+        raise RuntimeError(
+            "the compile produced no graph: nothing in the function is compiled (it may be empty or disabled)"
+        )
+    return captured
+
+
+def _config_patches(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    patches = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    unknown = sorted(set(patches) - set(known))
+    if unknown:
+        raise ValueError(f"not an Inductor option: {', '.join(unknown)}; see torch.compile's list_options()")
+    return patches
+
+
+def _inputs(make_inputs: MakeInputs) -> tuple[Any, ...]:
+    if callable(make_inputs):
+        made = make_inputs()
+        return tuple(made) if isinstance(made, (tuple, list)) else (made,)
+    return torch.utils._pytree.tree_map_only(torch.Tensor, like_on_gpu, tuple(make_inputs))
+
+
+def like_on_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor on the target's GPU with this one's shape, strides and dtype."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+
+
+@contextlib.contextmanager
+def _on_gpu(module: torch.nn.Module) -> Iterator[None]:
+    """Within: every parameter and buffer of `module` is a fake tensor on the GPU; its own are put back after."""
+    kept = [(owner, dict(owner._parameters), dict(owner._buffers)) for owner in module.modules()]
+    try:
+        to_gpu(module)
+        yield
+    finally:
+        for owner, parameters, buffers in kept:
+            owner._parameters.update(parameters)
+            owner._buffers.update(buffers)
+
+
+def to_gpu(module: torch.nn.Module) -> None:
+    """Replace every parameter and buffer by a fake tensor on the GPU; shared ones stay shared. Needs a fake mode."""
+    made: dict[int, torch.Tensor] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                fresh = torch.nn.Parameter(like_on_gpu(parameter), requires_grad=False)
+                owner._parameters[name] = made.setdefault(id(parameter), fresh)  # type: ignore[assignment]
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = made.setdefault(id(buffer), like_on_gpu(buffer))
+
+
+def _backend(captured: list[Captured], graph_module: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
+    from torch._inductor.compile_fx import compile_fx
+
+    compile_inner = functools.partial(_inner_compile, captured, _notes(graph_module))
+    return compile_fx(graph_module, example_inputs, inner_compile=compile_inner)
+
+
+def _notes(graph_module: torch.fx.GraphModule) -> tuple[str, ...]:
+    """Where the code is known to differ from what a GPU would get."""
+    called = {node.target for node in graph_module.graph.nodes if node.op == "call_function"}
+    if _IS_CPU_BUILD and torch.nn.functional.scaled_dot_product_attention in called:
+        return (
+            "scaled_dot_product_attention is written out as matrix products and a softmax: this torch was built "
+            "without CUDA and cannot choose the attention kernel that the GPU would run",
+        )
+    return ()
+
+
+def _inner_compile(
+    captured: list[Captured], notes: tuple[str, ...], graph_module: Any, example_inputs: Any, **kwargs: Any
+) -> Any:
+    """Generate the code, keep it, and hand back the graph itself, which then runs on fake tensors.
+
+    Running it gives the code after a graph break its inputs, so that every graph of the function is seen.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.graph import GraphLowering
+
+    runnable = copy.copy(graph_module)
+    runnable.graph = copy.deepcopy(graph_module.graph)
+    recorder = _Recorder()
+    with recorder.listening(), mock.patch.object(GraphLowering, "compile_to_module", recorder.generate):
+        try:
+            compile_fx_inner(graph_module, example_inputs, **kwargs)
+        except Exception as error:
+            if not _ended_on_purpose(error):
+                raise
+    if recorder.captured is not None:  # None: a graph without any computation is never generated
+        scheduled = dataclasses.replace(recorder.captured.scheduled, notes=notes)
+        captured.append(dataclasses.replace(recorder.captured, scheduled=scheduled))
+
+    def run(inputs: list[Any]) -> Any:
+        return runnable(*inputs)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _ended_on_purpose(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, _Generated):
+            return True
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return False
+
+
+class _Recorder:
+    """Listens to one compile: which kernel a node went to, why pairs were not fused, and the code."""
+
+    def __init__(self) -> None:
+        self.kernel_names: dict[str, str] = {}
+        self.reasons: list[tuple[str, str, str]] = []
+        self.captured: Captured | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        from torch._inductor.codegen.triton import TritonScheduling
+        from torch._inductor.scheduler import WhyNoFuse
+
+        define, why = TritonScheduling.define_kernel, WhyNoFuse.__call__
+
+        def define_and_note(scheduling: Any, source: str, schedule: Any, *args: Any) -> str:
+            name = define(scheduling, source, schedule, *args)
+            for node in schedule:
+                members = node.get_nodes() if hasattr(node, "get_nodes") else ()
+                self.kernel_names.update({member.get_name(): name for member in members})
+            return name
+
+        def why_and_note(reason: Any, text: str, *args: Any) -> None:
+            why(reason, text, *args)
+            self.reasons.append((reason.name1, reason.name2, " ".join((text % args if args else text).split())))
+
+        with mock.patch.object(TritonScheduling, "define_kernel", define_and_note):
+            with mock.patch.object(WhyNoFuse, "__call__", why_and_note):
+                yield
+
+    @property
+    def generate(self) -> Callable[[Any], Any]:
+        def compile_to_module(graph: Any) -> Any:
+            wrapper, _ = graph.codegen()
+            source = wrapper.value if hasattr(wrapper, "value") else str(wrapper)
+            program = nodes.read_program(graph, self.kernel_names, self.reasons)
+            self.captured = Captured(source, program)
+            raise _Generated
+
+        return compile_to_module

@@ -1,0 +1,143 @@
+"""What one process of `normquant bench vllm` does: a setting of vLLM, a model, and what to measure on it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from normquant.bench.vllm.shard_model import cache_bytes
+
+SETTINGS = ("default", "off", "normquant")
+# What vLLM is told to leave alone; "unfused" is the model as it is written, whose numerics the plugin keeps.
+PASSES = {
+    "off": {"fuse_norm_quant": False},
+    "unfused": {"fuse_norm_quant": False, "fuse_act_quant": False},
+}
+LINEARS = ("deepgemm", "cutlass")
+PROMPT = 64  # tokens of a request that is decoded
+WARM_UP = 8  # steps before the first window
+# What a process sets for itself, whatever its own environment says: the engine in the process, no network, and as
+# little start-up work that is not measured as can be. FlashInfer's linear kernel would quantize inside.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
+    "VLLM_DEEP_GEMM_WARMUP": "skip",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One setting on one model.
+
+    setting: "default", vLLM as it comes; "off", without its norm-quant fusion; "unfused", without that of silu either;
+        "normquant", with the plugin.
+    linear: which block-FP8 kernel has to be there, the start of its name in lower case. layers, moe: of the model, and
+        how many of them have experts.
+    batches: requests decoded at once. prefill: lengths of prompts. samples: windows of `steps` steps each.
+    compared: prompts whose logits are set beside those of float32.
+    model: the model's config.json. engine: arguments of `vllm.LLM` that replace ours.
+    """
+
+    setting: str
+    linear: str
+    layers: int
+    moe: int
+    batches: tuple[int, ...]
+    prefill: tuple[int, ...]
+    samples: int
+    steps: int
+    compared: int
+    policy: str
+    folder: str
+    model: Mapping[str, Any] = field(hash=False)
+    engine: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def name(self) -> str:
+        """Names the job in logs and folders."""
+        return f"{self.setting}-{self.linear}{'-moe' * (self.moe > 0)}"
+
+    @property
+    def decoded(self) -> int:
+        """Tokens that each request of a batch decodes: a window a sample, and a margin."""
+        return 1 + 2 * WARM_UP + self.samples * self.steps
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request."""
+        return max(PROMPT + self.decoded, *self.prefill, 256) + 64
+
+    @property
+    def cache(self) -> Path:
+        """vLLM's own cache."""
+        return Path(self.folder) / "vllm"
+
+
+def write(job: Job) -> Path:
+    """The job as a file in its folder, and the model's config beside it."""
+    folder = Path(job.folder)
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(job.model))
+    path = folder / "job.json"
+    path.write_text(json.dumps(asdict(job)))
+    return path
+
+
+def read(path: Path) -> Job:
+    """The job that `write` wrote."""
+    data = json.loads(path.read_text())
+    return Job(**{**data, "batches": tuple(data["batches"]), "prefill": tuple(data["prefill"])})
+
+
+def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of the job's process: caches of its own but for the GEMMs', and no switch but the setting's."""
+    folder = Path(job.folder)
+    found = {n: v for n, v in base.items() if n != "NORMQUANT" and not n.startswith("VLLM_USE_DEEP_GEMM")}
+    found |= ENVIRONMENT
+    found["VLLM_CACHE_ROOT"] = str(job.cache)
+    found["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    found["TRITON_CACHE_DIR"] = str(folder / "triton")
+    found["DG_JIT_CACHE_DIR"] = str(folder.parent / "deep_gemm")  # the same GEMMs in every setting, minutes of nvcc
+    if job.setting == "normquant":
+        found["NORMQUANT"] = "1"
+    if job.linear == "cutlass":  # DeepGEMM is what vLLM takes where it may, and asking for it moves the experts to it
+        found["VLLM_USE_DEEP_GEMM"] = "0"
+    return found
+
+
+def engine_arguments(job: Job) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, but for how weights are loaded.
+
+    The cache has a fixed size: several processes start on one GPU, where vLLM's way to find one would count the
+    others' memory as its own.
+    """
+    batch = max(job.batches)
+    tokens = max(batch * (PROMPT + job.decoded + 64), job.longest)
+    compilation: dict[str, Any] = {"cudagraph_capture_sizes": sorted(job.batches)}
+    if job.setting in PASSES:
+        compilation["pass_config"] = dict(PASSES[job.setting])
+    arguments: dict[str, Any] = {
+        "model": str(Path(job.folder) / "model"),
+        "skip_tokenizer_init": True,
+        "max_model_len": job.longest,
+        "max_num_seqs": batch,
+        "max_num_batched_tokens": max(batch * PROMPT, *job.prefill, 2048),
+        "dtype": "bfloat16",
+        "seed": 0,
+        "gpu_memory_utilization": 0.02,
+        "kv_cache_memory_bytes": 5 * cache_bytes(dict(job.model), tokens) // 4 + (64 << 20),
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "compilation_config": compilation,
+    }
+    if job.setting == "normquant":
+        arguments["additional_config"] = {"normquant": {"policy": job.policy}}
+    return arguments | dict(job.engine)

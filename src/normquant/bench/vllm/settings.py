@@ -1,0 +1,186 @@
+"""`normquant bench vllm`: settings of vLLM beside each other, each in a process and with caches of its own.
+
+Processes of one group start together, as most of a start is compiling on the CPU; once all of them are ready, one after
+the other measures, alone on the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normquant.bench.records import VllmRecord, current_command
+from normquant.bench.vllm.job import Job, environment, write
+from normquant.version import VERSION
+
+COMMAND = (sys.executable, "-m", "normquant.bench.vllm.worker")
+LOG = "log.txt"
+TAIL = 25  # lines of the log of a process that failed
+POLL_S = 0.5
+GRACE_S = 10.0  # from a request to end until the end is made
+
+Inspect = Callable[[Path], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that did not end: why, and the end of its log."""
+
+    job: Job
+    reason: str
+    log: str
+
+
+class Failed(Exception):
+    """Why a process is given up."""
+
+
+class Process:
+    """One job's process. Its lines are read by a thread, so that waiting for one can time out."""
+
+    def __init__(self, job: Job, command: Sequence[str]) -> None:
+        self.job = job
+        path = write(job)
+        self._log = (Path(job.folder) / LOG).open("w")
+        self._process = subprocess.Popen(
+            [*command, str(path)],
+            env=environment(job),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,  # what it starts ends with it
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+
+    def message(self, deadline: float) -> dict[str, Any]:
+        """The next line that is a message. Raises Failed at the deadline, and where the process ends without one."""
+        while True:
+            over = self._process.poll() is not None  # asked first: its last lines may still be on their way
+            try:
+                line = self._lines.get(timeout=POLL_S)
+            except queue.Empty:
+                if over:
+                    raise Failed(f"ended with exit code {self._process.returncode}") from None
+                if time.monotonic() > deadline:
+                    raise Failed("took longer than --timeout") from None
+                continue
+            with contextlib.suppress(json.JSONDecodeError):
+                message = json.loads(line)
+                if isinstance(message, dict) and "kind" in message:
+                    return message
+
+    def go(self) -> None:
+        """Have it measure."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `message` says
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+
+    def stop(self) -> None:
+        """End it, with all that it started, and wait until it has. A second time does nothing."""
+        if self._log.closed:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_S)
+        self._log.close()
+
+    def failure(self, reason: str) -> Failure:
+        """What is reported of it."""
+        lines = (Path(self.job.folder) / LOG).read_text(errors="replace").splitlines()
+        return Failure(self.job, reason, "\n".join(lines[-TAIL:]))
+
+
+def measure(
+    groups: Sequence[Sequence[Job]], timeout: float, inspect: Inspect, command: Sequence[str] | None = None
+) -> Iterator[VllmRecord | Failure]:
+    """The records of all jobs, as they come, and what failed; the rest goes on.
+
+    groups: jobs whose processes are there at the same time. timeout: seconds, for a start and for a measurement.
+    inspect: findings by rule in the code that vLLM generated, from the folder of its cache.
+    """
+    for group in groups:
+        processes: list[Process] = []
+        try:
+            processes.extend(Process(job, command or COMMAND) for job in group)
+            yield from _measure_group(processes, timeout, inspect)
+        finally:
+            for process in processes:
+                process.stop()
+
+
+def _measure_group(processes: Sequence[Process], timeout: float, inspect: Inspect) -> Iterator[VllmRecord | Failure]:
+    deadline = time.monotonic() + timeout
+    ready: list[tuple[Process, dict[str, Any]]] = []
+    for process in processes:
+        try:
+            ready.append((process, _expect(process, "ready", deadline)))
+        except Failed as error:
+            process.stop()
+            yield process.failure(f"starting: {error}")
+    for process, facts in ready:
+        try:
+            yield from _records(process, facts | {"findings": dict(inspect(process.job.cache))}, timeout)
+        except Failed as error:
+            yield process.failure(f"measuring: {error}")
+        process.stop()  # before the next one measures
+
+
+def _records(process: Process, facts: dict[str, Any], timeout: float) -> Iterator[VllmRecord]:
+    deadline = time.monotonic() + timeout
+    process.go()
+    prefill = _expect(process, "prefill", deadline)
+    for _ in process.job.batches:
+        yield record(process.job, facts, prefill, _expect(process, "batch", deadline))
+    _expect(process, "done", deadline)
+
+
+def _expect(process: Process, kind: str, deadline: float) -> dict[str, Any]:
+    message = process.message(deadline)
+    if message.pop("kind") != kind:
+        raise Failed(f"said {message} where {kind} was due")
+    return message
+
+
+def record(job: Job, facts: dict[str, Any], prefill: dict[str, Any], batch: dict[str, Any]) -> VllmRecord:
+    """One record, of what a process said."""
+    return VllmRecord(
+        suite="vllm",
+        setting=job.setting,
+        linear=job.linear,
+        layers=job.layers,
+        moe=job.moe > 0,
+        **batch,
+        prefill_ms=prefill["ms"],
+        prefill_gpu_us=prefill["gpu_us"],
+        **{name: facts[name] for name in FACTS},
+        policy=job.policy if job.setting == "normquant" else "",
+        version=VERSION,
+        command=current_command(),
+    )
+
+
+FACTS = (
+    *("logit_error", "logit_error_p10", "logit_error_p90", "scales", "scales_not_power_of_two"),
+    *("findings", "vllm", "gpu", "torch", "triton"),
+)

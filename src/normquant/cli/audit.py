@@ -1,0 +1,207 @@
+"""Show what a compiler generated for a model: kernels, DRAM bytes, and what of it is waste. Needs no GPU."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from normquant.audit import expectations, on_disk
+from normquant.audit.result import AuditReport
+from normquant.audit.rules import RULE_IDS
+from normquant.audit.source.code_files import Unusable
+from normquant.audit.targets import HERE, TARGETS, Unavailable
+from normquant.compile import explain, inductor_options
+from normquant.report import annotations, audit_diff, audit_html, audit_text
+
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `normquant audit`."""
+    parser.add_argument(
+        "what", nargs="?", metavar="WHAT",
+        help="module:callable to compile; or generated code: a file, a cache directory of Inductor or vLLM, a log of "
+        "TORCH_LOGS=output_code; or a transformers config.json",
+    )  # fmt: skip
+    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what came and went from A to B, each like WHAT")
+    compiling = parser.add_argument_group("what is compiled")
+    compiling.add_argument("--target", default="h100", help=f"{', '.join([*TARGETS, HERE])}; default h100")
+    compiling.add_argument(
+        "--arg", action="append", default=[], metavar="SPEC",
+        help="an input of the callable: bf16[64,7168], a number, or module:callable that makes it. Without any, WHAT "
+        "is called with nothing and gives (function or module, inputs)",
+    )  # fmt: skip
+    compiling.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an Inductor option")
+    compiling.add_argument(
+        "--fuse", nargs="?", const="auto", metavar="POLICY",
+        help="with normquant.inductor_options(POLICY), auto without one; prints what was fused, and why not",
+    )  # fmt: skip
+    compiling.add_argument("--dynamic", action="store_true", default=None, help="compile with symbolic sizes")
+    compiling.add_argument("--tokens", type=_positive, default=64, help="of a transformers model; default 64")
+    compiling.add_argument("--layers", type=_positive, help="build only so many of a transformers model")
+    sizes = parser.add_argument_group("symbolic sizes")
+    sizes.add_argument("--m", type=_numbers, default=(), metavar="1,64,8192", help="evaluate at these numbers of rows")
+    sizes.add_argument(
+        "--size", action="append", default=[], metavar="NAME=N", help="another size, by its name in the code"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", nargs="?", const="-", metavar="PATH", help="as JSON, to PATH or instead of the text")
+    output.add_argument("--html", metavar="PATH", help="as one self-contained page")
+    output.add_argument("--github", action="store_true", help="findings as annotations of a GitHub workflow")
+    failing = parser.add_argument_group("exit code 1")
+    failing.add_argument(
+        "--fail-on", type=_rules, default=(), metavar="RULE[,RULE]", help=f"any of {', '.join(RULE_IDS)}"
+    )
+    failing.add_argument("--expect", action="append", default=[], metavar="NAME=N", help="launches by name, * matches")
+    failing.add_argument("--max-bytes", type=_bytes, metavar="N", help="through DRAM; k, M and G are 1024s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audit, print, and check. 0: fine; 1: a finding or an expectation; 2: nothing that can be audited."""
+    try:
+        if args.diff:
+            return _diff(args)
+        if args.what is None:
+            raise ValueError("nothing to audit: give module:callable, a path of generated code, or --diff A B")
+        made = _audit(args.what, args)
+    except (Unusable, Unavailable) as error:
+        print(f"normquant: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    data = [report.to_dict() for report in made]
+    _print(args, data, made)
+    broken = expectations.broken(made, args.fail_on, _counts(args.expect), args.max_bytes)
+    for line in broken:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
+    sizes = _counts(args.size, "--size")
+    if os.path.exists(what) and not _is_config(what):
+        return on_disk.audit_path(what, args.target, args.m, sizes)
+    from normquant.audit.capture import live_compile, model_inputs  # the compiler, only where something is compiled
+    from normquant.audit.source import wrapper_code
+
+    if os.path.exists(what):
+        function, make = model_inputs.hugging_face(what, args.tokens, args.layers)
+    elif model_inputs.is_named(what):
+        function, make = model_inputs.compiled(what, args.arg)
+    else:
+        raise Unusable(f"{what}: no such file or directory, and not module:callable")
+    options = _options(args.option) | (inductor_options(args.fuse) if args.fuse else {})
+    try:
+        captured = live_compile.capture(function, make, args.target, options, args.dynamic)
+    except (Unavailable, ValueError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the user's model, or what the compiler makes of it
+        raise ValueError(f"{what} does not compile: {type(error).__name__}: {_first_line(error)}") from error
+    modules = [wrapper_code.read_module(one.source, f"graph {n}") for n, one in enumerate(captured)]
+    text = "\n".join(one.source for one in captured)
+    return on_disk.reports(modules, text, args.target, args.m, sizes, scheduled=[one.scheduled for one in captured])
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")
+
+
+def _is_config(what: str) -> bool:
+    """Whether a path is a transformers config.json, or a folder with one."""
+    path = Path(what)
+    if path.is_dir():
+        return (path / "config.json").is_file()
+    return path.suffix == ".json"
+
+
+def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Sequence[AuditReport]) -> None:
+    title = args.what
+    if args.html:
+        Path(args.html).write_text(audit_html.page(data, title), encoding="utf-8")
+    if args.github:
+        print(annotations.github(data))
+    if args.json:
+        text = json.dumps(data[0] if len(data) == 1 else data, indent=2)
+        _write(args.json, text)
+    if not args.github and args.json != "-":
+        print(audit_text.render(data, title), end="")
+        if args.fuse:
+            print(explain())
+    if args.html:
+        print(f"page: {args.html}", file=sys.stderr)
+
+
+def _diff(args: argparse.Namespace) -> int:
+    if args.what is not None:
+        raise ValueError(f"--diff takes the two to compare; {args.what!r} is a third")
+    before, after = (_audit(what, args) for what in args.diff)
+    for a, b in zip(before, after, strict=True):
+        pair = a.to_dict(), b.to_dict()
+        if args.json:
+            counts = {rule: [x, y] for rule, x, y in audit_diff.rule_counts(*pair)}
+            changed = [change.__dict__ for change in audit_diff.changes(*pair)]
+            _write(args.json, json.dumps({"changes": changed, "findings": counts}, indent=2))
+        else:
+            print(audit_diff.render(*pair, tuple(args.diff)), end="")
+    broken = expectations.broken(after, args.fail_on, _counts(args.expect), args.max_bytes)
+    for line in broken:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _write(path: str, text: str) -> None:
+    if path == "-":
+        print(text)
+    else:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _counts(pairs: Sequence[str], option: str = "--expect") -> dict[str, int]:
+    found = {}
+    for pair in pairs:
+        name, _, number = pair.rpartition("=")
+        if not name or not number.isdigit():
+            raise ValueError(f"{option} {pair!r}: give NAME=NUMBER")
+        found[name] = int(number)
+    return found
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"--option {pair!r}: give NAME=VALUE")
+        try:
+            found[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _rules(text: str) -> tuple[str, ...]:
+    rules = tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        expectations.known_rules(rules)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return rules
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    unit = _UNITS.get(text[-1:].lower(), 1)
+    number = text[:-1] if unit != 1 else text
+    if not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, such as 500000, 512k, 20M or 1G")
+    return int(number) * unit

@@ -1,0 +1,107 @@
+"""The command ``normquant``: finds the subcommand, runs it, and turns what goes wrong into one line and an exit code.
+
+A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``. It is imported only when it is asked
+for, so that ``normquant env`` works where ``normquant demo`` cannot. To add one, add a line to ``COMMANDS``.
+
+Exit codes: 0 done, 1 what the command checks did not hold, 2 wrong usage or input, 130 interrupted,
+141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from normquant.version import VERSION
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    module: str
+    help: str
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command("env", "normquant.cli.env", "versions, GPUs and driver, for a bug report"),
+    Command("demo", "normquant.demo", "fuse a real DeepSeek-V3 layer and show before and after"),
+    Command("audit", "normquant.cli.audit", "what the compiler generates for a model, and what to do about it"),
+    Command("bench", "normquant.cli.bench", "measure kernels on this GPU, beside the packages that do the same"),
+    Command("compare", "normquant.cli.compare", "what got slower or faster between two files of records"),
+    Command("plot", "normquant.cli.plot", "draw records of kernels, everybody's time beside ours"),
+    Command("tune", "normquant.cli.tune", "measure launch configs on this GPU and write their table"),
+    Command("vllm-report", "normquant.cli.vllm_report", "what the plugin fused in vLLM's compiled graphs"),
+)
+
+
+def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
+    """Run ``normquant`` with ``argv`` (default: ``sys.argv[1:]``) and return the exit code.
+
+    Input that the user can correct (ValueError, OSError, a package that is not installed) is one line on stderr;
+    anything else is a defect of ours and keeps its traceback. argparse's own SystemExit passes through.
+    """
+    top = _parser(commands).parse_args(argv)
+    debug = top.debug
+    try:
+        module = importlib.import_module(next(c.module for c in commands if c.name == top.command))
+        parser = argparse.ArgumentParser(prog=f"normquant {top.command}", description=_first_line(module.__doc__))
+        parser.add_argument("--debug", action="store_true", default=debug, help=argparse.SUPPRESS)
+        module.add_arguments(parser)
+        args = parser.parse_args(top.arguments)
+        debug = args.debug
+        code: int = module.run(args)
+        sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down
+        return code
+    except KeyboardInterrupt:
+        print("normquant: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _discard_stdout()
+        return EXIT_BROKEN_PIPE
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"normquant: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
+    width = max(len(c.name) for c in commands)
+    listing = "\n".join(f"  {c.name:<{width}}  {c.help}" for c in commands)
+    parser = argparse.ArgumentParser(
+        prog="normquant",
+        description="RMSNorm and FP8 block quantization as one kernel, and an auditor of compiled models.",
+        epilog=f"commands:\n{listing}\n\n`normquant COMMAND --help` describes one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"normquant {VERSION}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("command", metavar="COMMAND", choices=[c.name for c in commands], help="see below")
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="arguments of the command")
+    return parser
+
+
+def _first_line(text: str | None) -> str | None:
+    return text.strip().splitlines()[0].replace("``", "") if text and text.strip() else None
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"  # without "[Errno 2]"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _discard_stdout() -> None:
+    """Point stdout at nothing: the interpreter flushes it once more on exit and would report the closed pipe then."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)

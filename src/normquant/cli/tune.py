@@ -1,0 +1,115 @@
+"""`normquant tune`: measures on this GPU what the kernels and the compile pass choose from, and writes their tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from normquant.bench.cases import Case
+from normquant.bench.records import current_command
+from normquant.cli.bench import SAMPLES, add_grid, grid_cases, need_gpu
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `normquant tune`."""
+    add_grid(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--strategies",
+        action="store_true",
+        help="time the strategies of the compile pass, for policy auto, and not the launch configs of the kernels",
+    )
+    what.add_argument(
+        "--decode",
+        action="store_true",
+        help="time the launch configs in a decode step of DeepSeek-R1, between GEMMs (default: --m 1,16,64 "
+        "--samples 100), and replace those of up to the largest M",
+    )
+    what.add_argument(
+        "--clusters",
+        action="store_true",
+        help="time, beside the present launch configs, only those whose programs are thread block clusters",
+    )
+    parser.set_defaults(samples=None)  # the default depends on what is timed
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where the table goes (default: into this installation)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and write a table; an (op, K) that was not measured keeps its rows."""
+    if args.decode and (args.ops or args.k or args.l2):
+        raise ValueError("--decode times the ops and widths of DeepSeek-R1 in place: it takes no --ops, --k or --l2")
+    need_gpu()
+    if args.decode:
+        path = decode(args)
+    else:
+        args.samples = SAMPLES if args.samples is None else args.samples
+        cases = grid_cases(args)
+        path = strategies(args, cases) if args.strategies else configs(args, cases)
+    print(f"table in {path}", file=sys.stderr)
+    return 0
+
+
+def configs(args: argparse.Namespace, cases: list[Case]) -> Path:
+    """The launch configs of the kernels."""
+    import torch
+
+    from normquant.tune import launch_configs
+
+    path = args.output or launch_configs.table_path(torch.cuda.get_device_capability())
+    candidates = launch_configs.present_and_clusters if args.clusters else launch_configs.candidates
+    if args.clusters:
+        cases = [case for case in cases if launch_configs.clusters(case)]
+    print(f"compiling on {os.cpu_count()} cores", file=sys.stderr)
+    if trouble := launch_configs.precompile(cases, candidates):
+        print(trouble, file=sys.stderr)
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    found = launch_configs.tune(cases, args.samples, lambda text: print(text, flush=True), args.l2, candidates)
+    for op, widths in found.items():
+        table.setdefault(op, {}).update(widths)
+    launch_configs.write(path, table)
+    return path
+
+
+def decode(args: argparse.Namespace) -> Path:
+    """The launch configs of the kernels in a decode step."""
+    import torch
+
+    from normquant.tune import by_decode_step, launch_configs
+    from normquant.tune.decode_step import DEEPSEEK_R1, find_gemm
+
+    capability = torch.cuda.get_device_capability()
+    path = args.output or launch_configs.table_path(capability)
+    ms, gemm = args.m or by_decode_step.DECODE_MS, find_gemm(capability)
+    print(f"compiling on {os.cpu_count()} cores", file=sys.stderr)
+    if trouble := by_decode_step.precompile(ms, capability):
+        print(trouble, file=sys.stderr)
+    replays = by_decode_step.REPLAYS if args.samples is None else args.samples
+    found = by_decode_step.tune(ms, replays, gemm, lambda text: print(text, flush=True))
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    launch_configs.write(path, by_decode_step.merged(table, found, DEEPSEEK_R1.widths, capability))
+    return path
+
+
+def strategies(args: argparse.Namespace, cases: list[Case]) -> Path:
+    """The strategies of the compile pass, for the norms."""
+    import torch
+
+    from normquant.tune import strategies
+
+    capability = torch.cuda.get_device_capability()
+    path = args.output or strategies.table_path(capability)
+    norms = sorted((c for c in cases if c.op.endswith("rms_norm_quant")), key=lambda c: (c.op_name, c.k, c.m))
+    entries = []
+    for _, op in groupby(norms, key=lambda c: (c.op_name, c.k)):
+        for entry in strategies.measure(list(op), args.samples, args.l2):
+            entries.append(entry)
+            times = ", ".join(f"{name} {us} us" for name, us in entry["us"].items())
+            print(f"{entry['op']} k={entry['k']} m={entry['m'][1]}: {times}", flush=True)
+    strategies.write(path, capability, current_command(), entries)
+    return path

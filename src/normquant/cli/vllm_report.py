@@ -1,0 +1,90 @@
+"""Say, per type of layer, what normquant fused in vLLM's compiled graphs and what not, and why.
+
+Reads what the plugin wrote beside vLLM's compile cache; neither vLLM nor a GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from normquant.compile.find.linear_ops import remark
+from normquant.vllm.graph_records import FILE, GraphRecord, find, read
+
+INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", nargs="?", type=Path, help="a compile cache of vLLM, or a folder of them (default: vLLM's own)"
+    )
+    parser.add_argument("--all", action="store_true", help="every cache under the path, not only the one written last")
+    parser.add_argument("--json", action="store_true", help="the records as they are, one JSON line for each graph")
+
+
+def run(args: argparse.Namespace) -> int:
+    root = args.path or default_root(os.environ)
+    if not root.exists():
+        raise ValueError(f"{root} does not exist; give the compile cache that vLLM's log names")
+    files = find(root)
+    if not files:
+        raise ValueError(f"no {FILE} under {root}; vLLM compiled nothing there with normquant switched on")
+    for path in files if args.all else files[:1]:
+        records = list(read(path))
+        if args.json:
+            for record in records:
+                print(json.dumps(asdict(record) | {"path": str(path)}))
+        else:
+            print(f"{path.parent}\n{text(records)}")
+    return 0
+
+
+def default_root(environ: Mapping[str, str]) -> Path:
+    """Where vLLM keeps its compile caches when it is not told otherwise."""
+    cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(environ.get("VLLM_CACHE_ROOT") or cache / "vllm") / "torch_compile_cache"
+
+
+def text(records: Iterable[GraphRecord]) -> str:
+    """The records as a table of layer types, fused ones first."""
+    records = list(records)
+    fused, sites = 0, 0
+    kinds: dict[tuple[str, ...], set[str]] = {}
+    linear: Counter[str] = Counter()
+    for record in records:
+        linear.update(record.linear)
+        own = record.report["sites"]
+        sites, fused = sites + len(own), fused + sum(site["fused"] for site in own)
+        for site in (*own, *record.report["others"]):
+            kinds.setdefault(_kind(site), set()).update(INDEX.findall(site["name"])[:1])
+    versions = sorted({f"normquant {r.normquant}, vLLM {r.vllm}, policy {r.report['policy']}" for r in records})
+    lines = [*versions, f"{fused} of {sites} sites fused in {len(records)} compiled graphs"]
+    lines += [f"  {_line(kind, layers)}" for kind, layers in sorted(kinds.items(), key=lambda item: item[0])]
+    lines += [f"  linear kernel: {name}, {n} calls{_note(name)}" for name, n in sorted(linear.items())]
+    lines += [f"  a graph was compiled as it was: {r.report['error']}" for r in records if r.report["error"]]
+    lines.append("Layers whose graph is the same share one compiled graph; it is listed once, under the first of them.")
+    return "\n".join(lines)
+
+
+def _kind(site: Mapping[str, Any]) -> tuple[str, ...]:
+    """strategy, layer type, what is done, why: everything that the sites of one line have in common."""
+    what = f"{site['op']}({site['spec']})" if site["op"] else ""
+    shape = f"K={site['k']} {site['dtype']}" if site["k"] else ""
+    return site["strategy"], INDEX.sub("*", site["name"]), shape, what, site["reason"]
+
+
+def _line(kind: tuple[str, ...], layers: set[str]) -> str:
+    strategy, name, shape, what, reason = kind
+    where = f" (layer {', '.join(sorted(layers, key=int))})" if layers else ""
+    return f"{strategy:<6} {' '.join(filter(None, (name, shape, what)))}: {reason}{where}"
+
+
+def _note(kernel: str) -> str:
+    return f"; {remark(kernel)}" if remark(kernel) else ""

@@ -1,0 +1,1 @@
+"""Builds nodes, and cleans up after a rewrite."""

@@ -1,0 +1,111 @@
+"""The strategy `native`: an opaque quantization becomes aten operations, so that the compiler can make one kernel of it
+and of what stands before it. Scales in columns are stored there by that kernel, without a copy: see `_by_column`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from normquant.compile.edit.build import call, shaped
+from normquant.compile.find.graph import Unsupported, aten, prims, value
+from normquant.compile.find.quant_ops import is_group_quant, read
+from normquant.spec import FP8_MAX, TMA_ALIGN, QuantSpec
+
+
+def decompose(graph: Graph, ops: Sequence[Node]) -> None:
+    """Replace opaque quantizations of one tensor, of the same spec and in the order of the graph, by aten operations of
+    the same arithmetic. They share one result: two would keep the compiler from making one kernel.
+
+    Raises Unsupported for packed scales, and for TMA-aligned ones where the rows are not known to be a multiple of 4.
+    """
+    source: Any = ops[0].args[0] if is_group_quant(ops[0]) else ops[0].kwargs["input"]
+    k = value(source).shape[-1]
+    quants = [read(op, k) for op in ops]
+    spec = quants[0].spec
+    if spec.scale == "ue8m0_packed":
+        raise Unsupported("packed scales are not made by aten operations")
+    if spec.divide == "fast_amax":
+        raise Unsupported("the approximate reciprocal is not made by aten operations")
+    rows = value(source).numel() // k
+    if spec.layout == "col_tma" and not (isinstance(rows, int) and rows % TMA_ALIGN == 0):
+        raise Unsupported("TMA-aligned scales take a copy where the rows are not a multiple of 4")
+    with graph.inserting_before(ops[0]):
+        data, scale = _quantize(graph, source, spec)
+        outputs = [(old, new) for quant in quants for old, new in ((quant.data, data), (quant.scale, scale))]
+        replacements = [(old, shaped(graph, new, old)) for old, new in outputs if old is not None]
+    for old, new in replacements:
+        old.replace_all_uses_with(new)
+
+
+def _quantize(graph: Graph, y: Node, spec: QuantSpec) -> tuple[Node, Node]:
+    """The arithmetic of `normquant.reference.group_quant`."""
+    k = value(y).shape[-1]
+    groups = k // spec.group
+
+    def new(target: Any, *args: Any, **kwargs: Any) -> Node:
+        return call(graph, target, args, kwargs)
+
+    wide = new(prims.convert_element_type.default, y, torch.float32)
+    grouped = new(aten.reshape.default, wide, [-1, groups, spec.group])  # [M, G, group]
+    amax = new(aten.amax.default, new(aten.abs.default, grouped), [-1])  # [M, G]
+    if spec.floor:
+        amax = new(aten.clamp_min.default, amax, spec.floor)
+    scale = _scale(new, amax, spec)
+    data = new(
+        aten.clamp_max.default,
+        new(aten.clamp_min.default, _divided(new, grouped, amax, scale, spec), -FP8_MAX),
+        FP8_MAX,
+    )
+    fp8 = new(prims.convert_element_type.default, data, spec.dtype)
+    return new(aten.reshape.default, fp8, [-1, k]), scale if spec.layout == "row" else _by_column(new, scale)
+
+
+def _by_column(new: Any, scale: Node) -> Node:
+    """[M, G] stored by columns. A transposed amax would be stored so, too, but what is computed from it would walk over
+    [G, M], and Inductor makes one kernel only of what walks over the rows as the norm does."""
+    from torch._inductor import inductor_prims  # noqa: F401  # registers the operator
+
+    rows = value(scale).shape[0]
+    if not isinstance(rows, int):
+        if torch.__version__ < (2, 13):  # its Inductor cannot put strides in order that are symbols
+            columns = new(aten.permute.default, scale, [1, 0])
+            stored = new(aten.clone.default, columns, memory_format=torch.contiguous_format)
+            return new(aten.permute.default, stored, [1, 0])
+        rows = new(aten.sym_size.int, scale, 0)
+    return new(prims.inductor_force_stride_order.default, scale, [1, rows])
+
+
+def _scale(new: Any, amax: Node, spec: QuantSpec) -> Node:
+    if spec.scale_by == "multiply":
+        scale = new(aten.mul.Tensor, amax, 1.0 / FP8_MAX)
+    elif spec.scale_by == "divide":
+        scale = new(aten.div.Tensor, amax, _constant(new, amax, FP8_MAX))
+    else:
+        scale = new(aten.div.Tensor, amax, FP8_MAX)
+    if spec.scale_floor:
+        scale = new(aten.clamp_min.default, scale, spec.scale_floor)
+    if not spec.is_ue8m0:
+        return scale
+    bits = new(aten.add.Tensor, new(aten.view.dtype, scale, torch.int32), 0x7FFFFF)
+    up = new(aten.view.dtype, new(aten.bitwise_and.Scalar, bits, 0x7F800000), torch.float32)
+    finite = new(aten.lt.Scalar, new(aten.abs.default, scale), float("inf"))  # false for NaN as well
+    return new(aten.where.self, finite, up, scale)
+
+
+def _divided(new: Any, grouped: Node, amax: Node, scale: Node, spec: QuantSpec) -> Node:
+    if spec.divide == "scale":
+        return new(aten.div.Tensor, grouped, new(aten.unsqueeze.default, scale, -1))
+    if spec.divide == "reciprocal":
+        factor = new(aten.reciprocal.default, scale)
+    else:
+        factor = new(aten.mul.Tensor, new(aten.reciprocal.default, amax), FP8_MAX)
+    return new(aten.mul.Tensor, grouped, new(aten.unsqueeze.default, factor, -1))
+
+
+def _constant(new: Any, like: Node, number: float) -> Node:
+    fake: Any = value(like)
+    with fake.fake_mode:
+        return new(aten.full.default, [], number, dtype=torch.float32, device=fake.device)

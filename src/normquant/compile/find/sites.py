@@ -1,0 +1,270 @@
+"""Find the norm -> quant sites of a graph, by meaning: from each quantization back to the norm that feeds it.
+
+A site is one norm and every quantization of it that asks for the same result. What stands in the way of fusing it is
+found here as well: values inside of it that somebody else reads, tensors that are changed on the way, inputs that the
+kernels cannot read. `find` changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import torch
+from torch.fx import Graph, Node
+
+from normquant.compile.find import norm_ops, quant_ops, quants
+from normquant.compile.find.duplicates import equal_nodes
+from normquant.compile.find.found import Match, Rejected, anchor_of
+from normquant.compile.find.graph import (
+    FP8_DTYPES,
+    NotFound,
+    Unsupported,
+    arguments,
+    dtype,
+    first_arg,
+    is_cast,
+    is_tensor,
+    is_view,
+    mutation_regions,
+    op_name,
+    peel,
+    value,
+)
+from normquant.compile.find.norms import Norm
+from normquant.compile.find.outside_readers import check_inside, norms_outside
+from normquant.compile.find.quants import Quant
+from normquant.compile.find.scale_layout import choose_layout
+from normquant.spec import Layout, QuantSpec
+
+LAYOUTS = get_args(Layout)  # the least demanding first: a scale in columns can be read row by row
+Norms = dict[Node, Norm | Unsupported | NotFound]  # what the nodes that were asked hold
+
+
+@dataclass
+class Found:
+    """matches can be fused, rejected cannot, others are quantizations with no norm in front of them."""
+
+    matches: list[Match] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    others: list[Rejected] = field(default_factory=list)
+
+
+def find(graph: Graph) -> Found:
+    """Every norm -> quant site of the graph."""
+    found = Found()
+    pairs: list[tuple[Node, Norm, Quant]] = []
+    norms: Norms = {}
+    for anchor in graph.nodes:
+        if is_anchor(anchor):
+            _read(anchor, norms, pairs, found)
+    if not pairs:
+        return found
+    regions = mutation_regions(graph)
+    matches = _group(pairs, norms, equal_nodes(graph, regions), regions, found)
+    _reject_shared(matches, found)
+    found.matches = _norms_once([match for match in matches if _checked(match, found, regions)])
+    return found
+
+
+def is_anchor(node: Node) -> bool:
+    """Whether a quantization to fp8 ends here."""
+    if quant_ops.is_quant(node):
+        return True
+    return (
+        is_cast(node) and is_tensor(node) and dtype(node) in FP8_DTYPES and dtype(arguments(node)[0]) not in FP8_DTYPES
+    )
+
+
+def _read(anchor: Node, norms: Norms, pairs: list, found: Found) -> None:
+    """Read one quantization and the norm in front of it."""
+    norm, y = None, first_arg(anchor) if is_cast(anchor) else quant_ops.quantized(anchor)
+    try:
+        arithmetic = None
+        if is_cast(anchor):
+            arithmetic = quants.read_arithmetic(anchor)
+            y = arithmetic.y
+        norm = _norm_of(y, norms)
+        if arithmetic:
+            quant = quants.complete(arithmetic, norm.k)
+        else:
+            quant = quant_ops.read(anchor, norm.k)
+        pairs.append((anchor, norm, quant))
+    except NotFound:
+        source = op_name(peel(y, is_view, is_cast))
+        found.others.append(Rejected(anchor, f"its input is {source}, not an RMSNorm"))
+    except Unsupported as reason:
+        near_norm = norm is not None or _follows_norm(anchor)
+        (found.rejected if near_norm else found.others).append(Rejected(anchor, str(reason), norm))
+
+
+def _norm_of(y: Node, norms: Norms) -> Norm:
+    norm = _norm_or_reason(y, norms)
+    if isinstance(norm, Norm):
+        return norm
+    raise norm
+
+
+def _norm_or_reason(y: Node, norms: Norms) -> Norm | Unsupported | NotFound:
+    if y not in norms:
+        try:
+            norms[y] = norm_ops.read_norm(y)
+        except (Unsupported, NotFound) as reason:
+            norms[y] = reason
+    return norms[y]
+
+
+def _follows_norm(anchor: Node) -> bool:
+    """Whether an rsqrt or sqrt is among the last few operations before a quantization that could not be read."""
+    pending, seen = [anchor], {anchor}
+    while pending and len(seen) < 64:
+        for node in pending.pop(0).all_input_nodes:
+            name = op_name(node)
+            if name in ("aten.rsqrt", "aten.sqrt", *norm_ops.NAMES):
+                return True
+            if node not in seen and name.startswith(("aten.", "prims.")):
+                seen.add(node)
+                pending.append(node)
+    return False
+
+
+def _group(
+    pairs: list[tuple[Node, Norm, Quant]],
+    norms: Norms,
+    equal: Mapping[Node, Sequence[Node]],
+    regions: Mapping[Node, int],
+    found: Found,
+) -> list[Match]:
+    """One match for each norm and arithmetic, whose scales are in the layout of its most demanding quantization."""
+    groups: dict[tuple[tuple[Norm, ...], int, QuantSpec], list[Quant]] = {}
+    for anchor, norm, quant in pairs:
+        written = [_norm_or_reason(y, norms) for y in equal.get(norm.y, [norm.y])]
+        same = tuple(other for other in written if isinstance(other, Norm))
+        try:
+            spec = _with_norm(quant.spec, same[0])
+        except ValueError as error:
+            found.rejected.append(Rejected(anchor, str(error), norm))
+            continue
+        by_row = spec if spec.scale == "ue8m0_packed" else spec.but(layout="row")
+        groups.setdefault((same, regions[anchor], by_row), []).append(quant)
+    return [_match(norms, quants) for (norms, *_), quants in groups.items()]
+
+
+def _match(norms: Sequence[Norm], quants: Sequence[Quant]) -> Match:
+    """A norm, computed once or again, and quantizations of it that differ in nothing but the layout of the scales."""
+    layout = max(map(_layout, quants), key=LAYOUTS.index)
+    return Match(tuple(norms), tuple(quants), _with_norm(quants[0].spec, norms[0]).but(layout=layout))
+
+
+def _layout(quant: Quant) -> Layout:
+    if quant.scale is None or quant.scale_form is None:
+        return quant.spec.layout
+    return choose_layout(quant.scale, quant.scale_form, quant.inner)
+
+
+def _with_norm(spec: QuantSpec, norm: Norm) -> QuantSpec:
+    return spec.but(rounding=norm.rounding, sum=norm.addition.sum if norm.addition else "fp32")
+
+
+def _apart(match: Match) -> list[Match]:
+    """A match for each of the norms that are quantized, where computing them once is not possible."""
+    quants = [(norm, [quant for quant in match.quants if quant.y is norm.y]) for norm in match.same]
+    return [_match([norm], found) for norm, found in quants if found]
+
+
+def _norms_once(matches: Sequence[Match]) -> list[Match]:
+    """The matches, the norm for other readers coming out of the first one of each norm."""
+    made: set[Node] = set()
+    once: list[Match] = []
+    for match in matches:
+        once.append(replace(match, norms=()) if match.norm.y in made else match)
+        made.add(match.norm.y)
+    return once
+
+
+def _reject_shared(matches: list[Match], found: Found) -> None:
+    """Drop the matches whose inside is read by something that stays, until no such match is left."""
+    while True:
+        gone = frozenset[Node]().union(*(match.inner for match in matches))
+        results = frozenset[Node]().union(*(match.results for match in matches))
+        for i, match in enumerate(matches):
+            try:
+                matches[i] = replace(match, norms=norms_outside(match, gone))
+                check_inside(match, gone | results)
+            except Unsupported as reason:
+                if len(match.same) > 1:
+                    matches[i : i + 1] = _apart(match)
+                else:
+                    found.rejected.append(Rejected(anchor_of(match), str(reason), match.norm))
+                    del matches[i]
+                break
+        else:
+            return
+
+
+def _checked(match: Match, found: Found, regions: dict[Node, int]) -> bool:
+    """Whether the inputs are readable and nothing is changed in place inside of the site."""
+    try:
+        _check_inputs(match)
+        nodes = match.inner | match.results | _passed(match)
+        if len({regions[node] for node in nodes}) > 1:
+            raise Unsupported("a tensor is changed in place between the norm and the quantization")
+    except Unsupported as reason:
+        found.rejected.append(Rejected(anchor_of(match), str(reason), match.norm))
+        return False
+    return True
+
+
+def _passed(match: Match) -> set[Node]:
+    """The casts, views and copies between the inside of the norm and what the op will read."""
+    ends = {node for norm in match.same for node in (norm.weight, norm.eps, *norm.sources)}
+    passed: set[Node] = set()
+    pending = [node for norm in match.same for node in norm.inner]
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node not in ends and node not in match.inner and node not in passed and node.op == "call_function":
+                passed.add(node)
+                pending.append(node)
+    return passed
+
+
+def _check_inputs(match: Match) -> None:
+    for node in match.norm.sources:
+        _check_rows(value(node), match.norm.k)
+
+
+def _check_rows(x: torch.Tensor, k: int) -> None:
+    if x.dim() == 0 or not isinstance(x.stride(-1), int) or x.stride(-1) != 1:
+        raise Unsupported(
+            f"the norm reads a tensor of stride {tuple(x.stride())}; the kernels need the last one to be 1"
+        )
+    if not rows_are_even(x, k):
+        raise Unsupported(
+            f"the norm reads a tensor of shape {tuple(x.shape)} and stride {tuple(x.stride())}, "
+            "whose rows are not evenly spaced"
+        )
+
+
+def rows_are_even(x: torch.Tensor, k: int) -> bool:
+    """Whether x can be seen as [M, K] without a copy."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    stride: Any = None
+    run: Any = 1
+    sizes = [
+        (size, step)
+        for size, step in zip(x.shape, x.stride(), strict=True)
+        if not (isinstance(size, int) and size == 1)
+    ]
+    for size, step in reversed(sizes):
+        inside_row = stride is None and isinstance(run, int) and run < k
+        if inside_row:
+            if not statically_known_true(step == run):
+                return False
+            run = run * size
+            continue
+        if stride is not None and not statically_known_true(step == stride):
+            return False
+        stride = step * size
+    return True

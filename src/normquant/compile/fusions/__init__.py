@@ -1,0 +1,1 @@
+"""What the pass fuses, one file a fusion."""

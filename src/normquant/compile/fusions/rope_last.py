@@ -1,0 +1,241 @@
+"""Put the rotary position embedding of q into one op, as vLLM's MLA layer has it in front of the attention.
+
+    q = [nope, pe] of each head                 [M, H * D] bf16 or fp16, one projection
+    y = [nope, pe turned by cache[positions]]   [M, H * D] like q, aten operations
+
+The turned part is written into a copy of q, or put together with the rest again; that no spelling is looked for is as
+in `rotary`. Heads that are turned as a whole stay: there the compiler has q and k in one kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, get_args
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Graph, Node
+
+from normquant import reference
+from normquant.compile.driver import hint, module_path, source_line
+from normquant.compile.edit.build import as_rows, call, shaped
+from normquant.compile.find.graph import (
+    Unsupported,
+    arguments,
+    aten,
+    dtype,
+    is_tensor,
+    mutation_regions,
+    op_name,
+    same_shape,
+    same_size,
+    value,
+)
+from normquant.compile.find.rotary import (
+    ROWS,
+    between,
+    check_cache,
+    computed,
+    followers,
+    is_gather,
+    is_pure,
+    updates_cache,
+)
+from normquant.compile.find.sites import rows_are_even
+from normquant.compile.fusions.norm_quant import copy_meta
+from normquant.compile.policy import Facts, Rules
+from normquant.compile.report import Site
+from normquant.ops import _bytes
+from normquant.spec import ACTIVATION_DTYPES, QuantSpec, Rope
+
+SPECS = (QuantSpec(rounding="twice"), QuantSpec(rounding="once"))  # each product of a rotation is rounded, or its sum
+
+
+@dataclass(frozen=True)
+class Turned:
+    """y: x [M, ...], of which the last r values of each head are turned. gathers: every cache[positions], [M, r], of
+    the graph that gives the angles. inner: the nodes from x and the angles to y, y among them."""
+
+    x: Node
+    y: Node
+    gathers: tuple[Node, ...]
+    heads: int
+    r: int
+    rope: Rope
+    spec: QuantSpec
+    inner: frozenset[Node]
+
+    @property
+    def cache(self) -> Node:
+        """[positions, r]."""
+        return arguments(self.gathers[0])[0]
+
+    @property
+    def positions(self) -> Node:
+        """[M]."""
+        return arguments(self.gathers[0])[1][0]
+
+    @property
+    def rows(self) -> Any:
+        return value(self.positions).shape[0]
+
+    @property
+    def width(self) -> int:
+        return math.prod(value(self.x).shape[1:])
+
+
+def fuse_q_rope(graph: Graph, rules: Rules) -> tuple[Site, ...]:
+    """Rewrite every rotation of q that the rules want fused; returns all of them. Dead nodes are taken out."""
+    regions = mutation_regions(graph)
+    sites = tuple(_treat(graph, found, rules, regions) for found in find_turned(graph))
+    if any(site.fused for site in sites):
+        graph.eliminate_dead_code()
+    return sites
+
+
+def find_turned(graph: Graph) -> list[Turned]:
+    """Every tensor of heads whose last values are turned by rows of one cache, in aten operations."""
+    gathers: dict[tuple[Node, Node], list[Node]] = {}  # the graph may have one for each time that the model says it
+    for node in graph.nodes:
+        if _is_own_gather(node):
+            cache, (positions,) = arguments(node)
+            gathers.setdefault((cache, positions), []).append(node)
+    return [turned for group in gathers.values() for turned in _turned_by(group)]
+
+
+def _is_own_gather(node: Node) -> bool:
+    return is_tensor(node) and value(node).dim() == 2 and is_gather(node, value(node).shape[0])
+
+
+def _turned_by(gathers: list[Node]) -> Iterator[Turned]:
+    """What is turned by these gathers, which are the same angles."""
+    angles = value(gathers[0])
+    rows, r = angles.shape
+    if not isinstance(r, int) or r % 2:
+        return
+    made, done = followers(gathers), set[Node]()
+    for y in made:
+        width = _width(y, rows)
+        if y in done or width is None or width <= r or dtype(y) not in ACTIVATION_DTYPES:
+            continue
+        for x in _sources(y, rows, set(made)):
+            inner = between([x], y, rows)
+            if inner and all(node in gathers for node in inner if is_gather(node, rows)):
+                how = _compared(x, y, gathers, inner)
+                if how is not None:
+                    done.update(followers([y]))
+                    heads, rope, spec = how
+                    yield Turned(x, y, tuple(gathers), heads, r, rope, spec, frozenset(inner))
+                    break
+
+
+def _width(node: Node, rows: Any) -> int | None:
+    """Values of a row of [M, ...]; None for anything else."""
+    shape = value(node).shape if is_tensor(node) else ()
+    if len(shape) < 2 or not all(isinstance(size, int) for size in shape[1:]) or not same_size(shape[0], rows):
+        return None
+    return math.prod(shape[1:])
+
+
+def _sources(y: Node, rows: Any, made: set[Node]) -> list[Node]:
+    """What y may be a turned form of, in the order of the graph: tensors like y that no angle has gone into."""
+    width = _width(y, rows)
+    seen: set[Node] = set()
+    pending = [y]
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes if is_pure(node) else []
+    return sorted(x for x in seen - made if _width(x, rows) == width and dtype(x) == dtype(y))
+
+
+def _compared(x: Node, y: Node, gathers: list[Node], inner: list[Node]) -> tuple[int, Rope, QuantSpec] | None:
+    """In how many heads y turns x, and how, seen on made-up numbers; None where it does something else."""
+    rows, r = value(gathers[0]).shape
+    width = math.prod(value(x).shape[1:])
+    count = rows if isinstance(rows, int) else ROWS
+    with unset_fake_temporarily(), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        numbers, angles = (
+            torch.randn(count, n, generator=generator, device="cpu").to(dtype(node))
+            for n, node in ((width, x), (r, gathers[0]))
+        )
+        given = {x: numbers.view(count, *value(x).shape[1:])} | dict.fromkeys(gathers, angles)
+        result = computed(y, inner, given, count).reshape(count, width)
+        counts = _head_counts(x, inner, rows, width, r)
+        for heads, rope, spec in product(counts, get_args(Rope), SPECS):
+            args = (numbers, angles, angles[:, r // 2 :], None, heads, r, rope, spec)
+            if torch.equal(result, reference.rope_last(*args)):
+                return heads, rope, spec
+    return None
+
+
+def _head_counts(x: Node, inner: list[Node], rows: Any, width: int, r: int) -> list[int]:
+    """The numbers of heads, wider than what is turned of them, that rows of this width are seen as; one among them."""
+    seen = {value(node).shape[-1] for node in (x, *inner) if _width(node, rows) == width}
+    return [width // d for d in sorted(seen | {width}) if d > r]
+
+
+def _treat(graph: Graph, turned: Turned, rules: Rules, regions: dict[Node, int]) -> Site:
+    name = module_path(turned.y) or turned.y.name
+    where, x, rows = source_line(turned.y), value(turned.x), turned.rows
+    m = rows if isinstance(rows, int) else None
+    facts: dict[str, Any] = {"m": str(rows), "k": turned.width, "dtype": str(x.dtype)[6:]}
+    try:
+        _check(turned, regions)
+    except Unsupported as reason:
+        return Site(name, where, "stock", f"the rotary embedding of q: {reason}", **facts)
+    decided = rules.decide(name, Facts(x.device, "rope_last", m, turned.width, opaque_norm=False))
+    if decided.strategy != "fused":
+        return Site(name, where, "stock", decided.reason, **facts)
+    _replace(graph, turned)
+    moved = sum(_bytes.rope_last(hint(rows) if m is None else m, turned.width, turned.r))
+    facts |= {"op": "rope_last", "spec": turned.spec.encode(), "bytes_moved": moved}
+    return Site(name, where, "fused", f"{decided.reason}; was one generated kernel", **facts)
+
+
+def _check(turned: Turned, regions: dict[Node, int]) -> None:
+    """Raise Unsupported where the op does not have it, or where it is better left to someone else."""
+    x, y, cache, positions = (value(node) for node in (turned.x, turned.y, turned.cache, turned.positions))
+    check_cache(turned.cache)
+    if x.stride(-1) != 1 or not rows_are_even(x, turned.width):
+        raise Unsupported(f"{turned.x.name} has stride {tuple(x.stride())}; the kernel needs evenly spaced rows")
+    if cache.stride(1) != 1 or positions.stride(0) != 1:
+        raise Unsupported("the cache of cos and sin, or the positions, have gaps between their values")
+    if not _is_contiguous(y):
+        raise Unsupported(f"it has stride {tuple(y.stride())}; the kernel writes whole rows")
+    _check_readers(turned)
+    if len({regions[node] for node in turned.inner}) > 1:
+        raise Unsupported("a tensor is changed in place while it is computed")
+
+
+def _is_contiguous(y: torch.Tensor) -> bool:
+    """Whether y [M, ...] has its rows behind one another; asks without adding a guard."""
+    strides = [math.prod(y.shape[i + 1 :]) for i in range(y.dim())]
+    return same_shape(y.stride(), strides)
+
+
+def _check_readers(turned: Turned) -> None:
+    angles = followers(turned.gathers)
+    if any(updates_cache(user) for node in angles for user in node.users):
+        raise Unsupported("vLLM puts it into its update of the kv cache (fuse_rope_kvcache_cat_mla)")
+    parts = turned.inner & set(angles) & set(followers([turned.x])) - {turned.y}
+    others = {op_name(user) for node in parts for user in node.users if user not in turned.inner}
+    if others:
+        raise Unsupported(f"what is turned is also read by itself ({', '.join(sorted(others))})")
+
+
+def _replace(graph: Graph, turned: Turned) -> None:
+    """Put the op where y is and hand its output to whoever read y. Dead nodes are left."""
+    with graph.inserting_before(turned.y):
+        x = as_rows(graph, turned.x, turned.width)
+        sin = call(graph, aten.slice.Tensor, (turned.cache, 1, turned.r // 2, turned.r))
+        how = (turned.heads, turned.r, turned.rope, turned.spec.encode())
+        op = call(graph, torch.ops.normquant.rope_last.default, (x, turned.cache, sin, turned.positions, *how))
+        new = shaped(graph, op, turned.y)
+    copy_meta(turned.y, [op])
+    turned.y.replace_all_uses_with(new)

@@ -1,0 +1,192 @@
+"""Replace vLLM's own fused CUDA ops, where a model calls them or a pass of vLLM has put them into a graph.
+
+    rms_norm_per_block_quant        norm and quantization; with a residual, x is added to it in place
+    silu_and_mul_per_block_quant    silu(gate) * up and quantization
+
+The arithmetic is that of the op: a power of two that vLLM dropped when it fused is not brought back, the report says
+where one is asked for. What goes is the copy of the residual that an op takes which changes it, and the transposition
+that DeepGEMM starts with where scales in columns are not aligned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from normquant.compile.driver import hint, module_path, source_line
+from normquant.compile.edit.build import as_rows, replace_results
+from normquant.compile.find.graph import Unsupported, dtype, number, value
+from normquant.compile.find.linear_ops import DEEPGEMM
+from normquant.compile.find.quant_ops import functionalized, layout_of, mutated
+from normquant.compile.find.sites import rows_are_even
+from normquant.compile.policy import Facts, Rules
+from normquant.compile.report import Site
+from normquant.spec import ACTIVATION_DTYPES, QuantSpec
+from normquant.specs import VLLM_FUSED, VLLM_FUSED_SILU
+
+NORM_QUANT = "_C::rms_norm_per_block_quant"
+SILU_QUANT = "_C::silu_and_mul_per_block_quant"
+LOST = ", which gave its reader other scales than the powers of two that it asks for"
+
+
+@dataclass(frozen=True)
+class FusedOp:
+    """One call. x: [..., K], for the product of halves [..., 2K]. k: K. results: the nodes that hold data, scale and
+    with a residual the sum; None where nobody reads it. arguments: weight and epsilon of a norm, () without a norm.
+    aligns: whether the scales come out TMA-aligned where they were not."""
+
+    x: Node
+    residual: Node | None
+    k: int
+    results: tuple[Node | None, ...]
+    arguments: tuple[Any, ...]
+    spec: QuantSpec
+    aligns: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of our op."""
+        if not self.arguments:
+            return "silu_mul_quant"
+        return "rms_norm_quant" if self.residual is None else "add_rms_norm_quant"
+
+
+def replace_fused_ops(graph: Graph, rules: Rules) -> tuple[Site, ...]:
+    """Replace every fused op that the rules want "fused"; returns all of them. Dead nodes are taken out."""
+    anchors = [node for node in graph.nodes if functionalized(node) in (NORM_QUANT, SILU_QUANT)]
+    sites = tuple(_treat(graph, anchor, rules) for anchor in anchors)
+    if any(site.fused for site in sites):
+        graph.eliminate_dead_code()
+    return sites
+
+
+def _treat(graph: Graph, anchor: Node, rules: Rules) -> Site:
+    name, where = module_path(anchor) or anchor.name, source_line(anchor)
+    try:
+        found = _read_norm(anchor) if functionalized(anchor) == NORM_QUANT else _read_silu(anchor)
+    except Unsupported as reason:
+        return Site(name, where, "stock", f"{functionalized(anchor)}: {reason}")
+    x = value(found.x)
+    rows = x.numel() // x.shape[-1]
+    m = rows if isinstance(rows, int) else None
+    facts: dict[str, Any] = {"m": str(rows), "k": found.k, "dtype": str(x.dtype)[6:], "spec": found.spec.encode()}
+    decided = rules.decide(name, Facts(x.device, found.name, m, found.k, opaque_norm=bool(found.arguments)))
+    if decided.strategy != "fused":
+        return Site(name, where, "stock", decided.reason, **facts)
+    lost = _wants_powers_of_two(found.results[1])
+    why = f"{decided.reason}; was {functionalized(anchor)}{LOST if lost else ''}"
+    facts |= _saved(found, hint(rows) if m is None else m)
+    _replace(graph, anchor, found)
+    return Site(name, where, "fused", why, op=found.name, **facts)
+
+
+def _read_norm(anchor: Node) -> FusedOp:
+    """The call of NORM_QUANT. Raises Unsupported where our op does not have it."""
+    args: dict[str, Any] = dict(anchor.kwargs)
+    spec, data, scale = _read_quant(anchor, VLLM_FUSED, "result", "scale", value(args["input"]).shape[-1])
+    weight, epsilon = args["weight"], number(args["epsilon"])
+    if epsilon is None:
+        raise Unsupported("epsilon is computed in the graph")
+    stored, residual = (None, None) if args.get("residual") is None else mutated(anchor, "residual")
+    for node in (args["input"], *([residual] if residual is not None else [])):
+        _check_rows(node)
+    results = (data, scale) if residual is None else (data, scale, stored)
+    k = value(args["input"]).shape[-1]
+    return FusedOp(args["input"], residual, k, results, (weight, epsilon), spec)
+
+
+def _read_silu(anchor: Node) -> FusedOp:
+    """The call of SILU_QUANT. Raises Unsupported where our op does not have it."""
+    x: Any = anchor.kwargs["input"]
+    k = value(x).shape[-1] // 2
+    spec, data, scale = _read_quant(anchor, VLLM_FUSED_SILU, "out", "scales", k)
+    _check_rows(x)
+    aligns = spec.layout == "col" and _is_read_by_deepgemm_alone(scale)
+    return FusedOp(x, None, k, (data, scale), (), spec.but(layout="col_tma") if aligns else spec, aligns)
+
+
+def _read_quant(
+    anchor: Node, like: QuantSpec, data_name: str, scale_name: str, k: Any
+) -> tuple[QuantSpec, Node | None, Node | None]:
+    """The spec of the quantization of rows of k values, and the nodes that hold data and scale."""
+    args: dict[str, Any] = dict(anchor.kwargs)
+    (data, data_given), (scale, scale_given) = mutated(anchor, data_name), mutated(anchor, scale_name)
+    if not isinstance(k, int):
+        raise Unsupported(f"K is symbolic ({k}); the kernels need it as a constant")
+    if args.get("scale_ub") is not None:
+        raise Unsupported("the scales have an upper bound; the kernels have none")
+    if dtype(data_given) != torch.float8_e4m3fn:
+        raise Unsupported(f"the data is {str(dtype(data_given))[6:]}; the kernels make float8_e4m3fn")
+    if k % args["group_size"]:
+        raise Unsupported(f"K is {k}, not a multiple of the group, {args['group_size']}")
+    stored = value(scale_given)
+    if stored.dim() != 2:
+        raise Unsupported(f"the scales have shape {tuple(stored.shape)}; the kernels make [M, G]")
+    layout = layout_of(stored)
+    several = not any(isinstance(size, int) and size == 1 for size in stored.shape)
+    if several and (layout != "row") != args["is_scale_transposed"]:
+        order = "columns" if args["is_scale_transposed"] else "rows"
+        raise Unsupported(f"the scales have stride {tuple(stored.stride())} and are written as {order}")
+    try:
+        return like.but(group=args["group_size"], layout=layout), data, scale
+    except ValueError as error:
+        raise Unsupported(str(error)) from None
+
+
+def _check_rows(node: Node) -> None:
+    x = value(node)
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise Unsupported(f"{node.name} is {str(x.dtype)[6:]}; the kernels read bfloat16 and float16")
+    if x.stride(-1) != 1 or not rows_are_even(x, x.shape[-1]):
+        raise Unsupported(f"{node.name} has stride {tuple(x.stride())}; the kernels need evenly spaced rows")
+
+
+def _replace(graph: Graph, anchor: Node, found: FusedOp) -> None:
+    """Put our op in and hand its outputs to whoever read those of vLLM's."""
+    op = getattr(torch.ops.normquant, found.name).default
+    args: tuple[Any, ...] = (found.spec.encode(),)
+    if found.arguments:
+        args = (*found.arguments, 0.0, *args)
+    if found.residual is not None:
+        with graph.inserting_before(anchor):
+            args = (as_rows(graph, found.residual, found.k), *args)
+    if found.aligns:
+        _free_strides(found.results[1])
+    replace_results(graph, anchor, found.results, op, found.x, value(found.x).shape[-1], *args)
+
+
+def _saved(found: FusedOp, m: int) -> dict[str, int]:
+    """Against the copy of a residual that is changed in place, and the transposition of scales that are not aligned."""
+    copied = 2 * m * found.k * value(found.x).dtype.itemsize if found.residual is not None else 0
+    turned = 2 * (found.spec.bytes(m, found.k) - m * found.k) if found.aligns else 0  # scales, read and written
+    return {"bytes_saved": copied + turned, "kernels_saved": bool(copied) + bool(turned)}
+
+
+def _deepgemms(scale: Node | None) -> list[Node]:
+    """The calls of DeepGEMM that take these scales as those of the activation."""
+    if scale is None:
+        return []
+    return [user for user in scale.users if functionalized(user) == DEEPGEMM and _argument(user, 1) is scale]
+
+
+def _is_read_by_deepgemm_alone(scale: Node | None) -> bool:
+    return scale is not None and len(_deepgemms(scale)) == len(scale.users)
+
+
+def _wants_powers_of_two(scale: Node | None) -> bool:
+    return any(_argument(gemm, 5) is True for gemm in _deepgemms(scale))
+
+
+def _argument(node: Node, index: int) -> Any:
+    """The argument of the operation that an auto_functionalized node calls."""
+    target: Any = node.args[0]
+    return node.kwargs.get(target._schema.arguments[index].name)
+
+
+def _free_strides(scale: Node | None) -> None:
+    """Let the readers take the scales as they come; Inductor would copy them into the strides that it noted."""
+    for gemm in _deepgemms(scale):
+        gemm.meta.pop("eager_input_vals", None)

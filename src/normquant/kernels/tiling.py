@@ -1,0 +1,100 @@
+"""How a launch config divides rows between programs, and a row into tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from normquant.kernels.configs import Config
+from normquant.kernels.powers_of_two import log2, power_of_two, power_of_two_in
+from normquant.spec import QuantSpec
+
+MAX_ROW = 65536  # values of a normed row, which one program holds in registers
+
+
+def stride_unit(*tensors: torch.Tensor | None) -> int:
+    """8 where every row stride is a multiple of 8 elements, so that rows may be read 16 bytes at a time, else 1.
+
+    The stride of a single row says nothing.
+    """
+    for t in tensors:
+        if t is not None and t.stride(0) % 8 and t.shape[0] != 1:
+            return 1
+    return 8
+
+
+def own_groups(k: int, spec: QuantSpec, config: Config) -> tuple[int, int]:
+    """Groups that one program writes, a power of two, and how many programs then cover a row of k values."""
+    groups = k // spec.group
+    block = power_of_two(-(-groups // config.split))
+    block = max(spec.scales_per_element, block)  # a program writes whole elements of the scale
+    return block, -(-groups // block)
+
+
+@cache
+def unsplit(config: Config) -> Config:
+    """The same config for a row that one program takes."""
+    return replace(config, split=1)
+
+
+def group_blocks(m: int, k: int, spec: QuantSpec, config: Config) -> tuple[int, int]:
+    """The same where a program takes neighbouring groups of any rows: its groups, and programs for all m rows."""
+    block = own_groups(k, spec, config)[0] * config.rows
+    per = spec.scales_per_element
+    return block, -(-m * spec.scale_shape(m, k)[1] * per // block)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How programs divide rows between them.
+
+    tiles: groups of each tile that a program reads. own: of each that it writes. log_warps: for each of `tiles` log2 of
+    the neighbours that one warp holds. programs: how many share a row. cluster: how many of them are a cluster, each
+    reading its own part; one where each reads the whole row.
+    """
+
+    tiles: tuple[int, ...]
+    own: tuple[int, ...]
+    log_warps: tuple[int, ...]
+    programs: int
+    cluster: int = 1
+
+
+@cache
+def divided(k: int, spec: QuantSpec, config: Config, clusters: bool = False) -> Rows:
+    """How a config divides rows of k values; raises ValueError for a row that is too long.
+
+    clusters: whether the kernel and its GPU do as the config says about them.
+    """
+    block, programs = own_groups(k, spec, config)
+    per = spec.scales_per_element  # a tile holds whole elements of the scale
+    tiles, left = [], k // spec.group
+    while len(tiles) < config.tiles - 1 and per <= (largest := power_of_two_in(left)) < left:
+        tiles.append(largest)
+        left -= largest
+    tiles.append(max(power_of_two(left), per))
+    if sum(tiles) * spec.group > MAX_ROW:
+        raise ValueError(f"K is {k}; the norm kernels hold a row in registers and take at most {MAX_ROW}")
+    whole = tuple(tiles)
+    own = whole if config.split == 1 else (block,)
+    cluster = programs if clusters and config.cluster else 1
+    read = whole if cluster == 1 else own
+    return Rows(read, own, _log_warps(read, own, spec, config), programs, cluster)
+
+
+def _log_warps(tiles: tuple[int, ...], own: tuple[int, ...], spec: QuantSpec, config: Config) -> tuple[int, ...]:
+    """For each tile of a row log2 of how many neighbours one warp holds, in the layout that Triton gives the tile.
+
+    A thread has 16 neighbours, the width of an fp8 store, or 8 where the tile is only loaded or there are more threads.
+    A wrong answer costs time and no bit of the result.
+    """
+    width = 16 if tiles == own else 8
+
+    def of_tile(groups: int) -> int:
+        n = groups * spec.group
+        per_thread = max(1, min(width, config.rows * n // (32 * config.num_warps)))
+        return min(log2(n), log2(32 * power_of_two(per_thread)))
+
+    return tuple(of_tile(groups) for groups in tiles)

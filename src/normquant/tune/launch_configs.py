@@ -1,0 +1,251 @@
+"""`normquant tune`: measures launch configs on this GPU and writes the table that `kernels/launch.py` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normquant import specs
+from normquant.bench.cases import Case, Inputs, inputs
+from normquant.bench.precompile import everywhere
+from normquant.bench.providers import EPS
+from normquant.bench.timing import Call, Timing, sets_of, time_calls
+from normquant.kernels import capability, configs, tiling
+from normquant.kernels.configs import Config
+from normquant.kernels.tiling import divided
+from normquant.spec import QuantSpec
+
+Rows = list[list[Any]]  # [[largest M, *fields of a Config], ...], ascending in M
+Table = dict[str, dict[str, Rows]]
+NOISE = 0.01  # a config must win by more than this to displace a neighbour's, so that the table stays short
+PROGRAMS = 512  # a row is split only as long as there are no more programs than this, some four a multiprocessor
+PREFETCH_UP_TO = 64  # rows: above, a prefetch competes with the loads of the kernel before
+EVICT_FROM = 256  # rows: fewer are together small beside the L2
+SEVERAL_FROM = 512  # rows: from here a program may take several
+INDEPENDENT = ("group_quant", "silu_mul_quant")  # ops whose programs take any groups, and have no further choices
+CLUSTER_VALUES = (8, 16)  # values of a thread where programs are clusters: one load of 16 bytes, or two
+SAMPLE_US = 300.0
+
+
+def candidates(case: Case) -> list[Config]:
+    """The configs worth measuring."""
+    shapes = [*plain(case), *clusters(case)]
+    if case.op in INDEPENDENT:
+        return shapes
+    keep_sum = case.m <= configs.rows_kept(case.op_name, case.k)
+    return [replace(config, keep_sum=keep_sum) for shape in shapes for config in variants(case, shape)]
+
+
+def present_and_clusters(case: Case) -> list[Config]:
+    """The config that the case has on this GPU, and those of its candidates whose programs are clusters."""
+    present = configs.config(case.op_name, case.k, case.m, torch.cuda.get_device_capability())
+    return list(dict.fromkeys([present, *(config for config in candidates(case) if config.cluster)]))
+
+
+def plain(case: Case) -> Iterator[Config]:
+    """Numbers of warps, splits and rows: from 4 to 64 values a thread, and rows split only where they are few."""
+    groups, independent = case.k // case.spec.group, case.op in INDEPENDENT
+    splits = [s for s in (1, 2, 4, 8, 16) if s <= groups and (independent or s == 1 or s * case.m <= PROGRAMS)]
+    shapes = [(split, 1) for split in splits]
+    if case.m >= SEVERAL_FROM:
+        shapes += [(1, rows) for rows in (2, 4, 8, 16)]
+    for split, rows in shapes:
+        for num_warps in (1, 2, 4, 8, 16, 32):
+            per_thread = (case.k // split if independent else case.k) * rows / (32 * num_warps)
+            if 4 <= per_thread <= (64 if rows == 1 else 32):  # more of several rows spill
+                yield Config(num_warps, split, rows)
+
+
+def clusters(case: Case) -> list[Config]:
+    """Numbers of warps and splits in which the programs of a row are a cluster, which only norms have."""
+    shapes: dict[tuple[int, int], Config] = {}
+    if case.op.endswith("rms_norm_quant"):
+        for split in (2, 4, capability.MAX_CLUSTER):
+            block, programs = tiling.own_groups(case.k, case.spec, Config(4, split))
+            for per_thread in CLUSTER_VALUES:
+                num_warps = block * case.spec.group // (32 * per_thread)
+                if programs > 1 and 1 <= num_warps <= 32 and (split < capability.MAX_CLUSTER or case.m < EVICT_FROM):
+                    shapes.setdefault((num_warps, block), Config(num_warps, split, cluster=True))
+    return list(shapes.values())
+
+
+def variants(case: Case, shape: Config) -> list[Config]:
+    """A config of an op with a norm, and the same with each choice that may pay for so many rows."""
+    found = [shape]
+    if case.op.endswith("rms_norm_quant") and case.m <= PREFETCH_UP_TO:
+        found.append(replace(shape, prefetch=True))
+        if shape.cluster:  # which leaves much of the GPU to the next kernel
+            found.append(replace(shape, prefetch=True, release="start"))
+    if case.m >= SEVERAL_FROM:
+        found.append(replace(shape, late_weight=True))
+    if shape.split > 1 and not shape.cluster:
+        return found
+    if case.m >= EVICT_FROM:
+        found += [replace(config, evict_first=True) for config in found]
+    if shape.cluster:
+        return found
+    return found + [replace(config, tiles=n) for config in found for n in tilings(case)]
+
+
+def tilings(case: Case) -> list[int]:
+    """Numbers of tiles, above one, that cut a row of the case in different ways."""
+    known = {divided(case.k, case.spec, Config(4)).tiles: 1}
+    for tiles in (2, 3):
+        known.setdefault(divided(case.k, case.spec, Config(4, tiles=tiles)).tiles, tiles)
+    return list(known.values())[1:]
+
+
+def rules(case: Case) -> list[QuantSpec]:
+    """The arithmetic that a config is timed with: where x + residual is rounded before the norm, as models do, some are
+    10 to 25 % slower than others, at the same DRAM traffic."""
+    if case.residual and case.m >= EVICT_FROM:
+        return [case.spec, specs.HF.but(layout=case.spec.layout)]
+    return [case.spec]
+
+
+def calls(case: Case, config: Config, data: Sequence[Inputs]) -> list[Call]:
+    """A launch with a config for each set of inputs, worked out once for all of them."""
+    from normquant.kernels.group_quant import group_quant
+    from normquant.kernels.latent_norm_quant import latent_norm_quant
+    from normquant.kernels.launch import Launch, Launcher
+    from normquant.kernels.rms_norm_quant import rms_norm_quant
+    from normquant.kernels.silu_mul_quant import silu_mul_quant
+
+    launcher: Launcher
+    settings: tuple[Any, ...]
+    tensors: list[tuple[Any, ...]]
+    if case.op.endswith("rms_norm_quant"):
+        launcher, settings = rms_norm_quant, (EPS, case.spec, 0.0, case.normed)
+        tensors = [(i.x, i.residual, i.weight) for i in data]
+    elif case.op == "latent_norm_quant":
+        launcher, settings = latent_norm_quant, (EPS, "interleaved", case.spec, False)
+        tensors = [(i.x, i.weight, i.kv_weight, i.cos, i.sin, i.positions) for i in data]
+    else:
+        launcher, settings = {"group_quant": group_quant, "silu_mul_quant": silu_mul_quant}[case.op], (case.spec,)
+        tensors = [(i.x,) for i in data]
+    launched = Launch(launcher.plan(*tensors[0], *settings, config))
+    return [partial(launched, *(t for t in given if t is not None)) for given in tensors]
+
+
+def measure(
+    case: Case, samples: int, in_l2: bool = False, candidates: Callable[[Case], Iterable[Config]] = candidates
+) -> dict[Config, Timing]:
+    """Times of all candidates on one case, with inputs from DRAM or, in_l2, such as stay in the L2.
+
+    A candidate's time is that of the slower of the case's `rules`.
+    """
+    under = rules(case)
+    data = inputs(case, sets_of(case, in_l2))
+    configs = list(candidates(case))
+    work = {
+        f"{rule} {n}": calls(replace(case, spec=spec), config, data)
+        for rule, spec in enumerate(under)
+        for n, config in enumerate(configs)
+    }
+    timings = time_calls(work, samples, SAMPLE_US)
+    return {
+        config: max((timings[f"{rule} {n}"] for rule in range(len(under))), key=lambda timing: timing.us)
+        for n, config in enumerate(configs)
+    }
+
+
+def precompile(cases: Sequence[Case], candidates: Callable[[Case], Iterable[Config]] = candidates) -> str | None:
+    """Compile every candidate of every (op, K) into Triton's cache, since compiling is most of tuning.
+
+    Returns what went wrong, if something did; what is missing is compiled when it is measured.
+    """
+    wanted = {
+        (case.op_name, case.k, spec, config): replace(case, m=2, spec=spec)
+        for case in cases
+        for spec in rules(case)
+        for config in candidates(case)
+    }
+    return everywhere(launch_once, [(case, config) for (*_, config), case in wanted.items()])
+
+
+def launch_once(case: Case, config: Config) -> None:
+    """Launch a config, which compiles it."""
+    calls(case, config, inputs(case, 1))[0]()
+    torch.cuda.synchronize()
+
+
+def choose(measured: Sequence[tuple[int, dict[Config, Timing]]]) -> Rows:
+    """[[largest M, *config], ...] from measurements at ascending M; the last row holds for every larger M.
+
+    A row keeps its neighbour's config unless another is faster by more than the noise.
+    """
+    chosen: list[tuple[int, Config]] = []
+    for m, times in measured:
+        best = min(times, key=lambda config: times[config].us)
+        previous = chosen[-1][1] if chosen else best
+        if previous in times and times[previous].us <= times[best].us * (1 + NOISE):
+            best = previous
+        chosen.append((m, best))
+    return joined(chosen)
+
+
+def joined(chosen: Sequence[tuple[int, Config]]) -> Rows:
+    """Rows of a table from (M, config) at ascending M, neighbours with one config as one row."""
+    rows: Rows = []
+    for m, config in chosen:
+        row = [m, *columns(config)]
+        if rows and rows[-1][1:] == row[1:]:
+            rows[-1] = row
+        else:
+            rows.append(row)
+    return rows
+
+
+def columns(config: Config) -> list[Any]:
+    """A config as a row of the table holds it: its fields, without defaults at the end.
+
+    keep_sum is a rule of `launch` by M, and no field of a table.
+    """
+    values = list(astuple(replace(config, keep_sum=False)))
+    while len(values) > 2 and values[-1] == fields(config)[len(values) - 1].default:
+        values.pop()
+    return values
+
+
+def table_path(capability: tuple[int, int]) -> Path:
+    """Where the table of a compute capability lies in this installation."""
+    import normquant.kernels
+
+    return Path(normquant.kernels.__path__[0]) / "config_tables" / f"sm{capability[0]}{capability[1]}.json"
+
+
+def write(path: Path, table: Table) -> None:
+    """Write the table, one line for each op and width."""
+    lines = []
+    for op in sorted(table):
+        widths = ",\n".join(f'    "{k}": {json.dumps(table[op][k])}' for k in sorted(table[op], key=int))
+        lines.append(f'  "{op}": {{\n{widths}\n  }}')
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def tune(
+    cases: Sequence[Case],
+    samples: int,
+    progress: Callable[[str], None],
+    in_l2: bool = False,
+    candidates: Callable[[Case], Iterable[Config]] = candidates,
+) -> Table:
+    """Measure all cases and build the table; `progress` is told each result."""
+    measured: dict[tuple[str, int], list[tuple[int, dict[Config, Timing]]]] = {}
+    for case in sorted(cases, key=lambda c: (c.op_name, c.k, c.m)):
+        times = measure(case, samples, in_l2, candidates)
+        measured.setdefault((case.op_name, case.k), []).append((case.m, times))
+        best = min(times, key=lambda config: times[config].us)
+        progress(f"{case.op_name} k={case.k} m={case.m}: {times[best].us:.2f} us with {best}")
+        torch.cuda.empty_cache()
+    table: Table = {}
+    for (op, k), rows in measured.items():
+        table.setdefault(op, {})[str(k)] = choose(rows)
+    return table

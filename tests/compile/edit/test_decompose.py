@@ -1,0 +1,117 @@
+"""The strategy `native`: Inductor itself makes one kernel of a norm and of what was an opaque quantization."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shared.pass_harness import assert_same, exact
+
+import normquant as nq
+from normquant.compile import clear, explain, inductor_options, last_report
+from normquant.spec import QuantSpec
+
+BF16 = torch.bfloat16
+LAYOUTS = ("row", "col", "col_tma")
+NESTS = "triton.nested_reduction" in torch._inductor.config.get_config_copy()
+nests = pytest.mark.skipif(
+    not NESTS,
+    reason=f"Inductor nests reductions from torch 2.13 on; this is {torch.__version__}, where two kernels are left",
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # a graph from a cache has no report
+    torch._dynamo.reset()
+    clear()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def hf_norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def quantized(spec: QuantSpec, residual: bool = True):
+    """An opaque quantization of a norm, and of the sum in front of it."""
+
+    def fn(x, r, w):
+        h = x + r if residual else x
+        q = nq.group_quant(hf_norm(h, w), spec=spec)
+        return q.data, q.scale, h * 1
+
+    return fn
+
+
+def generated(spec: QuantSpec, k: int, m: int = 64, any_rows: bool = False, residual: bool = True):
+    """What Inductor generates for an H100, by policy native."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from normquant.audit import audit
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        x, r, w = (torch.empty(*shape, dtype=BF16, device="cuda") for shape in ((m, k), (m, k), (k,)))
+        for rows in (x, r) if any_rows else ():
+            torch._dynamo.mark_dynamic(rows, 0)
+        return x, r, w
+
+    return audit(quantized(spec, residual), inputs, options=inductor_options("native", strict=True))
+
+
+def check_one_kernel(report) -> None:
+    assert [site.strategy for site in last_report().sites] == ["native"], explain()
+    assert report.externs == {}, "the opaque quantization is gone"
+    assert len(report.kernels) == len(report.launches) == 1, [launch.name for launch in report.launches]
+
+
+@nests
+@pytest.mark.parametrize("k", [512, 1536, 7168])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "add norm"])
+def test_norm_and_quantization_are_one_kernel(residual: bool, layout: str, k: int) -> None:
+    check_one_kernel(generated(QuantSpec(layout=layout), k, residual=residual))
+
+
+@nests
+@pytest.mark.parametrize("m", [1, 4096])
+def test_few_rows_and_many(m: int) -> None:
+    check_one_kernel(generated(QuantSpec(layout="col"), 7168, m))
+
+
+@nests
+@pytest.mark.parametrize("layout", ["row", "col"])
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
+def test_any_number_of_rows_is_one_kernel_too(scale: str, layout: str) -> None:
+    report = generated(QuantSpec(layout=layout, scale=scale), 7168, any_rows=True)
+    check_one_kernel(report)
+    assert report.programs[0].sizes, "the rows are a symbol"
+    fixed = generated(QuantSpec(layout=layout, scale=scale), 7168)
+    assert [launch.bytes for launch in report.launches] == [launch.bytes for launch in fixed.launches]
+
+
+def test_aligned_scales_of_any_number_of_rows_stay_opaque() -> None:
+    report = generated(QuantSpec(layout="col_tma"), 7168, any_rows=True)
+    (site,) = last_report().sites
+    assert site.strategy == "stock" and "TMA-aligned scales take a copy" in site.reason
+    assert report.externs == {"normquant.group_quant": 1}
+
+
+@pytest.mark.parametrize("any_rows", [False, True], ids=["fixed rows", "any rows"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bits_and_the_layout_of_the_opaque_operation(layout: str, any_rows: bool) -> None:
+    """On this CPU, and with the roundings to bfloat16 that Inductor leaves out within a kernel by default."""
+    fn = quantized(QuantSpec(layout=layout))
+    options = inductor_options("native", strict=True, emulate_precision_casts=True)
+    compiled = torch.compile(fn, options=options)
+    for m in (8, 20) if any_rows else (8,):
+        args = exact(m, 512), exact(m, 512, seed=1), exact(512, seed=2) + 0.5
+        if any_rows:
+            for rows in args[:2]:
+                torch._dynamo.mark_dynamic(rows, 0)
+        given, expected = compiled(*args), fn(*args)
+        if torch.__version__ >= (2, 13):  # before, Inductor itself drops a rounding that is widened again at once
+            assert_same(given, expected)
+        assert [t.stride() for t in given] == [t.stride() for t in expected]
+    (site,) = last_report().sites
+    assert site.strategy == ("stock" if any_rows and layout == "col_tma" else "native"), site.reason

@@ -1,0 +1,288 @@
+"""Every spelling of RMSNorm: recognised with its own arithmetic, or rejected with the reason."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shared.pass_harness import assert_same, exact, run_with_pass, site_of_graph
+
+import normquant as nq
+from normquant.compile.edit.build import call
+from normquant.spec import QuantSpec
+
+M, K, EPS = 5, 256, 1e-6
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def rstd(h, eps=EPS):
+    return torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def quant(y):
+    g = y.reshape(y.shape[0], -1, 128).float()
+    s = g.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+    return (g / s).clamp(-448, 448).to(torch.float8_e4m3fn).view(y.shape), s.squeeze(-1)
+
+
+def hf(x, w):
+    h = x.float()
+    return w * (h * rstd(h)).to(x.dtype)
+
+
+def gemma(x, w):
+    h = x.float()
+    return (h * rstd(h) * (1.0 + w.float())).type_as(x)
+
+
+def gemma4(x, w):
+    h = x.float()
+    return (h * torch.pow(h.pow(2).mean(-1, keepdim=True) + EPS, -0.5) * w.float()).type_as(x)
+
+
+def unrounded(x, w):
+    h = x.float()
+    return h * rstd(h) * w
+
+
+def inner(x, w):
+    h = x.float()
+    return (h * rstd(h)).to(x.dtype) * w.float()
+
+
+def summed(x, w):
+    h = x.float()
+    ss = (h * h).sum(-1, keepdim=True) / h.shape[-1]
+    return w * (h * torch.rsqrt(ss + EPS)).to(x.dtype)
+
+
+def in_groups(x, w):
+    h = x.float().view(x.shape[0], -1, 128)
+    r = torch.rsqrt(h.pow(2).mean((1, 2), keepdim=True) + EPS)
+    return ((h * r).to(x.dtype) * w.view(-1, 128)).view(x.shape)
+
+
+def no_keepdim(x, w):
+    h = x.float()
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1) + EPS).unsqueeze(-1)).to(x.dtype)
+
+
+SPELLINGS = {
+    "transformers": (hf, "twice", 0.0),
+    "F.rms_norm": (lambda x, w: F.rms_norm(x, (K,), w, EPS), "once", 0.0),
+    "torch's default epsilon": (lambda x, w: F.rms_norm(x, (K,), w), "once", 0.0),
+    "gemma": (gemma, "once", 1.0),
+    "gemma 4": (gemma4, "once", 0.0),
+    "unrounded": (unrounded, "none", 0.0),
+    "rounded inside": (inner, "inner", 0.0),
+    "sum over K": (summed, "twice", 0.0),
+    "in groups": (in_groups, "twice", 0.0),
+    "no keepdim": (no_keepdim, "twice", 0.0),
+}
+
+
+@pytest.mark.parametrize("weight_dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spelling_is_fused_with_its_own_roundings(name: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    norm, rounding, _ = SPELLINGS[name]
+    if weight_dtype == FP32 and dtype == BF16 and name in ("transformers", "sum over K", "in groups", "no keepdim"):
+        rounding = "inner"  # bf16 * fp32 is fp32
+    if weight_dtype == BF16 and dtype == FP16:
+        weight_dtype = FP16
+    elif weight_dtype == FP32 and name in ("transformers", "sum over K", "in groups", "no keepdim"):
+        rounding = "inner"
+    if name in ("F.rms_norm", "torch's default epsilon") and weight_dtype == FP32:
+        pytest.skip("F.rms_norm takes a weight of x's dtype")
+    x, w = exact(M, K, dtype=dtype), exact(K, seed=1).to(weight_dtype) + 0.5
+
+    def fn(x, w):
+        return quant(norm(x, w))
+
+    outcome = run_with_pass(fn, x, w)
+    assert outcome.site.fused, outcome.site.reason
+    assert QuantSpec.decode(outcome.site.spec).rounding == rounding
+    assert outcome.ops("aten.rsqrt", "aten.pow", "aten.amax") == []
+    assert_same(outcome.result, fn(x, w))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-6, 0.25])
+def test_epsilon_and_offset_are_read_from_the_graph(eps: float) -> None:
+    def fn(x, w):
+        h = x.float()
+        return quant((h * rstd(h, eps) * (w.float() + 0.75)).to(BF16))
+
+    x, w = exact(M, K), exact(K, seed=1)
+    outcome = run_with_pass(fn, x, w)
+    (call,) = [n for n in outcome.graphs[0].graph.nodes if "normquant" in str(n.target)]
+    assert call.args[2:4] == (eps, 0.75)
+    assert_same(outcome.result, fn(x, w))
+
+
+def rounded_add(x, r):
+    return x + r
+
+
+def fp32_add(x, r):
+    return x.float() + r.float()
+
+
+def fp32_add_rounded(x, r):
+    return (x.float() + r.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["sum kept", "sum unread"])
+@pytest.mark.parametrize(
+    ("add", "total"),
+    [(rounded_add, "rounded"), (fp32_add, "fp32"), (fp32_add_rounded, "rounded")],
+    ids=lambda v: str(v),
+)
+def test_residual_add_goes_into_the_op(add: Callable, total: str, keep: bool) -> None:
+    def fn(x, r, w):
+        h = add(x, r)
+        y = w * (h.float() * rstd(h.float())).to(BF16)
+        return (*quant(y), h.to(BF16)) if keep else quant(y)
+
+    args = exact(M, K), exact(M, K, seed=1), exact(K, seed=2) + 0.5
+    outcome = run_with_pass(fn, *args)
+    assert outcome.site.op == "add_rms_norm_quant"
+    assert QuantSpec.decode(outcome.site.spec).sum == total
+    assert outcome.ops("aten.add") == []
+    assert_same(outcome.result, fn(*args))
+
+
+@pytest.mark.parametrize(
+    "add",
+    [lambda x, r: torch.add(x, r, alpha=2), lambda x, r: x + r[0], lambda x, r: x + 1.5, lambda x, r: x + r.float()],
+    ids=["alpha", "broadcast", "number", "mixed"],
+)
+def test_an_add_that_is_no_residual_add_stays(add: Callable) -> None:
+    def fn(x, r, w):
+        return quant(hf(add(x, r).to(BF16), w))
+
+    args = exact(M, K), exact(M, K, seed=1), exact(K, seed=2) + 0.5
+    outcome = run_with_pass(fn, *args)
+    assert outcome.site.op in ("rms_norm_quant", "add_rms_norm_quant")
+    assert outcome.ops("aten.add") != [] or outcome.site.op == "add_rms_norm_quant"
+    assert_same(outcome.result, fn(*args))
+
+
+def bf16_throughout(x, w):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w
+
+
+def root(x, w):
+    h = x.float()
+    return (h / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).to(BF16) * w
+
+
+def reciprocal_root(x, w):
+    h = x.float()
+    return (h * (1 / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + EPS))).to(BF16) * w
+
+
+def weight_first(x, w):
+    h = x.float()
+    return (h * (rstd(h) * w.float())).to(BF16)
+
+
+def rounded_rstd(x, w):
+    h = x.float()
+    return (h * rstd(h).to(BF16).float()).to(BF16) * w
+
+
+def other_dtype(x, w):
+    h = x.float()
+    return (h * rstd(h)).to(FP16) * w.to(FP16)
+
+
+def other_tensor(x, w):
+    h = x.float()
+    return (h * rstd(h + 1)).to(BF16) * w
+
+
+def first_dim(x, w):
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(0, keepdim=True) + EPS)).to(BF16) * w
+
+
+def part_of_the_row(x, w):
+    h = x.float()
+    return (h * rstd(h[:, :128])).to(BF16) * w
+
+
+# Before 2.13 Inductor itself drops a rounding that is widened again at once, so there the graph has none.
+ROUNDED_RSTD = {rounded_rstd: "rstd is rounded"} if torch.__version__ >= (2, 13) else {}
+REJECTED = {
+    bf16_throughout: "bfloat16",
+    root: "square root",
+    reciprocal_root: "reciprocal",
+    weight_first: "rstd first",
+    **ROUNDED_RSTD,
+    other_dtype: "float16",
+    other_tensor: "another tensor",
+    first_dim: "last dimensions",
+    part_of_the_row: "another tensor",
+    lambda x, w: (x.float() * rstd(x.float())).to(BF16): "no weight",
+    lambda x, w: (x.float() * rstd(x.float()) * w[:1]).to(BF16): "weight has shape",
+    lambda x, w: hf(x.float() * 0.5, w.float()).to(BF16): "reads float32",
+    lambda x, w: (x.float() * torch.rsqrt(x.float().abs().mean(-1, keepdim=True) + EPS)).to(BF16) * w: "not of squares",
+    lambda x, w: (x.float() * torch.rsqrt(x.float().pow(2).amax(-1, keepdim=True) + EPS)).to(BF16) * w: "not of a mean",
+    lambda x, w: hf(x.t().contiguous().t(), w): "stride",
+}
+
+
+@pytest.mark.parametrize(("norm", "words"), REJECTED.items(), ids=lambda v: v if isinstance(v, str) else "")
+def test_arithmetic_that_the_kernels_lack_is_rejected_with_the_reason(norm: Callable, words: str) -> None:
+    def fn(x, w):
+        return quant(norm(x, w))
+
+    x, w = exact(M, K), exact(K, seed=1) + 0.5
+    outcome = run_with_pass(fn, x, w)
+    assert not outcome.site.fused
+    assert words in outcome.site.reason
+    assert outcome.ops() == []
+    assert_same(outcome.result, fn(x, w))
+
+
+def test_a_norm_module_of_torch_before_our_quantization() -> None:
+    norm = torch.nn.RMSNorm(K, eps=1e-5, dtype=BF16)
+    outcome = run_with_pass(lambda x: nq.group_quant(norm(x)).data, exact(2, 3, K))
+    assert outcome.site.fused and outcome.site.m == "6"
+    assert_same(outcome.result, nq.group_quant(norm(exact(2, 3, K))).data)
+
+
+def fused_norm(x, w, shape=(K,), eps: float | None = 1e-5):
+    """The graph of `aten._fused_rms_norm`, which a trace for a CPU takes apart, and a quantization."""
+    graph = torch.fx.Graph()
+    mode = torch._subclasses.FakeTensorMode()
+    nodes = [graph.placeholder(name) for name in ("x", "w")]
+    for node, t in zip(nodes, (x, w), strict=True):
+        node.meta["val"] = mode.from_tensor(t)
+    y = call(graph, torch.ops.aten._fused_rms_norm.default, (nodes[0], list(shape), nodes[1], eps))
+    y = call(graph, operator.getitem, (y, 0))
+    rows = call(graph, torch.ops.aten.reshape.default, (y, [-1, K]))
+    if x.dtype not in (BF16, FP16):
+        rows = call(graph, torch.ops.prims.convert_element_type.default, (rows, BF16))
+    q = call(graph, torch.ops.normquant.group_quant.default, (rows, QuantSpec().encode()))
+    graph.output(tuple(call(graph, operator.getitem, (q, i)) for i in range(2)))
+    return torch.fx.GraphModule({}, graph)
+
+
+@pytest.mark.parametrize("eps", [1e-5, None])
+@pytest.mark.parametrize("shape", [(K,), (2, K // 2)], ids=str)
+def test_the_norm_that_torch_has_as_one_operation(shape: tuple[int, ...], eps: float | None) -> None:
+    x, w = exact(M, *shape), exact(*shape, seed=1) + 0.5
+    gm = fused_norm(x, w, shape, eps)
+    expected = gm(x, w)
+    site = site_of_graph(gm)
+    assert site.fused and QuantSpec.decode(site.spec).rounding == "once", site
+    assert_same(gm(x, w), expected)
+
+
+def test_that_operation_on_what_the_kernels_do_not_read() -> None:
+    site = site_of_graph(fused_norm(exact(M, K).float() + 0.125, exact(K).float()))
+    assert not site.fused and "reads float32" in site.reason

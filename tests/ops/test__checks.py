@@ -1,0 +1,145 @@
+"""Bad inputs: each is refused with one sentence of what was given and what is accepted, in every mode of torch."""
+
+import pytest
+import torch
+from shared.inputs import activations, weights
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import normquant as nq
+from normquant import QuantSpec
+from normquant.ops import latent_norm_quant, silu_mul_quant
+
+M, K = 5, 384
+Q, C, R = 256, 128, 32
+
+
+def x(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(shape or (M, K), dtype=dtype, device=device)
+
+
+def w(k: int = K, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(k, dtype=dtype, device=device)
+
+
+def angles(rows: int = M, columns: int = R // 2, **kwargs) -> torch.Tensor:
+    return torch.ones(rows, columns, **kwargs)
+
+
+def latent(activation=None, q=None, c=None, cos=None, sin=None, positions=None, **kwargs):
+    """latent_norm_quant with good arguments for those that are left out; tensors are made by functions, see `CASES`."""
+    one = lambda given, default: default if given is None else given  # noqa: E731
+    return latent_norm_quant(
+        one(activation, x(M, Q + C + R)), one(q, w(Q)), one(c, w(C)), one(cos, angles()), one(sin, angles()), positions,
+        **kwargs,
+    )  # fmt: skip
+
+
+# what is wrong -> a call, what was given, what is accepted (both as in the message)
+CASES = {
+    "fp32 x": (lambda: nq.rms_norm_quant(x(dtype=torch.float32), w()), "float32", "bfloat16, float16"),
+    "integer x": (lambda: nq.group_quant(x(dtype=torch.int16)), "int16", "bfloat16, float16"),
+    "0-dimensional x": (lambda: nq.group_quant(torch.ones((), dtype=torch.bfloat16)), "0-dimensional", "[..., K]"),
+    "K of a group and a half": (lambda: nq.group_quant(x(M, 192)), "K = 192", "multiple of the group, 128"),
+    "K below a group": (lambda: nq.group_quant(x(M, 32), spec=QuantSpec(group=64)), "K = 32", "group, 64"),
+    "K = 0": (lambda: nq.group_quant(x(M, 0)), "K = 0", "positive multiple of the group, 128"),
+    "K = 0 of a norm": (lambda: nq.rms_norm_quant(x(2, 3, 0), w(0)), "K = 0", "positive multiple"),
+    "columns apart": (lambda: nq.group_quant(x(M, 2 * K)[:, ::2]), "(768, 2)", "last stride must be 1"),
+    "columns apart in 1-D": (lambda: nq.group_quant(x(2 * K)[::2]), ", 2)", "last stride must be 1"),
+    "transposed x": (lambda: nq.rms_norm_quant(x(K, M).t(), w()), "(1, 5)", "last stride must be 1"),
+    "uneven rows": (lambda: nq.group_quant(x(3, 4, K)[:, :3]), "(3, 3, 384)", ".contiguous()"),
+    "uneven residual": (lambda: nq.add_rms_norm_quant(x(3, 3, K), x(3, 4, K)[:, :3], w()), "residual", ".contiguous()"),
+    "short weight": (lambda: nq.rms_norm_quant(x(), w(K - 1)), "(383,)", "[K] = [384]"),
+    "2-D weight": (lambda: nq.rms_norm_quant(x(), x(1, K)), "(1, 384)", "[K] = [384]"),
+    "0-dimensional weight": (lambda: nq.rms_norm_quant(x(), torch.ones(())), "()", "[K] = [384]"),
+    "fp64 weight": (lambda: nq.rms_norm_quant(x(), w(dtype=torch.float64)), "float64", "bfloat16, float16, float32"),
+    "weight apart": (lambda: nq.rms_norm_quant(x(), w(2 * K)[::2]), "(2,)", "contiguous"),
+    "weight elsewhere": (lambda: nq.rms_norm_quant(x(), w(device="meta")), "meta", "one device"),
+    "x elsewhere": (lambda: nq.rms_norm_quant(x(device="meta"), w()), "cpu", "one device"),
+    "residual elsewhere": (lambda: nq.add_rms_norm_quant(x(), x(device="meta"), w()), "meta", "one device"),
+    "residual of other shape": (lambda: nq.add_rms_norm_quant(x(), x(1, K), w()), "(1, 384)", "(5, 384)"),
+    "residual of other dtype": (lambda: nq.add_rms_norm_quant(x(), x(dtype=torch.float16), w()), "float16", "bfloat16"),
+    "residual columns apart": (lambda: nq.add_rms_norm_quant(x(), x(M, 2 * K)[:, ::2], w()), "residual", "last stride"),
+    "half a gate": (lambda: silu_mul_quant(x(M, 3 * 128)), "384", "multiple of the group, 128"),
+    "empty gate": (lambda: silu_mul_quant(x(M, 0)), "0", "multiple of the group, 128"),
+    "no k_pe": (lambda: latent(x(M, Q + C)), "384", "even number"),
+    "odd k_pe": (lambda: latent(x(M, Q + C + 31)), "415", "even number"),
+    "q_a of half a group": (lambda: latent(x(M, Q + C + R), w(192), w(C)), "192", "multiple of the group, 128"),
+    "latent weight dtype": (lambda: latent(c=w(C, torch.float64)), "float64", "bfloat16, float16, float32"),
+    "narrow cos": (lambda: latent(cos=angles(M, 15)), "(5, 15)", "16 or more"),
+    "integer sin": (lambda: latent(sin=angles(dtype=torch.int32)), "int32", "floating point"),
+    "few angles": (lambda: latent(cos=angles(4)), "4", "5 rows"),
+    "float positions": (lambda: latent(positions=torch.ones(M)), "float32", "int32 or int64"),
+    "few positions": (lambda: latent(positions=torch.ones(4, dtype=torch.int32)), "(4,)", "[5]"),
+    "unknown rope": (lambda: latent(rope="neox"), "'neox'", "'interleaved', 'half', 'interleaved_to_half'"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eager(name):
+    call, given, accepted = CASES[name]
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert given in message and accepted in message, message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fake_tensors(name):
+    call, given, accepted = CASES[name]
+    with FakeTensorMode(), pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert given in message and accepted in message, message
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled(name):
+    # Dynamo wraps an error of an op in its own type; the sentence must be in what the user reads.
+    call, given, accepted = CASES[name]
+    torch._dynamo.reset()
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        torch.compile(call, backend="aot_eager")()
+    message = str(error.value)
+    assert given in message and accepted in message, message
+
+
+def rope(x, heads, r, rows=M):
+    cos = angles(rows, r // 2)
+    return torch.ops.normquant.rope_last(x, cos, cos, None, heads, r, "half", QuantSpec().encode())
+
+
+OP_CASES = {
+    "3-D x": (lambda: torch.ops.normquant.group_quant(x(2, 3, K), QuantSpec().encode()), "3 dimensions", "[M, K]"),
+    "1-D x": (lambda: torch.ops.normquant.silu_mul_quant(x(K), QuantSpec().encode()), "1 dimensions", "[M, K]"),
+    "1-D x to be turned": (lambda: rope(x(K), 4, 32), "(384,)", "[M, H * D]"),
+    "fp32 to be turned": (lambda: rope(x(dtype=torch.float32), 4, 32), "float32", "bfloat16, float16"),
+    "heads of several widths": (lambda: rope(x(), 7, 32), "384 columns", "7 heads of one width"),
+    "more than a head": (lambda: rope(x(), 16, 32), "r is 32", "even number of the 24 values"),
+    "an odd part of a head": (lambda: rope(x(), 4, 31), "r is 31", "even number"),
+    "few angles to turn by": (lambda: rope(x(), 4, 32, rows=4), "4", "5 rows"),
+    "a spec that is none": (lambda: torch.ops.normquant.group_quant(x(), "fp8"), "'fp8'", "encoded QuantSpec"),
+}
+
+
+@pytest.mark.parametrize("name", OP_CASES)
+def test_ops_check_for_themselves(name):
+    call, given, accepted = OP_CASES[name]
+    with pytest.raises(ValueError) as error:
+        call()
+    assert given in str(error.value) and accepted in str(error.value), str(error.value)
+
+
+def test_what_looks_odd_and_is_accepted():
+    activation, weight = activations(M, K), weights(K)
+    expected = nq.rms_norm_quant(activation, weight)
+    wide = torch.zeros(M, K + 3, dtype=torch.bfloat16)
+    wide[:, 1 : K + 1] = activation
+    for same in (wide[:, 1 : K + 1], activation.t().contiguous().t()[:, :].contiguous()):
+        got = nq.rms_norm_quant(same, weight)
+        assert torch.equal(got.data.float(), expected.data.float()) and torch.equal(got.scale, expected.scale)
+    one = activation[:1].expand(M, K)  # rows that are one row
+    got = nq.rms_norm_quant(one, weight)
+    assert torch.equal(got.data.float(), expected.data[:1].float().expand(M, K))
+    first = nq.rms_norm_quant(activation[0], weight)  # 1-D
+    assert first.shape == (K,) and torch.equal(first.scale, expected.scale[0])

@@ -1,0 +1,83 @@
+"""Numbers, tables, differences and annotations as text."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from normquant.audit.on_disk import audit_path
+from normquant.report import annotations, audit_diff, audit_text, units
+from normquant.report.text_table import shorten, table
+
+FIXTURES = Path(__file__).parents[1] / "audit" / "fixtures"
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    return audit_path(FIXTURES / "fuse_norm_quant_on_layer.py", rows=(64,))[0].to_dict()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (28672, "28.0 KiB"),
+        (1835008, "1.75 MiB"),
+        (-2097152, "-2.00 MiB"),
+    ],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert units.size(count) == text
+
+
+def test_other_units() -> None:
+    assert (units.microseconds(0.94), units.microseconds(74.07), units.microseconds(1687.2)) == ("0.9", "74.1", "1687")
+    assert units.share(0.0183) == "1.8 %"
+    assert (units.count(1, "kernel"), units.count(1200, "kernel")) == ("1 kernel", "1 200 kernels")
+
+
+def test_columns_line_up() -> None:
+    lines = table(["name", "bytes"], [["a", "1"], ["long name", "1000"]], "<>").splitlines()
+    assert lines == ["name       bytes", "---------  -----", "a              1", "long name   1000"]
+    assert table(["name"], [], "<") == ""
+
+
+def test_long_names_keep_their_ends() -> None:
+    assert shorten("triton_poi_fused_add_mul_view_12", 16) == "triton_p…view_12"
+    assert len(shorten("x" * 100, 16)) == 16 and shorten("short", 16) == "short"
+
+
+def test_findings_that_say_the_same_are_one(report: dict[str, Any]) -> None:
+    text = audit_text.findings(report)
+    assert text.count("dropped-ue8m0 in _C.rms_norm_per_block_quant") == 1 and "(3 times)" in text
+
+
+def test_files_that_could_not_be_read_are_listed(report: dict[str, Any]) -> None:
+    report["skipped"] = [{"file": "cut.py", "reason": "cut short"}]
+    assert "not read: cut.py: cut short" in audit_text.render([report], "title")
+
+
+def test_no_difference_is_said_plainly(report: dict[str, Any]) -> None:
+    text = audit_diff.render(report, copy.deepcopy(report), ("a", "b"))
+    assert "the same launches with the same bytes" in text and audit_diff.changes(report, report) == []
+
+
+def test_a_kernel_that_grew_is_a_change(report: dict[str, Any]) -> None:
+    after = copy.deepcopy(report)
+    after["programs"][0]["launches"][13]["bytes_read"] += 1 << 20
+    (change,) = audit_diff.changes(report, after)
+    assert change.count == (1, 1) and change.bytes[1] - change.bytes[0] == 1 << 20
+
+
+def test_annotations_escape_what_github_would_read(report: dict[str, Any]) -> None:
+    finding = report["findings"][0]
+    finding.update(message="50%\nof::it", kernel="a,b:c", origins=[{"file": "a:b,c.py", "line": 7, "code": ""}])
+    line = annotations.github([report]).splitlines()[0]
+    assert line.startswith(
+        "::error file=a%3Ab%2Cc.py,line=7,title=mutated-input-copy%3A a%2Cb%3Ac::50%25%0Aof::it. Fix: "
+    )

@@ -1,0 +1,116 @@
+"""The machine code that a launcher's kernel becomes on a GPU that need not be there.
+
+The launcher runs on CPU tensors and Triton's own JIT compiles what it launches, specialized as on the GPU; the driver
+alone is a stand-in, and the launch is left out. `ptxas`, `cuobjdump` and `nvdisasm` come with the Triton wheel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from normquant.kernels.capability import LaunchTarget
+
+SM_90, SM_100 = (9, 0), (10, 0)
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_WIDTH = re.compile(r"\.(?:(256|128|64)|[US](16|8))\b")  # of a SASS access; one without a suffix is 32 bits wide
+
+
+@dataclass(frozen=True)
+class Code:
+    """One compiled kernel: its PTX, its SASS (one instruction a line) and what `cuobjdump -res-usage` counts."""
+
+    options: object
+    ptx: str
+    sass: tuple[str, ...]
+    registers: int
+    stack: int
+    local: int
+    threads: int
+
+    def places(self, opcode: str) -> list[int]:
+        """Line numbers of the SASS instructions whose opcode starts with `opcode`."""
+        return [i for i, line in enumerate(self.sass) if re.search(rf"(?:^|\s){opcode}(?:\.|\s|$)", line)]
+
+    def widths(self, opcode: str) -> list[int]:
+        """Width in bits of every global access with this opcode, LDG or STG."""
+        return [_width(self.sass[i]) for i in self.places(opcode)]
+
+
+def _width(line: str) -> int:
+    found = _WIDTH.search(line.split("[")[0])
+    return int(found[1] or found[2]) if found else 32
+
+
+@cache
+def _disassemble(cubin: bytes) -> tuple[tuple[str, ...], dict[str, int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        sass, usage = (
+            subprocess.run([_BIN / tool, *flags, path], capture_output=True, text=True, check=True).stdout
+            for tool, *flags in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
+        )
+    instructions = tuple(line.strip() for line in re.findall(r"/\*[0-9a-f]{4,}\*/(.*?);", sass))
+    counts = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return instructions, counts
+
+
+def code(kernel: triton.compiler.CompiledKernel) -> Code:
+    """What Triton compiled, disassembled."""
+    sass, counts = _disassemble(kernel.asm["cubin"])
+    return Code(
+        options=kernel.metadata,
+        ptx=kernel.asm["ptx"],
+        sass=sass,
+        registers=counts["REG"],
+        stack=counts["STACK"],
+        local=counts["LOCAL"],
+        threads=32 * kernel.metadata.num_warps,
+    )
+
+
+@contextlib.contextmanager
+def compiling(module: ModuleType, capability: tuple[int, int]) -> Iterator[list]:
+    """Within: the launchers of `module` compile for `capability` instead of launching; yields what they compiled.
+
+    A launch that Triton's in-memory cache serves adds the same object again.
+    """
+    assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET is set: kernels are interpreted, not compiled"
+    stock, compiled, number = JITFunction.run, [], 10 * capability[0] + capability[1]
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append(stock(self, *args, grid=grid, warmup=True, **kwargs))
+
+    # Triton keeps one cache for each device number: the capability as the number keeps the targets apart.
+    driver = SimpleNamespace(
+        get_current_device=lambda: number,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", number, 32),
+    )
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(module, "target", lambda device: LaunchTarget(True, capability)),
+    ):
+        yield compiled
+
+
+def machine_code(module: ModuleType, launch: Callable[[], object], capability: tuple[int, int]) -> Code:
+    """The code of the one kernel that `launch` launches through `module`."""
+    with compiling(module, capability) as compiled:
+        launch()
+    (kernel,) = compiled
+    return code(kernel)

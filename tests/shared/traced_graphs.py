@@ -1,0 +1,51 @@
+"""Trace a function as torch.compile does, rewrite its graph, and run it eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from shared.pass_harness import interpreting
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from normquant.compile import Site
+from normquant.compile.policy import Rules
+
+
+class Pass(CustomGraphPass):
+    """A rewrite that always fuses, as a pass of Inductor; its graphs are not cached."""
+
+    def __init__(self, rewrite: Callable[[Graph, Rules], tuple[Site, ...]]) -> None:
+        self.rewrite = rewrite
+
+    def __call__(self, graph: Graph) -> None:
+        self.rewrite(graph, Rules("always"))
+
+    def uuid(self) -> None:
+        return None
+
+
+def run(
+    rewrite: Callable[[Graph], tuple[Site, ...]], fn: Callable[..., Any], *args: torch.Tensor, dynamic: bool = False
+) -> tuple[Any, list[Site], list[str]]:
+    """What fn returns with its graph rewritten, the sites, and the operations left. dynamic: in dimension 0."""
+    sites: list[Site] = []
+    left: list[str] = []
+
+    def change(gm: GraphModule) -> None:
+        sites.extend(rewrite(gm.graph))
+        left.extend(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+
+    torch._dynamo.reset()
+    if dynamic:
+        for arg in args:
+            torch._dynamo.mark_dynamic(arg, 0)
+    with torch.no_grad(), torch._inductor.config.patch(enable_auto_functionalized_v2=False):  # as vLLM sets it
+        return torch.compile(fn, backend=interpreting(change))(*args), sites, left
+
+
+def assert_equal(given: Any, expected: Any) -> None:
+    for a, b in zip(given, expected, strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a.float(), b.float())

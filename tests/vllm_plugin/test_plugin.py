@@ -1,0 +1,197 @@
+"""The plugin against a vLLM made up for the test: what it wraps, when it does nothing, when it declines."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from normquant.vllm import plugin
+
+
+def module(name: str, **attributes: Any) -> ModuleType:
+    made = ModuleType(name)
+    made.__dict__.update(attributes)
+    return made
+
+
+class Vllm:
+    """The parts of vLLM that the plugin touches."""
+
+    def __init__(self, version: str) -> None:
+        class VllmConfig:
+            def __init__(self, additional_config: object = None) -> None:
+                self.additional_config = additional_config
+                self.compilation_config = SimpleNamespace(local_cache_dir=None)
+
+            def compute_hash(self, include_version: bool = True) -> str:
+                return "0123456789" if include_version else "9876543210"
+
+        class InductorPass:
+            def is_applicable_for_range(self, compile_range: object) -> bool:
+                return True
+
+        class RMSNormQuantFusionPass(InductorPass):
+            pass
+
+        class NoOpEliminationPass(InductorPass):
+            pass
+
+        class PostGradPassManager:
+            def __init__(self) -> None:
+                self.passes: list[object] = []
+
+            def __call__(self, graph: object) -> None: ...
+
+            def uuid(self) -> str:
+                return ""
+
+            def configure(self, config: object) -> None:
+                self.passes += [NoOpEliminationPass(), RMSNormQuantFusionPass()]
+
+        self.VllmConfig, self.PostGradPassManager, self.InductorPass = VllmConfig, PostGradPassManager, InductorPass
+        inductor_pass = module(
+            "vllm.compilation.passes.inductor_pass",
+            InductorPass=InductorPass,
+            get_pass_context=lambda: SimpleNamespace(compile_range="(1, 8)"),
+        )
+        pass_manager = module("vllm.compilation.passes.pass_manager", PostGradPassManager=PostGradPassManager)
+        passes = module("vllm.compilation.passes", inductor_pass=inductor_pass, pass_manager=pass_manager)
+        top = module("vllm", __version__=version, __path__=[])
+        self.modules = {
+            "vllm": top,
+            "vllm.config": module("vllm.config", VllmConfig=VllmConfig),
+            "vllm.compilation": module("vllm.compilation", __path__=[]),
+            "vllm.compilation.passes": passes,
+            "vllm.compilation.passes.inductor_pass": inductor_pass,
+            "vllm.compilation.passes.pass_manager": pass_manager,
+        }
+
+    def configured(self, config: object) -> list[str]:
+        manager = self.PostGradPassManager()
+        manager.configure(config)
+        return [type(entry).__name__ for entry in manager.passes]
+
+
+STOCK = ["NoOpEliminationPass", "RMSNormQuantFusionPass"]
+OURS = ["NoOpEliminationPass", "VllmNormQuantPass", "RMSNormQuantFusionPass"]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def install(version: str = "0.32.0") -> Vllm:
+        vllm = Vllm(version)
+        for name, made in vllm.modules.items():
+            monkeypatch.setitem(sys.modules, name, made)
+        monkeypatch.delitem(sys.modules, "normquant.vllm.compile_pass", raising=False)
+        return vllm
+
+    monkeypatch.delenv("NORMQUANT", raising=False)
+    monkeypatch.setattr(plugin, "_declined", set())
+    yield install
+    sys.modules.pop("normquant.vllm.compile_pass", None)
+
+
+def test_without_a_switch_nothing_changes(make: Any) -> None:
+    vllm = make()
+    plugin.register()
+    config = vllm.VllmConfig({"other": 1})
+    assert config.compute_hash() == "0123456789"
+    assert config.compute_hash(include_version=False) == "9876543210"
+    assert vllm.configured(config) == STOCK
+    assert not hasattr(vllm.PostGradPassManager.configure, plugin.MARK)
+
+
+def test_the_variable_inserts_the_pass(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORMQUANT", "1")
+    vllm = make()
+    for _ in range(3):
+        plugin.register()
+    config = vllm.VllmConfig()
+    hashes = {config.compute_hash(), config.compute_hash()}
+    assert len(hashes) == 1 and hashes != {"0123456789"} and len(hashes.pop()) == 10
+    assert vllm.configured(config) == OURS
+    monkeypatch.setenv("NORMQUANT", "0")
+    assert config.compute_hash() == "0123456789" and vllm.configured(config) == STOCK
+
+
+def test_one_config_of_two_is_switched_on(make: Any) -> None:
+    vllm = make()
+    plugin.register()
+    on, off = vllm.VllmConfig({"normquant": {}}), vllm.VllmConfig({})
+    assert on.compute_hash() != off.compute_hash() == "0123456789"
+    assert (vllm.configured(on), vllm.configured(off)) == (OURS, STOCK)
+
+
+def test_every_switch_and_the_version_are_in_the_hash(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = make()
+    plugin.register()
+    entries = [{}, {"policy": "always"}, {"policy": "always", "strict": True}, {"sites": {"layers.0.*": "stock"}}]
+    hashes = [vllm.VllmConfig({"normquant": entry}).compute_hash() for entry in entries]
+    from normquant.vllm import compile_pass
+
+    monkeypatch.setattr(compile_pass, "VERSION", "99.0")
+    hashes.append(vllm.VllmConfig({"normquant": {}}).compute_hash())
+    assert len({*hashes, "0123456789"}) == 6
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "dev"])
+def test_an_unknown_version_is_left_alone(make: Any, monkeypatch: Any, caplog: Any, version: str) -> None:
+    monkeypatch.setenv("NORMQUANT", "1")
+    vllm = make(version)
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
+        plugin.register()
+    assert not hasattr(vllm.VllmConfig.compute_hash, plugin.MARK)
+    (message,) = caplog.messages
+    assert "leaves vLLM as it is" in message and version in message
+
+
+def test_nobody_is_warned_who_did_not_ask(make: Any, caplog: Any) -> None:
+    make("0.99.0")
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
+    assert caplog.messages == []
+
+
+def test_a_pass_manager_that_changed_is_left_alone(make: Any, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setenv("NORMQUANT", "1")
+    vllm = make()
+    del vllm.InductorPass.is_applicable_for_range
+    plugin.register()
+    config = vllm.VllmConfig()
+    with caplog.at_level(logging.WARNING):
+        assert {config.compute_hash() for _ in range(2)} == {"0123456789"}
+    assert vllm.configured(config) == STOCK
+    (message,) = caplog.messages
+    assert "InductorPass has no is_applicable_for_range" in message
+
+
+def test_a_misspelt_switch_is_said(make: Any, monkeypatch: Any) -> None:
+    vllm = make()
+    plugin.register()
+    with pytest.raises(ValueError, match="has 'polcy'"):
+        vllm.VllmConfig({"normquant": {"polcy": "auto"}}).compute_hash()
+    monkeypatch.setenv("NORMQUANT", "on")
+    with pytest.raises(ValueError, match="NORMQUANT is 'on'"):
+        plugin.register()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["NoOpEliminationPass", "AllReduceFusionPass", "RMSNormQuantFusionPass", "ActivationQuantFusionPass"], 2),
+        (["NoOpEliminationPass", "RocmAiterRMSNormQuantFusionPass", "RMSNormQuantFusionPass"], 1),
+        (["NoOpEliminationPass", "AllReduceFusionPass", "ActivationQuantFusionPass"], 2),
+        (["ActivationQuantFusionPass"], 0),
+        ([], 0),
+    ],
+)
+def test_where_the_pass_goes(make: Any, names: list[str], expected: int) -> None:
+    make()
+    from normquant.vllm.compile_pass import position
+
+    assert position([type(name, (), {})() for name in names]) == expected
