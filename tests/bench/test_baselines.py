@@ -1,4 +1,4 @@
-"""The committed measurements: every record fits the schema, and the README quotes them as they are."""
+"""The committed measurements: every record fits the schema, and the docs quote them as they are."""
 
 import re
 import statistics
@@ -11,6 +11,8 @@ from normquant.bench.records import problems, read
 from normquant.cli.compare import key
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 RECORDS = list(read(ROOT / "baselines" / "h100.jsonl"))
 
 
@@ -25,21 +27,53 @@ def test_no_case_is_there_twice():
     assert len(cases) == len(set(cases))
 
 
+PEERS = ("vllm fused", "vllm unfused", "flashinfer", "flashinfer pdl", "torch.compile")
+MODELS = {"DeepGEMM": ("deepgemm", False), "DeepGEMM, experts": ("deepgemm", True), "Cutlass": ("cutlass", False)}
+SETTINGS = ("default", "off", "normquant")
+LABORATORY = ("`VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0`", "one GPU", "no all-reduce")
+COMPILED = "torch.compile 2.11 with dynamic rows"
+
+
+def kernels() -> dict[tuple[str, bool, int, int], dict[str, dict]]:
+    """(op, normed, m, k) -> provider -> record."""
+    found: dict[tuple[str, bool, int, int], dict[str, dict]] = {}
+    for r in RECORDS:
+        if r["suite"] == "kernels" and r["inputs"] == "dram":
+            found.setdefault((r["op"], r["normed"], r["m"], r["k"]), {})[r["provider"]] = r
+    return found
+
+
 def layers() -> dict[tuple[str, int, str], dict]:
     return {(r["model"], r["m"], r["setting"]): r for r in RECORDS if r["suite"] == "layer"}
 
 
-PEERS = ("vllm fused", "vllm unfused", "flashinfer", "flashinfer pdl", "torch.compile")
-MODELS = {("deepgemm", False): "DeepGEMM", ("deepgemm", True): "DeepGEMM, experts", ("cutlass", False): "Cutlass"}
+def vllm(model: str) -> list[dict]:
+    """The records of a table of docs/performance.md."""
+    return [r for r in RECORDS if r["suite"] == "vllm" and (r["linear"], r["moe"]) == MODELS[model]]
 
 
-def kernels() -> dict[tuple[str, bool, int, int], dict[str, float]]:
-    """(op, normed, m, k) -> provider -> microseconds."""
-    found: dict[tuple[str, bool, int, int], dict[str, float]] = {}
-    for r in RECORDS:
-        if r["suite"] == "kernels" and r["inputs"] == "dram":
-            found.setdefault((r["op"], r["normed"], r["m"], r["k"]), {})[r["provider"]] = r["us"]
-    return found
+def section(title: str) -> str:
+    """What stands under a heading of docs/performance.md, up to the next heading."""
+    found = re.search(rf"^##+ {re.escape(title)}\n(.*?)(?=^##|\Z)", PERFORMANCE, re.M | re.S)
+    assert found, f"docs/performance.md has no section {title!r}"
+    return found[1]
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def table(text: str) -> list[str]:
+    """The lines of the table in a text, without its rule."""
+    return [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|---")]
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def change(ours: float, other: float) -> str:
+    return f"{100 * (ours / other - 1):+.1f} %"
 
 
 def test_the_grid_is_whole():
@@ -47,62 +81,109 @@ def test_the_grid_is_whole():
     assert {r["match"] for r in RECORDS if r.get("provider") == "normquant"} == {"bitwise"}
 
 
-def test_the_readme_quotes_the_kernels():
-    text, found = (ROOT / "README.md").read_text(), kernels()
+def test_the_kernels_are_quoted():
+    found = kernels()
+    header, *rows = table(section("Kernels"))
+    assert "| torch.compile 2.11, dynamic rows |" in header
+    expected = []
     for m in (1, 16, 64, 256, 1024, 8192):
-        us = found["add_rms_norm_quant", False, m, 7168]
-        normed = found["add_rms_norm_quant", True, m, 7168]
-        cells = [us[p] for p in ("normquant", "vllm fused", "vllm unfused", "torch.compile")]
-        cells += [normed[p] for p in ("normquant", "flashinfer pdl")]
-        assert f"| {m} | {' | '.join(f'{value:.2f}' for value in cells)} |" in text
-    gains, slower = [], []
-    for us in found.values():
-        peers = {p: us[p] for p in PEERS if p in us}
+        plain, normed = (found["add_rms_norm_quant", with_norm, m, 7168] for with_norm in (False, True))
+        us = [plain[p]["us"] for p in ("normquant", "vllm fused", "vllm unfused", "torch.compile")]
+        us += [normed[p]["us"] for p in ("normquant", "flashinfer pdl")]
+        expected.append(row(m, *(f"{value:.2f}" for value in us)))
+    assert rows == expected
+
+
+def test_the_summary_of_the_kernels_is_quoted():
+    gains, slower = [], {}
+    for case, found in kernels().items():
+        peers = {p: found[p]["us"] for p in PEERS if p in found}
         if peers:
             best = min(peers, key=peers.__getitem__)
-            gains.append(peers[best] / us["normquant"])
-            slower += [best] * (gains[-1] < 1)
-    assert [name.partition(" ")[0] for name in slower] == ["flashinfer"]
-    words = " ".join(text.split())
-    assert f"all {len(gains)} cases" in words and f"{statistics.geometric_mean(gains):.2f} times as fast" in words
-    assert f"{min(gains):.3f} times in the worst, the only one below 1" in words
+            gains.append(peers[best] / found["normquant"]["us"])
+            if gains[-1] < 1:
+                slower[case] = [found["normquant"], found[best]]
+    mean = f"{statistics.geometric_mean(gains):.2f} times as fast"
+    page, readme = words(section("Kernels")), words(README)
+    assert f"all {len(gains)} cases" in page and mean in page
+    assert f"{min(gains):.3f} times in the worst, the only one below 1: 16384 rows of K = 7168 with the norm" in page
+    assert f"{len(gains)} cases" in readme and mean in readme and f"{min(gains):.3f} times in the worst case" in readme
+    ((case, both),) = slower.items()
+    assert case == ("add_rms_norm_quant", True, 16384, 7168) and both[1]["provider"] == "flashinfer"
+    assert {f"{r['pct_of_copy']:.0f} %" for r in both} == {"97 %"} and "both reach 97 % of the bandwidth" in page
 
 
-def vllm() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """README row -> setting -> GPU microseconds, and model -> setting -> the logits' error."""
-    rows: dict[str, dict[str, float]] = {}
-    errors: dict[str, dict[str, float]] = {}
-    for r in RECORDS:
-        if r["suite"] == "vllm":
-            model = MODELS[r["linear"], r["moe"]]
-            rows.setdefault(f"{model}, batch {r['batch']}", {})[r["setting"]] = r["gpu_us_per_step"]
-            for tokens, us in r["prefill_gpu_us"].items():
-                rows.setdefault(f"{model}, prompt of {tokens}", {})[r["setting"]] = us
-            errors.setdefault(model, {})[r["setting"]] = r["logit_error"]
-    return rows, errors
-
-
-def test_the_readme_quotes_vllm():
-    text = (ROOT / "README.md").read_text()
-    found, errors = vllm()
-    assert len(found) == 15
-    for name, us in found.items():
-        default, off, ours = (us[setting] for setting in ("default", "off", "normquant"))
-        cells = [f"{value:.1f}" for value in (default, off, ours)]
-        cells += [f"{100 * (ours / other - 1):+.1f} %" for other in (default, off)]
-        assert f"| {name} | {' | '.join(cells)} |" in text
-    words = " ".join(text.split())
-    for name, error in errors.items():
-        quoted = "{default:.4f}, {off:.4f} and {normquant:.4f}".format(**error)
-        assert f"{name.replace('DeepGEMM, experts', 'with experts')} {quoted}" in words
-
-
-@pytest.mark.parametrize("model", sorted({r["model"] for r in RECORDS if r["suite"] == "layer"}))
-def test_the_readme_quotes_the_layers(model):
-    # | deepseek-r1 | 156.6 / 175.8 | ... : normquant / stock at M = 1, 16, 64, 1024, 8192
-    row = re.search(rf"^\| {re.escape(model)} \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
-    assert row, f"README.md has no row for {model}"
-    cells = [cell.strip() for cell in row[1].split("|")]
+def test_the_layers_are_quoted():
     us = {key: f"{r['us']:.1f}" for key, r in layers().items()}
-    expected = [f"{us[model, m, 'normquant']} / {us[model, m, 'stock']}" for m in (1, 16, 64, 1024, 8192)]
-    assert cells == expected
+    header, *rows = table(section("Layers"))
+    sizes = (1, 16, 64, 1024, 8192)
+    assert header == row("model", *sizes) and f"normquant / {COMPILED}" in words(section("Layers"))
+    models = dict.fromkeys(model for model, _, _ in layers())
+    assert sorted(rows) == sorted(
+        row(model, *(f"{us[model, m, 'normquant']} / {us[model, m, 'stock']}" for m in sizes)) for model in models
+    )
+
+
+def vllm_rows(model: str) -> list[str]:
+    """The rows of a vLLM table: GPU time by setting, both changes, wall time by setting."""
+    times: dict[str, dict[str, tuple[float, float]]] = {}
+    for r in vllm(model):
+        times.setdefault(f"batch {r['batch']}", {})[r["setting"]] = (r["gpu_us_per_step"], r["tpot_ms"])
+        for tokens, us in r["prefill_gpu_us"].items():
+            times.setdefault(f"prompt of {tokens}", {})[r["setting"]] = (us, r["prefill_ms"][tokens])
+    found = []
+    for name, by_setting in times.items():
+        (default, off, ours), wall = zip(*(by_setting[setting] for setting in SETTINGS), strict=True)
+        gpu = (f"{us:.1f}" for us in (default, off, ours))
+        ms = " / ".join(f"{value:.2f}" for value in wall)
+        found.append(row(name, *gpu, change(ours, default), change(ours, off), ms))
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_vllm_is_quoted_with_its_setting(model):
+    _, *rows = table(section(model))
+    assert len(rows) == 5 and sorted(rows) == sorted(vllm_rows(model))
+    text = words(section(model).partition("\n|")[0])  # what stands above the table
+    assert all(part in text for part in LABORATORY)
+    assert {r["command"] for r in vllm(model)} == set(re.findall(r"normquant bench vllm .*\d(?=\n)", section(model)))
+    assert {(r["vllm"], r["torch"][:4]) for r in vllm(model)} == {("0.26.0", "2.11")}
+    assert "vLLM 0.26.0, torch 2.11." in section("vLLM in a laboratory setting")
+
+
+def test_the_accuracy_of_vllm_is_quoted():
+    errors = {model: {r["setting"]: f"{r['logit_error']:.4f}" for r in vllm(model)} for model in MODELS}
+    _, *rows = table(section("Accuracy"))
+    assert rows == [row(model, *(errors[model][setting] for setting in SETTINGS)) for model in MODELS]
+    text = words(section("Accuracy"))
+    assert f"(`--settings unfused`, error {errors['DeepGEMM']['unfused']})" in text
+    scales = {r["setting"]: (r["scales_not_power_of_two"], r["scales"]) for r in vllm("DeepGEMM")}
+    assert "{:,} of {:,} scales were no powers of two by default".format(*scales["default"]) in text
+    assert f"{scales['off'][0]:,} with norm fusion off" in text and scales["normquant"][0] == 0
+
+
+def test_every_table_of_the_page_is_one_of_these():
+    titles = ("Kernels", "Layers", *MODELS, "Accuracy")
+    assert sorted(table(PERFORMANCE)) == sorted(line for title in titles for line in table(section(title)))
+
+
+def test_the_page_says_where_the_records_come_from():
+    assert {r["gpu"] for r in RECORDS} == {"NVIDIA H100 80GB HBM3"} and "NVIDIA H100 80GB HBM3" in PERFORMANCE
+    assert {(r["torch"], r["triton"]) for r in RECORDS} == {("2.11.0+cu130", "3.6.0")}
+    assert "torch 2.11.0 and Triton 3.6.0" in PERFORMANCE
+    commands = re.findall(r"^normquant bench .*", PERFORMANCE, re.M)
+    assert len(commands) == 5
+    assert all(any(r["command"].startswith(command) for r in RECORDS) for command in commands)
+
+
+def test_the_readme_quotes_the_layer_and_vllm():
+    header, kernel, layer, installed, laboratory = table(README)
+    assert "one H100" in header and COMPILED in kernel and COMPILED in layer
+    us = {(m, setting): r["us"] for (model, m, setting), r in layers().items() if model == "deepseek-r1"}
+    gains = (change(us[m, "normquant"], us[m, "stock"]) for m in (1, 64, 1024))
+    assert f"of 1, 64, 1024 tokens | {COMPILED} | {', '.join(gains)} time |" in layer
+    us = {(r["setting"], r["batch"]): r["gpu_us_per_step"] for r in vllm("DeepGEMM")}
+    gains = (change(us["normquant", batch], us["off", batch]) for batch in (1, 16, 64))
+    assert all(part in laboratory for part in (*LABORATORY, "DeepGEMM", "of batch 1, 16, 64"))
+    assert laboratory.endswith(f"norm-quant fusion off | {', '.join(gains)} GPU time |")
+    assert "about -1 %" in installed and "is not among the records" in words(README)
