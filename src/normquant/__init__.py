@@ -35,8 +35,7 @@ except Exception as _error:  # `normquant env` must say what is wrong with torch
         raise AttributeError(f"module 'normquant' has no attribute {name!r}")
 
 else:
-    from normquant import specs
-    from normquant.audit import audit
+    from normquant import audit, specs
     from normquant.compile import FusionReport, explain, inductor_options
     from normquant.linear import BlockFP8Linear, block_fp8, block_fp8_linear, quantize_weight
     from normquant.ops import add_rms_norm_quant, group_quant, latent_norm_quant, rms_norm_quant, silu_mul_quant

@@ -1,8 +1,8 @@
-"""The GPUs that code can be generated for, and what an estimate needs to know of each.
+"""The GPUs that code can be generated for, and the speeds that times are estimated with.
 
 `dram_gbps` is what generated kernels reach on large tensors, not the data sheet's peak: 2.6 to 3.1 TB/s were measured
-on an H100 80GB HBM3 (peak 3.35; `python -m tests.audit.profiled` prints them), and the other rows scale that share
-of the peak by their own data sheet. `launch_us` is an empty kernel's share of a replayed CUDA graph on the same H100.
+on an H100 80GB HBM3 (peak 3.35; tests/gpu/profile_audit.py prints them), and the other rows are the same share of their
+own peaks. `launch_us` is an empty kernel's share of a replayed CUDA graph on the same H100.
 """
 
 import types
@@ -35,7 +35,7 @@ class Target:
         return self.capability[0] * 10 + self.capability[1]
 
     def properties(self) -> Any:
-        """What `torch.cuda.get_device_properties` would return there, as far as code generation reads it."""
+        """What `torch.cuda.get_device_properties` returns on that GPU, as far as code generation reads it."""
         return types.SimpleNamespace(
             name=self.device_name,
             major=self.capability[0],

@@ -1,4 +1,4 @@
-"""Show what a compiler generated for a model: kernels, DRAM bytes, and what of it is waste. Needs no GPU."""
+"""Show what a compiler generated for a model: kernels, DRAM bytes, and which of them are waste. Needs no GPU."""
 
 import argparse
 import json
@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from normquant.audit import expectations, on_disk
-from normquant.audit.result import AuditReport
+from normquant.audit import AuditReport, audit_path, expectations, reports
 from normquant.audit.rules import RULE_IDS
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
 from normquant.compile import explain, inductor_options
-from normquant.report import annotations, audit_diff, audit_html, audit_text
+from normquant.report import audit_diff, audit_html, audit_text
 
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -60,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit, print, and check. 0: fine; 1: a finding or an expectation; 2: nothing that can be audited."""
+    """Audit, print, and check. 0: all is well; 1: an expectation does not hold; 2: nothing can be audited."""
     try:
         if args.diff:
             return _diff(args)
@@ -72,23 +71,19 @@ def run(args: argparse.Namespace) -> int:
         return 2
     data = [report.to_dict() for report in made]
     _print(args, data, made)
-    broken = expectations.broken(made, args.fail_on, _counts(args.expect), args.max_bytes)
-    for line in broken:
-        print(f"failed: {line}", file=sys.stderr)
-    return 1 if broken else 0
+    return _exit_code(made, args)
 
 
 def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
     sizes = _counts(args.size, "--size")
     if os.path.exists(what) and not _is_config(what):
-        return on_disk.audit_path(what, args.target, args.m, sizes)
+        return audit_path(what, args.target, args.m, sizes)
     from normquant.audit.capture import live_compile, model_inputs  # the compiler, only where something is compiled
-    from normquant.audit.source import wrapper_code
 
     if os.path.exists(what):
         function, make = model_inputs.hugging_face(what, args.tokens, args.layers)
     elif model_inputs.is_named(what):
-        function, make = model_inputs.compiled(what, args.arg)
+        function, make = model_inputs.named_callable(what, args.arg)
     else:
         raise Unusable(f"{what}: no such file or directory, and not module:callable")
     options = _options(args.option) | (inductor_options(args.fuse) if args.fuse else {})
@@ -98,9 +93,7 @@ def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
         raise
     except Exception as error:  # the user's model, or what the compiler makes of it
         raise ValueError(f"{what} does not compile: {type(error).__name__}: {_first_line(error)}") from error
-    modules = [wrapper_code.read_module(one.source, f"graph {n}") for n, one in enumerate(captured)]
-    text = "\n".join(one.source for one in captured)
-    return on_disk.reports(modules, text, args.target, args.m, sizes, scheduled=[one.scheduled for one in captured])
+    return reports.audit_code(captured, args.target, args.m, sizes)
 
 
 def _first_line(error: Exception) -> str:
@@ -120,7 +113,7 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Se
     if args.html:
         Path(args.html).write_text(audit_html.page(data, title), encoding="utf-8")
     if args.github:
-        print(annotations.github(data))
+        print(audit_text.github_annotations(data))
     if args.json:
         text = json.dumps(data[0] if len(data) == 1 else data, indent=2)
         _write(args.json, text)
@@ -144,7 +137,12 @@ def _diff(args: argparse.Namespace) -> int:
             _write(args.json, json.dumps({"changes": changed, "findings": counts}, indent=2))
         else:
             print(audit_diff.render(*pair, tuple(args.diff)), end="")
-    broken = expectations.broken(after, args.fail_on, _counts(args.expect), args.max_bytes)
+    return _exit_code(after, args)
+
+
+def _exit_code(made: Sequence[AuditReport], args: argparse.Namespace) -> int:
+    """1, and a line for each, when expectations do not hold."""
+    broken = expectations.broken(made, args.fail_on, _counts(args.expect), args.max_bytes)
     for line in broken:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if broken else 0
@@ -183,7 +181,7 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 def _rules(text: str) -> tuple[str, ...]:
     rules = tuple(part.strip() for part in text.split(",") if part.strip())
     try:
-        expectations.known_rules(rules)
+        expectations.check_rules(rules)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return rules

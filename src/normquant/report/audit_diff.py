@@ -14,7 +14,7 @@ _NUMBER = re.compile(r"_\d+$")
 
 
 @dataclass(frozen=True)
-class Change:
+class LaunchChange:
     """Launches of one origin in both audits: how many, and their bytes and estimated time."""
 
     origin: str
@@ -24,13 +24,13 @@ class Change:
     est_us: tuple[float, float]
 
 
-def changes(before: Report, after: Report) -> list[Change]:
+def changes(before: Report, after: Report) -> list[LaunchChange]:
     """Origins whose launches differ, largest difference in time first."""
     held = [_by_origin(before), _by_origin(after)]
     found = []
     for key in dict.fromkeys([*held[0], *held[1]]):
         a, b = (side.get(key, []) for side in held)
-        change = Change(
+        change = LaunchChange(
             key[1], key[0], (len(a), len(b)), (_bytes(a), _bytes(b)),
             (sum(x["est_us"] for x in a), sum(x["est_us"] for x in b)),
         )  # fmt: skip
@@ -104,7 +104,7 @@ def _pair(a: float, b: float, form: Any) -> list[str]:
     return [form(a), form(b), units.signed(form(b - a), b > a) if a != b else "="]
 
 
-def _row(change: Change) -> list[str]:
+def _row(change: LaunchChange) -> list[str]:
     (launches, launches_after), (size, size_after), (time, time_after) = change.count, change.bytes, change.est_us
     return [
         "+" if not launches else "-" if not launches_after else "~",

@@ -1,4 +1,4 @@
-"""An audit as text."""
+"""An audit as text, and as annotations of a GitHub workflow."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from normquant.report.text_table import shorten, table
 Report = Mapping[str, Any]
 _NAME_WIDTH = 56
 _WRAP = 110
+_GITHUB_LEVELS = {"error": "error", "warning": "warning", "note": "notice"}
 
 
 def render(reports: Sequence[Report], title: str) -> str:
@@ -121,3 +122,26 @@ def _by_rule(report: Report) -> str:
 
 def _sizes(report: Report) -> str:
     return ", ".join(f"{name} = {size}" for name, size in report["sizes"].items())
+
+
+def github_annotations(reports: Sequence[Report]) -> str:
+    """Workflow commands that GitHub shows on a pull request: one per finding, at the user's source line if known.
+
+    The syntax is documented at docs.github.com, "Workflow commands for GitHub Actions".
+    """
+    lines = []
+    for finding in (finding for report in reports for finding in report["findings"]):
+        place = finding["origins"][0] if finding["origins"] else finding
+        where = {"file": place["file"], "line": place["line"], "title": f"{finding['rule']}: {finding['kernel']}"}
+        properties = ",".join(f"{name}={_property(str(value))}" for name, value in where.items() if value)
+        text = f"{finding['message']}. Fix: {finding['fix']}"
+        lines.append(f"::{_GITHUB_LEVELS[finding['severity']]} {properties}::{_data(text)}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")
