@@ -12,6 +12,7 @@ from normquant.audit import AuditReport, audit_path, expectations, reports
 from normquant.audit.rules import RULE_IDS
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
+from normquant.cli.arguments import integers
 from normquant.compile import explain, inductor_options
 from normquant.report import audit_diff, audit_html, audit_text
 
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compiling.add_argument("--tokens", type=_positive, default=64, help="of a transformers model; default 64")
     compiling.add_argument("--layers", type=_positive, help="build only so many of a transformers model")
     sizes = parser.add_argument_group("symbolic sizes")
-    sizes.add_argument("--m", type=_numbers, default=(), metavar="1,64,8192", help="evaluate at these numbers of rows")
+    sizes.add_argument("--m", type=integers, default=(), metavar="1,64,8192", help="evaluate at these numbers of rows")
     sizes.add_argument(
         "--size", action="append", default=[], metavar="NAME=N", help="another size, by its name in the code"
     )
@@ -185,10 +186,6 @@ def _rules(text: str) -> tuple[str, ...]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return rules
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
 
 
 def _positive(text: str) -> int:

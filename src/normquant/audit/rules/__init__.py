@@ -36,12 +36,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("dropped-ue8m0", ERROR, "power-of-two scales in one place, not in another", scales.dropped_ue8m0),
     Rule("misaligned-scales", WARNING, "scales in a layout that the GEMM copies first", scales.misaligned_scales),
-    Rule(
-        "opaque-boundary",
-        WARNING,
-        "a buffer in DRAM only because its consumer is opaque",
-        traffic.opaque_boundary,
-    ),
+    Rule("opaque-boundary", WARNING, "a buffer in DRAM only because its reader is opaque", traffic.opaque_boundary),
     Rule("fp32-spill", WARNING, "16-bit data that crosses DRAM as fp32", traffic.fp32_spill),
     Rule("unfused-neighbours", WARNING, "two kernels over the same rows", traffic.unfused_neighbours),
     Rule("reread", NOTE, "the same data loaded twice", traffic.reread),
