@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 from shared.clean_graphs import GRAPHS, compiled
 from shared.generated_code import COPY, KERNEL, ON, SEEDS, module
 
-from normquant.audit import AuditReport, audit_path, reports
+from normquant.audit import AuditReport, audit_path, reports, rules
 from normquant.audit.program import GeneratedCode
 
 M, K = 64, 7168
@@ -106,6 +107,22 @@ def test_reports_are_plain_data() -> None:
     assert set(data["findings"][0]) >= {"rule", "kernel", "bytes", "est_us", "message", "fix"}
     assert {"name": "_C.rms_norm_per_block_quant", "count": 3} in data["extern"]
     assert reports.audit_code([GeneratedCode("x", ON.read_text())], "h100", (64,))[0].bytes == data["bytes"]
+
+
+PACKAGE = Path(rules.__file__).parents[1]
+SHARED = {"program", "result", "targets", "operators", "size_expressions"}  # and none of them imports a folder
+
+
+@pytest.mark.parametrize("folder", ["capture", "source", "rules", ""])
+def test_imports_inside_the_package_flow_one_way(folder: str) -> None:
+    files = sorted((PACKAGE / folder).glob("*.py")) if folder else [PACKAGE / f"{name}.py" for name in SHARED]
+    assert len(files) >= 5
+    for file in files:
+        text = file.read_text()
+        imported = set(re.findall(r"from normquant\.audit\.(\w+)", text))
+        for names in re.findall(r"from normquant\.audit import (.+)", text):
+            imported |= set(names.split(", "))
+        assert imported <= SHARED | {folder}, file
 
 
 BLOCKED = "import sys; sys.modules['torch'] = None\n"  # the package itself, without normquant/__init__'s torch

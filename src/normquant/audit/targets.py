@@ -5,8 +5,8 @@ on an H100 80GB HBM3 (peak 3.35; tests/gpu/profile_audit.py prints them), and th
 own peaks. `launch_us` is an empty kernel's share of a replayed CUDA graph on the same H100.
 """
 
+import dataclasses
 import types
-from dataclasses import dataclass
 from typing import Any
 
 HERE = "here"
@@ -16,7 +16,7 @@ class Unavailable(RuntimeError):
     """Code cannot be generated for a target on this machine; the message says what is missing."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Target:
     """One GPU: its name, CUDA capability, the device properties that code generation reads, and its speeds."""
 
@@ -85,14 +85,15 @@ def _this_gpu() -> Target:
         raise Unavailable(f"target 'here' needs a CUDA GPU and this machine shows none; without one use {named}")
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability = (properties.major, properties.minor)
-    nearest = next((t for t in TARGETS.values() if t.device_name == properties.name), None)
-    nearest = nearest or next((t for t in TARGETS.values() if t.capability == capability), TARGETS["h100"])
-    return Target(
-        HERE,
-        properties.name,
-        capability,
-        properties.multi_processor_count,
-        properties.total_memory >> 30,
-        getattr(properties, "L2_cache_size", nearest.l2_mib << 20) >> 20,
-        nearest.dram_gbps,
+    same = [t for t in TARGETS.values() if t.device_name == properties.name]
+    alike = [t for t in TARGETS.values() if t.capability == capability]
+    nearest = [*same, *alike, TARGETS["h100"]][0]  # for the speeds, which a device does not tell
+    return dataclasses.replace(
+        nearest,
+        name=HERE,
+        device_name=properties.name,
+        capability=capability,
+        multiprocessors=properties.multi_processor_count,
+        memory_gib=properties.total_memory >> 30,
+        l2_mib=getattr(properties, "L2_cache_size", nearest.l2_mib << 20) >> 20,
     )

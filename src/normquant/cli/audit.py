@@ -26,26 +26,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="module:callable to compile; or generated code: a file, a cache directory of Inductor or vLLM, a log of "
         "TORCH_LOGS=output_code; or a transformers config.json",
     )  # fmt: skip
-    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what came and went from A to B, each like WHAT")
+    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B, each like WHAT")
     compiling = parser.add_argument_group("what is compiled")
     compiling.add_argument("--target", default="h100", help=f"{', '.join([*TARGETS, HERE])}; default h100")
     compiling.add_argument(
         "--arg", action="append", default=[], metavar="SPEC",
-        help="an input of the callable: bf16[64,7168], a number, or module:callable that makes it. Without any, WHAT "
-        "is called with nothing and gives (function or module, inputs)",
+        help="an input of the callable: bf16[64,7168], a number, or a module:callable that makes it. Without any, "
+        "WHAT is called without arguments and returns (function or module, inputs)",
     )  # fmt: skip
     compiling.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an Inductor option")
     compiling.add_argument(
         "--fuse", nargs="?", const="auto", metavar="POLICY",
-        help="with normquant.inductor_options(POLICY), auto without one; prints what was fused, and why not",
+        help="with normquant.inductor_options(POLICY), by default auto; prints what was fused, what was not, and why",
     )  # fmt: skip
     compiling.add_argument("--dynamic", action="store_true", default=None, help="compile with symbolic sizes")
-    compiling.add_argument("--tokens", type=_positive, default=64, help="of a transformers model; default 64")
-    compiling.add_argument("--layers", type=_positive, help="build only so many of a transformers model")
+    compiling.add_argument("--tokens", type=_positive, default=64, help="tokens for a transformers model; default 64")
+    compiling.add_argument("--layers", type=_positive, help="build only so many layers of a transformers model")
     sizes = parser.add_argument_group("symbolic sizes")
     sizes.add_argument("--m", type=integers, default=(), metavar="1,64,8192", help="evaluate at these numbers of rows")
     sizes.add_argument(
-        "--size", action="append", default=[], metavar="NAME=N", help="another size, by its name in the code"
+        "--size", action="append", default=[], metavar="NAME=N", help="value of another size, by its name in the code"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", nargs="?", const="-", metavar="PATH", help="as JSON, to PATH or instead of the text")
@@ -55,8 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     failing.add_argument(
         "--fail-on", type=_rules, default=(), metavar="RULE[,RULE]", help=f"any of {', '.join(RULE_IDS)}"
     )
-    failing.add_argument("--expect", action="append", default=[], metavar="NAME=N", help="launches by name, * matches")
-    failing.add_argument("--max-bytes", type=_bytes, metavar="N", help="through DRAM; k, M and G are 1024s")
+    failing.add_argument(
+        "--expect", action="append", default=[], metavar="NAME=N", help="launches by name; * is a wildcard"
+    )
+    failing.add_argument(
+        "--max-bytes", type=_bytes, metavar="N", help="most DRAM traffic; k, M and G are powers of 1024"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -142,7 +146,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _exit_code(made: Sequence[AuditReport], args: argparse.Namespace) -> int:
-    """1, and a line for each, when expectations do not hold."""
+    """Print the expectations that do not hold; 1 when there are any."""
     broken = expectations.broken(made, args.fail_on, _counts(args.expect), args.max_bytes)
     for line in broken:
         print(f"failed: {line}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Two audits side by side: what launches and bytes came and went, by what they come from."""
+"""Two audits compared: launches and bytes that were added and removed, by what they come from."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ class LaunchChange:
 
 
 def changes(before: Report, after: Report) -> list[LaunchChange]:
-    """Origins whose launches differ, largest difference in time first."""
+    """The origins whose launches differ, largest difference in time first."""
     sides = [_by_origin(before), _by_origin(after)]
     found = []
     for kind, origin in dict.fromkeys([*sides[0], *sides[1]]):
@@ -63,7 +63,7 @@ def _bytes(launches: Sequence[Mapping[str, Any]]) -> int:
 
 
 def rule_counts(before: Report, after: Report) -> list[tuple[str, int, int]]:
-    """(rule, findings before, findings after) of every rule that has any."""
+    """(rule, findings before, findings after) for every rule that has findings."""
     rules = dict.fromkeys(f["rule"] for report in (before, after) for f in report["findings"])
     return [(rule, _count(before, rule), _count(after, rule)) for rule in rules]
 

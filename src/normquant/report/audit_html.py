@@ -1,4 +1,4 @@
-"""An audit as one self-contained page: nothing is loaded from elsewhere, and it works with the keyboard alone."""
+"""An audit as one self-contained page, which loads nothing from elsewhere and can be used with the keyboard alone."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -169,7 +169,7 @@ def _remarks(report: Report) -> str:
 
 
 def _details(report: Report) -> dict[str, Any]:
-    """What the panel beside the drawing shows of each launch. The page's script sets it as text, never as markup."""
+    """What the panel beside the drawing shows for each launch. The page's script inserts it as text, not as markup."""
     shown = {}
     for program in report["programs"]:
         for launch in program["launches"]:

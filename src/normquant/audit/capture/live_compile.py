@@ -210,6 +210,8 @@ class _CompileRecorder:
 
     @property
     def generate(self) -> Callable[[Any], Any]:
+        """What replaces `GraphLowering.compile_to_module`."""
+
         def compile_to_module(graph: Any) -> Any:
             wrapper, _ = graph.codegen()
             self.source = wrapper.value if hasattr(wrapper, "value") else str(wrapper)

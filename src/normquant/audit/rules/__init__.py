@@ -20,26 +20,20 @@ class Rule:
 
     id: str
     severity: str
-    summary: str
     find: Callable[[Flow, Sequence[Program]], Iterator[Draft]]
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("identity", ERROR, "a kernel that copies a buffer unchanged", needless_copies.identity),
-    Rule("cast-round-trip", ERROR, "data converted to another dtype and back", needless_copies.cast_round_trip),
-    Rule("layout-copy", ERROR, "a kernel that only changes a buffer's layout", needless_copies.layout_copy),
-    Rule(
-        "mutated-input-copy",
-        ERROR,
-        "an input copied for an op that writes in place",
-        needless_copies.mutated_input_copy,
-    ),
-    Rule("dropped-ue8m0", ERROR, "power-of-two scales in one place, not in another", scales.dropped_ue8m0),
-    Rule("misaligned-scales", WARNING, "scales in a layout that the GEMM copies first", scales.misaligned_scales),
-    Rule("opaque-boundary", WARNING, "a buffer in DRAM only because its reader is opaque", traffic.opaque_boundary),
-    Rule("fp32-spill", WARNING, "16-bit data that crosses DRAM as fp32", traffic.fp32_spill),
-    Rule("unfused-neighbours", WARNING, "two kernels over the same rows", traffic.unfused_neighbours),
-    Rule("reread", NOTE, "the same data loaded twice", traffic.reread),
+    Rule("identity", ERROR, needless_copies.identity),
+    Rule("cast-round-trip", ERROR, needless_copies.cast_round_trip),
+    Rule("layout-copy", ERROR, needless_copies.layout_copy),
+    Rule("mutated-input-copy", ERROR, needless_copies.mutated_input_copy),
+    Rule("dropped-ue8m0", ERROR, scales.dropped_ue8m0),
+    Rule("misaligned-scales", WARNING, scales.misaligned_scales),
+    Rule("opaque-boundary", WARNING, traffic.opaque_boundary),
+    Rule("fp32-spill", WARNING, traffic.fp32_spill),
+    Rule("unfused-neighbours", WARNING, traffic.unfused_neighbours),
+    Rule("reread", NOTE, traffic.reread),
 )
 RULE_IDS: tuple[str, ...] = tuple(rule.id for rule in RULES)
 

@@ -1,6 +1,7 @@
 """What is known of a name in a generated kernel while its body is read, and the loads and stores that result."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from normquant.audit.size_expressions import LARGEST
@@ -131,14 +132,16 @@ def multiply(left: SymbolicValue, right: SymbolicValue) -> SymbolicValue:
 
 
 def divide(left: SymbolicValue, right: SymbolicValue) -> SymbolicValue:
-    return _digitwise(left, right, Digit.divided, lambda a, b: a // b)
+    return _digitwise(left, right, Digit.divided, operator.floordiv)
 
 
 def modulo(left: SymbolicValue, right: SymbolicValue) -> SymbolicValue:
-    return _digitwise(left, right, Digit.modulo, lambda a, b: a % b)
+    return _digitwise(left, right, Digit.modulo, operator.mod)
 
 
-def _digitwise(left: SymbolicValue, right: SymbolicValue, part, whole) -> SymbolicValue:  # type: ignore[no-untyped-def]
+def _digitwise(
+    left: SymbolicValue, right: SymbolicValue, part: Callable[[Digit, int], Digit], whole: Callable[[int, int], int]
+) -> SymbolicValue:
     by = right.number
     if by is None or by <= 0:
         return combined((left, right))

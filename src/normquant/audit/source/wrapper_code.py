@@ -19,7 +19,7 @@ _IGNORED = _ASSERTIONS | frozenset({
 _ENTRY_POINTS = ("call", "inductor_entry", "forward")
 _DEEPEST_CALL = 16
 _MOST_CALLS = 200_000
-_MOST_STATEMENTS = 500_000  # no generated code calls its functions so many times over
+_MOST_STATEMENTS = 500_000  # counted per call: hostile functions could call each other exponentially often
 
 
 def read_module(code: GeneratedCode) -> GeneratedModule:
@@ -40,12 +40,12 @@ def read_module(code: GeneratedCode) -> GeneratedModule:
 
 
 def is_generated(text: str) -> bool:
-    """Whether a text has a mark that every module of Inductor's has."""
+    """Whether a text contains what every module that Inductor writes contains."""
     return "async_compile" in text or "extern_kernels" in text or "AOT ID" in text
 
 
 def operator_name(path: str) -> str:
-    """`namespace.operator` of the name that a call is written with."""
+    """`namespace.operator`, from the path that a call spells."""
     path = path.removeprefix("torch.ops.")
     if path.startswith("extern_kernels."):
         return f"aten.{path.removeprefix('extern_kernels.').removesuffix('_out')}"
