@@ -141,7 +141,7 @@ def chosen(text: str, known: Sequence[str]) -> list[str]:
 
 def findings(cache: Path) -> dict[str, int]:
     """What the auditor finds in the code that lies in a cache of vLLM, by rule; nothing where no code is."""
-    from normquant.audit.on_disk import audit_path
+    from normquant.audit import audit_path
 
     try:
         reports = audit_path(cache)

@@ -104,10 +104,10 @@ def require() -> None:
             raise ImportError(
                 f"normquant demo needs {package} ({error}); install it with: pip install 'normquant[{extra}]'"
             ) from error
-    from normquant.audit.capture import device_guard as deviceguard
+    from normquant.audit.capture import device_guard
 
     try:
-        deviceguard.ensure()
+        device_guard.ensure()
     except RuntimeError as error:
         raise OSError(str(error)) from error
 
