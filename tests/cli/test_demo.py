@@ -129,12 +129,12 @@ def test_a_missing_package_is_one_line(package: str, extra: str) -> None:
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from normquant.audit.capture import device_guard as deviceguard
+    from normquant.audit.capture import device_guard
 
     def ensure() -> None:
         raise RuntimeError("found no C++ compiler")
 
-    monkeypatch.setattr(deviceguard, "ensure", ensure)
+    monkeypatch.setattr(device_guard, "ensure", ensure)
     assert cli.main(["demo"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "normquant: error: found no C++ compiler"
 
@@ -144,7 +144,7 @@ def test_interrupting_it_is_clean(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "require", lambda: None)
-    monkeypatch.setattr(command, "demonstrate", interrupted)
+    monkeypatch.setattr("normquant.demo.demonstration.demonstrate", interrupted)
     assert cli.main(["demo"]) == 130
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.splitlines()[-1] == "normquant: interrupted"

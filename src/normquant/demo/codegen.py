@@ -8,14 +8,14 @@ from typing import Any
 
 from normquant.audit.program import Launch, Program
 from normquant.audit.result import AuditReport
-from normquant.demo.layer import Dims, build_fake, fake_inputs, forward
+from normquant.demo.deepseek_layer import Dims, build_fake, fake_inputs, forward
 from normquant.demo.recorder import PASS, Recorder, norm_weights
 
 MATRIX_PRODUCTS = ("normquant.block_fp8_linear", "aten.bmm", "aten.mm", "aten.addmm", "aten.baddbmm")
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormLaunches:
     """One norm of the layer: its module, its width K, and what is launched from its input to the matrix products."""
 
     name: str
@@ -33,7 +33,7 @@ class Compiled:
     """One compile of the layer. fusion: normquant's FusionReport, None for the stock compile."""
 
     report: AuditReport
-    norms: tuple[Norm, ...]
+    norms: tuple[NormLaunches, ...]
     fusion: Any = None
 
     @property
@@ -78,7 +78,7 @@ def is_matrix_product(launch: Launch) -> bool:
     return launch.name.startswith(MATRIX_PRODUCTS)
 
 
-def find_norms(program: Program, weights: dict[str, str]) -> tuple[Norm, ...]:
+def find_norms(program: Program, weights: dict[str, str]) -> tuple[NormLaunches, ...]:
     """For each norm, by its weight among the program's inputs: the launches around it, between the matrix products.
 
     These are the kernel that reads the weight, what computes that kernel's inputs, and what of its outputs' further
@@ -93,7 +93,7 @@ def find_norms(program: Program, weights: dict[str, str]) -> tuple[Norm, ...]:
         after = _reach(own, feeds, products) & into_products
         positions = sorted({*own, *_reach(own, fed_by, products), *after})
         k = int(program.buffers[weight].shape[0])
-        norms.append(Norm(name, k, tuple(program.launches[p] for p in positions)))
+        norms.append(NormLaunches(name, k, tuple(program.launches[p] for p in positions)))
     return tuple(norms)
 
 

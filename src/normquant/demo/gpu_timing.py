@@ -11,8 +11,8 @@ import torch
 
 from normquant.bench import timing
 from normquant.bench.timing import Timing
+from normquant.demo.deepseek_layer import Dims, build, forward, inputs
 from normquant.demo.exactness import Checks, check_sites
-from normquant.demo.layer import Dims, build, forward, inputs
 from normquant.demo.recorder import record
 from normquant.linear import HOPPER
 
