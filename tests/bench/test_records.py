@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from normquant.bench.records import KernelRecord, LayerRecord, Run, problems, read, timing_fields, writing
+from normquant.bench.records import KernelRecord, LayerRecord, Provenance, problems, read, timing_fields, writing
 from normquant.bench.timing import Timing, summary
 
 RUN = {"gpu": "an H100", "torch": "2.11.0", "triton": "3.6.0", "version": "0.1.0", "command": "normquant bench kernels"}
@@ -81,7 +81,7 @@ def test_the_command_leaves_out_where_the_records_went(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(sys, "argv", ["x", "bench", "layer", "--output", "/tmp/a", "--m", "1"])
-    assert isinstance(current_run("1"), Run)
+    assert isinstance(current_run("1"), Provenance)
     assert current_run("1").command == "normquant bench layer --m 1"
 
 

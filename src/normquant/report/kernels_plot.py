@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS = "normquant"
+NEEDED = ("op", "k", "normed", "inputs", "m", "provider", "us")  # fields of a record
 # provider of a record -> its label and colour, of Okabe and Ito's palette, which colour-blind people tell apart
 SHOWN = {
     "vllm fused": ("vLLM fused", "#D55E00"),
