@@ -160,20 +160,27 @@ def timing_fields(timing: Timing, moved: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Callable[[Iterable[Record]], None]]:
-    """A function that appends records to `path`.part, which becomes `path` at the end.
+def writing(path: Path | None) -> Iterator[Callable[[Iterable[Record]], None]]:
+    """A function that appends records to `path`.part, which becomes `path` at the end; None writes nothing.
 
     What was measured before an interruption stays in the .part file, and `path` stays as it was.
     """
+    if path is None:
+        yield lambda records: None
+        return
     part = path.with_suffix(path.suffix + ".part")
-    with part.open("w") as file:
+    try:
+        with part.open("w") as file:
 
-        def add(records: Iterable[Record]) -> None:
-            file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
-            file.flush()
+            def add(records: Iterable[Record]) -> None:
+                file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
+                file.flush()
 
-        yield add
-    os.replace(part, path)
+            yield add
+        os.replace(part, path)
+    finally:
+        if part.exists() and not part.stat().st_size:
+            part.unlink()
 
 
 def read(path: Path, needed: Iterable[str] = ()) -> Iterator[dict]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normquant.bench.vllm.shard_model import cache_bytes
+from normquant.bench.vllm.seeded_model import cache_bytes
 
 SETTINGS = ("default", "off", "normquant")
 # What vLLM is told to leave alone; "unfused" is the model as it is written, whose numerics the plugin keeps.

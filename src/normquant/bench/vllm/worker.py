@@ -22,11 +22,8 @@ from typing import Any
 import torch
 
 from normquant.bench.timing import summary
-from normquant.bench.vllm import float32_model as reference
-from normquant.bench.vllm import profile as profile
-from normquant.bench.vllm import seeded_weights as weights
-from normquant.bench.vllm.e8m0_scales import counted
-from normquant.bench.vllm.engine import Engine, Step, expert_kernels, linear_kernels, synchronize
+from normquant.bench.vllm import float32_model, kernel_profile, seeded_model
+from normquant.bench.vllm.engine import Engine, EngineStep, counted_scales, expert_kernels, linear_kernels, synchronize
 from normquant.bench.vllm.job import PROMPT, WARM_UP, Job, engine_arguments, read
 
 Send = Callable[[dict[str, Any]], None]
@@ -88,7 +85,7 @@ def register_loader(loaded: dict[str, torch.Tensor]) -> None:
             """There is nothing to download."""
 
         def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-            loaded.update(weights.fill(model))
+            loaded.update(seeded_model.fill(model))
 
 
 def facts(engine: Engine) -> dict[str, Any]:
@@ -134,7 +131,7 @@ def compare(engine: Engine, job: Job, loaded: dict[str, torch.Tensor]) -> dict[s
         found += rows
         texts.append([*prompt, tokens[0]])
     device = next(engine.model.parameters()).device
-    full = reference.logits(job.model, lambda name: weights.float32(loaded, name, device), texts)
+    full = float32_model.logits(job.model, lambda name: seeded_model.float32(loaded, name, device), texts)
     expected = torch.cat([part[-2:].cpu() for part in full])  # [2 * prompts, vocabulary]
     logits = torch.cat(found)
     each = statistics.quantiles(((logits - expected).norm(dim=1) / expected.norm(dim=1)).tolist(), n=10)
@@ -148,7 +145,7 @@ def compare(engine: Engine, job: Job, loaded: dict[str, torch.Tensor]) -> dict[s
 
 def check_scales(engine: Engine, job: Job) -> dict[str, int]:
     """How many scales reach DeepGEMM in a short run of prompts and of decoding, and how many are no powers of two."""
-    with engine.without_graphs(), counted() as counts:
+    with engine.without_graphs(), counted_scales() as counts:
         for batch in job.batches:
             for _ in range(batch):
                 engine.add(made_up(SHORT, job.model["vocab_size"], batch), 3)
@@ -179,9 +176,9 @@ def prefill_ms(engine: Engine, job: Job, length: int) -> float:
 def prefill_us(engine: Engine, job: Job, length: int) -> float:
     """Microseconds of the GPU of a prompt of `length` tokens."""
     prefill(engine, job, length)
-    runs = [profile.recorded(lambda: prefill(engine, job, length)) for _ in range(job.samples)]
-    keep(job, f"prefill-{length}", profile.by_name(runs[-1], 1))
-    return round(statistics.median(profile.window(kernels, 1).us for kernels in runs), 1)
+    runs = [kernel_profile.recorded(lambda: prefill(engine, job, length)) for _ in range(job.samples)]
+    keep(job, f"prefill-{length}", kernel_profile.by_name(runs[-1], 1))
+    return round(statistics.median(kernel_profile.window(kernels, 1).us for kernels in runs), 1)
 
 
 def prefill(engine: Engine, job: Job, length: int) -> None:
@@ -189,7 +186,7 @@ def prefill(engine: Engine, job: Job, length: int) -> None:
     before = len(engine.steps)
     engine.add(made_up(length, job.model["vocab_size"], length), 1)
     engine.finish()
-    if engine.steps[before:] != [Step(1, length)]:
+    if engine.steps[before:] != [EngineStep(1, length)]:
         raise ValueError(f"a prompt of {length} tokens ran as {engine.steps[before:]}")
 
 
@@ -199,7 +196,7 @@ def decoding(engine: Engine, job: Job, batch: int) -> Iterator[None]:
     before = len(engine.steps)
     for request in range(batch):
         engine.add(made_up(PROMPT, job.model["vocab_size"], request), job.decoded)
-    while Step(batch, batch) not in engine.steps[before:]:
+    while EngineStep(batch, batch) not in engine.steps[before:]:
         engine.step()
     decode(engine, batch, WARM_UP)
     yield
@@ -216,9 +213,9 @@ def step_ms(engine: Engine, job: Job, batch: int) -> float:
 def profile_batch(engine: Engine, job: Job, batch: int) -> dict[str, Any]:
     """Figures of a step that decodes `batch` requests, of windows with no prompt in them."""
     with decoding(engine, job, batch):
-        runs = [profile.recorded(lambda: decode(engine, batch, job.steps)) for _ in range(job.samples)]
-    windows = [profile.window(kernels, job.steps) for kernels in runs]
-    keep(job, f"decode-{batch}", profile.by_name(runs[-1], job.steps))
+        runs = [kernel_profile.recorded(lambda: decode(engine, batch, job.steps)) for _ in range(job.samples)]
+    windows = [kernel_profile.window(kernels, job.steps) for kernels in runs]
+    keep(job, f"decode-{batch}", kernel_profile.by_name(runs[-1], job.steps))
     us = summary([w.us for w in windows])
     return {
         "gpu_us_per_step": round(us.us, 2),
@@ -226,7 +223,9 @@ def profile_batch(engine: Engine, job: Job, batch: int) -> dict[str, Any]:
         "us_p90": round(us.us_p90, 2),
         "n": us.n,
         "sum_us_per_step": round(statistics.median(w.sum_us for w in windows), 2),
-        "classes": {c: round(statistics.median(w.classes.get(c, 0.0) for w in windows), 2) for c in profile.CLASSES},
+        "classes": {
+            c: round(statistics.median(w.classes.get(c, 0.0) for w in windows), 2) for c in kernel_profile.CLASSES
+        },
         "kernels": round(statistics.median(w.kernels for w in windows)),
     }
 
@@ -237,7 +236,7 @@ def decode(engine: Engine, batch: int, steps: int) -> None:
     for _ in range(steps):
         engine.step()
     ran = engine.steps[before:]
-    if ran != [Step(batch, batch)] * steps:
+    if ran != [EngineStep(batch, batch)] * steps:
         raise ValueError(f"{steps} steps that decode {batch} requests ran as {ran}")
 
 

@@ -1,22 +1,34 @@
-"""Decoder layers of transformers at serving dimensions, their linears block-FP8, to be compiled and timed."""
+"""Decoder layers of transformers at serving dimensions, their linears block-FP8: built, compiled and timed.
+
+`normquant bench layer` compiles each one stock, with nested reductions where torch has them, and fused.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from normquant.bench.compiling import any_rows, no_recompile_limit
+from normquant.bench.records import LayerRecord, current_run, time_fields
+from normquant.bench.timing import Call, sets_needed, time_calls
+from normquant.compile import inductor_options
 from normquant.linear import block_fp8
+from normquant.version import VERSION
+
+MS = (1, 16, 64, 1024, 8192)
 
 LIBRARY = torch.library.Library("normquant_bench", "DEF")
 LIBRARY.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")  # opaque, as a serving engine's attention is
 
 
 @dataclass(frozen=True)
-class Model:
+class LayerModel:
     """A decoder layer of transformers: module and class prefix, its configuration, and the width of cos and sin."""
 
     module: str
@@ -27,7 +39,7 @@ class Model:
 
 MODELS = {
     # one of eight tensor-parallel shards, but for Gemma, which one GPU holds
-    "deepseek-r1": Model(
+    "deepseek-r1": LayerModel(
         "deepseek_v3",
         "DeepseekV3",
         64,
@@ -44,19 +56,19 @@ MODELS = {
             first_k_dense_replace=1,
         ),
     ),
-    "qwen3-32b": Model(
+    "qwen3-32b": LayerModel(
         "qwen3",
         "Qwen3",
         128,
         dict(hidden_size=5120, intermediate_size=3200, num_attention_heads=8, num_key_value_heads=1, head_dim=128),
     ),
-    "llama-3-70b": Model(
+    "llama-3-70b": LayerModel(
         "llama",
         "Llama",
         128,
         dict(hidden_size=8192, intermediate_size=3584, num_attention_heads=8, num_key_value_heads=1, head_dim=128),
     ),
-    "gemma-7b": Model(
+    "gemma-7b": LayerModel(
         "gemma",
         "Gemma",
         256,
@@ -111,3 +123,53 @@ torch.library.register_fake(
 
 def _attention(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
     return torch.ops.normquant_bench.attention(query, key, value), None
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """Inductor options by setting."""
+    import torch._inductor.config as inductor
+
+    found: dict[str, dict[str, Any]] = {"stock": {}, "normquant": inductor_options(policy="always")}
+    if hasattr(inductor.triton, "nested_reduction"):
+        found["nested"] = {"triton.nested_reduction": True}
+    return found
+
+
+def measure(name: str, ms: Sequence[int], samples: int) -> Iterator[LayerRecord]:
+    """Records of a model at each M, the settings interleaved; one compile a setting serves every M above one."""
+    layers = [build(name, "cuda")]
+    weights = sum(t.nbytes for t in (*layers[0].parameters(), *layers[0].buffers()))
+    layers += [build(name, "cuda", seed) for seed in range(1, sets_needed(weights))]
+    compiled = {
+        setting: torch.compile(forward, fullgraph=True, options=options) for setting, options in settings().items()
+    }
+    for m in ms:
+        with torch.no_grad(), no_recompile_limit():
+            work = {setting: calls(run, layers, name, m) for setting, run in compiled.items()}
+            counts = {setting: kernels(run[0]) for setting, run in work.items()}
+            timings = time_calls(work, samples)
+        for setting, timing in timings.items():
+            fields = {**time_fields(timing, 2), "kernels": counts[setting], **asdict(current_run(VERSION))}
+            yield LayerRecord("layer", name, setting, m, **fields)
+
+
+def calls(run: Callable[..., torch.Tensor], layers: Sequence[torch.nn.Module], name: str, m: int) -> list[Call]:
+    """One call a layer, each with inputs of its own, compiled."""
+    found: list[Call] = []
+    for seed, layer in enumerate(layers):
+        sample = inputs(name, m, "cuda", seed)
+        any_rows(sample, dim=1)
+        found.append(functools.partial(run, layer, *sample))
+        found[-1]()
+    return found
+
+
+def kernels(call: Call) -> int:
+    """GPU kernels of one call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return sum(e.count for e in seen.key_averages() if not e.key.startswith(("Memcpy", "Memset", "cuda")))

@@ -34,7 +34,7 @@ CLASSES = (*dict.fromkeys(name for name, _ in RULES), OTHER)
 
 
 @dataclass(frozen=True)
-class Kernel:
+class ProfiledKernel:
     """One kernel on the GPU: start and length in microseconds."""
 
     name: str
@@ -62,7 +62,7 @@ def kernel_class(name: str) -> str:
     return next((cls for cls, rule in RULES if re.search(rule, name)), OTHER)
 
 
-def own_time(kernels: Iterable[Kernel]) -> list[tuple[Kernel, float]]:
+def own_time(kernels: Iterable[ProfiledKernel]) -> list[tuple[ProfiledKernel, float]]:
     """Each kernel, in order of start, and the microseconds of it in which no earlier one still ran."""
     found, busy_until = [], float("-inf")
     for kernel in sorted(kernels, key=lambda k: k.start):
@@ -72,7 +72,7 @@ def own_time(kernels: Iterable[Kernel]) -> list[tuple[Kernel, float]]:
     return found
 
 
-def window(kernels: Sequence[Kernel], steps: int) -> Window:
+def window(kernels: Sequence[ProfiledKernel], steps: int) -> Window:
     """What a step of a window took."""
     classes: defaultdict[str, float] = defaultdict(float)
     for kernel, us in own_time(kernels):
@@ -81,7 +81,7 @@ def window(kernels: Sequence[Kernel], steps: int) -> Window:
     return Window(sum(classes.values()), total / steps, len(kernels) / steps, dict(classes))
 
 
-def by_name(kernels: Sequence[Kernel], steps: int) -> list[tuple[str, str, float, float]]:
+def by_name(kernels: Sequence[ProfiledKernel], steps: int) -> list[tuple[str, str, float, float]]:
     """(class, name, times a step, own microseconds a step) of every kernel, the longest first."""
     count: Counter[str] = Counter()
     us: defaultdict[str, float] = defaultdict(float)
@@ -91,7 +91,7 @@ def by_name(kernels: Sequence[Kernel], steps: int) -> list[tuple[str, str, float
     return [(kernel_class(n), n, count[n] / steps, t / steps) for n, t in sorted(us.items(), key=lambda item: -item[1])]
 
 
-def recorded(run: Callable[[], object]) -> list[Kernel]:
+def recorded(run: Callable[[], object]) -> list[ProfiledKernel]:
     """The GPU kernels, copies and fills of a call; none where there is no GPU."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -103,7 +103,7 @@ def recorded(run: Callable[[], object]) -> list[Kernel]:
         run()
         torch.cuda.synchronize()
     return [
-        Kernel(e.name, e.time_range.start, e.time_range.elapsed_us())
+        ProfiledKernel(e.name, e.time_range.start, e.time_range.elapsed_us())
         for e in trace.events() or ()
         if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
     ]

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from normquant.bench.records import VllmRecord, problems
-from normquant.bench.vllm import settings as vllm
+from normquant.bench.vllm import supervisor as vllm
 from normquant.bench.vllm.job import Job, engine_arguments, environment, read, write
-from normquant.bench.vllm.settings import Failure, measure
-from normquant.bench.vllm.shard_model import config
+from normquant.bench.vllm.seeded_model import config
+from normquant.bench.vllm.supervisor import Failure, measure
 from normquant.cli import bench as command
-from normquant.cli import bench_vllm as vllm_command
 from normquant.report.vllm_text import line, summary
 
 FAKE = (sys.executable, str(Path(__file__).parents[2] / "shared" / "vllm_fake_worker.py"))
@@ -78,14 +77,15 @@ def test_what_is_no_message_is_passed_over(tmp_path: Path):
 
 
 def test_no_process_outlives_an_interruption(tmp_path: Path, monkeypatch):
-    started: list[vllm.Process] = []
+    started: list[vllm.WorkerProcess] = []
 
-    def interrupted(process: vllm.Process, deadline: float) -> dict:
+    def interrupted(process: vllm.WorkerProcess, deadline: float) -> dict:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(vllm.Process, "message", interrupted)
-    original = vllm.Process.__init__
-    monkeypatch.setattr(vllm.Process, "__init__", lambda self, *args: (original(self, *args), started.append(self))[0])
+    worker = vllm.WorkerProcess
+    monkeypatch.setattr(worker, "message", interrupted)
+    original = worker.__init__
+    monkeypatch.setattr(worker, "__init__", lambda self, *args: (original(self, *args), started.append(self))[0])
     with pytest.raises(KeyboardInterrupt):
         run([job(tmp_path, "default"), job(tmp_path, "off", "hangs")])
     assert len(started) == 2 and all(p._process.poll() is not None for p in started)
@@ -150,7 +150,7 @@ def parsed(*words: str) -> argparse.Namespace:
 
 def test_groups_are_those_of_a_linear(tmp_path: Path):
     def names(*words: str) -> list[list[str]]:
-        return [[j.name for j in group] for group in vllm_command.groups(parsed(*words), tmp_path)]
+        return [[j.name for j in group] for group in command.vllm_groups(parsed(*words), tmp_path)]
 
     three = [f"{s}-deepgemm" for s in ("default", "off", "normquant")]
     assert names() == [three]
@@ -158,19 +158,19 @@ def test_groups_are_those_of_a_linear(tmp_path: Path):
     assert names("--workers", "2") == [three[:2], three[2:]]
     both = [*three, *(f"{name}-moe" for name in three)]
     assert names("--moe", "0,4", "--workers", "6") == [both]
-    jobs = [job for group in vllm_command.groups(parsed("--moe", "0,4"), tmp_path) for job in group]
+    jobs = [job for group in command.vllm_groups(parsed("--moe", "0,4"), tmp_path) for job in group]
     assert len({job.folder for job in jobs}) == 6 and [job.moe for job in jobs] == [0] * 3 + [4] * 3
 
 
 @pytest.mark.parametrize("words", [("--settings", "on"), ("--linear", "triton"), ("--samples", "1"), ("--moe", "99")])
 def test_arguments_that_are_none(words: tuple[str, ...], tmp_path: Path):
     with pytest.raises(ValueError):
-        vllm_command.groups(parsed(*words), tmp_path)
+        command.vllm_groups(parsed(*words), tmp_path)
 
 
 def test_the_command_writes_what_it_has_and_says_what_failed(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(vllm, "COMMAND", FAKE)
-    monkeypatch.setattr(vllm_command, "findings", lambda cache: FOUND)
+    monkeypatch.setattr(command, "findings", lambda cache: FOUND)
     monkeypatch.setattr(command, "need_gpu", lambda: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     output = tmp_path / "records.jsonl"
