@@ -177,6 +177,16 @@ def test_env_runs_where_a_package_is_broken(tmp_path: Path, broken: str) -> None
     assert problem == ("OSError: libcudart.so.13: cannot open shared object file" if broken == "torch" else None)
 
 
+@pytest.mark.parametrize("statement", ["1 / 0", "raise SystemExit(0)", "raise SystemExit(1)"])
+def test_a_user_module_that_raises_is_no_failed_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], statement: str
+) -> None:
+    (tmp_path / "nq_raises.py").write_text(statement)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["audit", "nq_raises:build"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("normquant: error: ")
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
 def test_every_command_has_its_module(command: cli.Command) -> None:
     assert importlib.util.find_spec(command.module), f"{command.name}: there is no module {command.module}"

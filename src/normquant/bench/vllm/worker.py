@@ -25,6 +25,7 @@ from normquant.bench.timing import summary
 from normquant.bench.vllm import float32_model, kernel_profile, seeded_model
 from normquant.bench.vllm.engine import Engine, EngineStep, counted_scales, expert_kernels, linear_kernels, synchronize
 from normquant.bench.vllm.job import PROMPT, WARM_UP, Job, engine_arguments, read
+from normquant.bench.vllm.kernel_profile import CLASSES
 
 Send = Callable[[dict[str, Any]], None]
 LOAD_FORMAT = "normquant_bench"
@@ -223,9 +224,7 @@ def profile_batch(engine: Engine, job: Job, batch: int) -> dict[str, Any]:
         "us_p90": round(us.us_p90, 2),
         "n": us.n,
         "sum_us_per_step": round(statistics.median(w.sum_us for w in windows), 2),
-        "classes": {
-            c: round(statistics.median(w.classes.get(c, 0.0) for w in windows), 2) for c in kernel_profile.CLASSES
-        },
+        "classes": {c: round(statistics.median(w.classes.get(c, 0.0) for w in windows), 2) for c in CLASSES},
         "kernels": round(statistics.median(w.kernels for w in windows)),
     }
 
