@@ -60,10 +60,20 @@ def test_an_interrupted_run_keeps_its_part(tmp_path: Path):
         add([RECORD])
         raise KeyboardInterrupt
     assert path.read_text() == "before\n"
-    assert list(read(tmp_path / "records.jsonl.part")) == [as_dict(RECORD)]
+    (kept,) = read(tmp_path / "records.jsonl.part")
+    assert kept == as_dict(RECORD) and next(iter(kept)) == "suite" and list(kept)[-5:] == list(RUN)
     with writing(path) as add:
         add([RECORD, replace(RECORD, m=2)])
     assert [r["m"] for r in read(path)] == [1, 2]
+
+
+def test_a_run_that_measured_nothing_leaves_nothing(tmp_path: Path):
+    with pytest.raises(ValueError), writing(tmp_path / "records.jsonl"):
+        raise ValueError("no such op")
+    assert list(tmp_path.iterdir()) == []
+    with writing(None) as add:
+        add([RECORD])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("text", ["{", "3", '{"us": 1}'])

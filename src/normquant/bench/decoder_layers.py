@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from normquant.bench.compiling import any_rows, no_recompile_limit
 from normquant.bench.records import LayerRecord, current_run, time_fields
-from normquant.bench.timing import Call, sets_needed, time_calls
+from normquant.bench.timing import Call, modules_past_l2, time_calls
 from normquant.compile import inductor_options
 from normquant.linear import block_fp8
 from normquant.version import VERSION
@@ -37,43 +37,18 @@ class LayerModel:
     config: dict[str, Any] = field(hash=False)
 
 
-MODELS = {
-    # one of eight tensor-parallel shards, but for Gemma, which one GPU holds
-    "deepseek-r1": LayerModel(
-        "deepseek_v3",
-        "DeepseekV3",
-        64,
-        dict(
-            hidden_size=7168,
-            intermediate_size=2304,
-            num_attention_heads=16,
-            num_key_value_heads=16,
-            q_lora_rank=1536,
-            kv_lora_rank=512,
-            qk_nope_head_dim=128,
-            qk_rope_head_dim=64,
-            v_head_dim=128,
-            first_k_dense_replace=1,
-        ),
-    ),
-    "qwen3-32b": LayerModel(
-        "qwen3",
-        "Qwen3",
-        128,
-        dict(hidden_size=5120, intermediate_size=3200, num_attention_heads=8, num_key_value_heads=1, head_dim=128),
-    ),
-    "llama-3-70b": LayerModel(
-        "llama",
-        "Llama",
-        128,
-        dict(hidden_size=8192, intermediate_size=3584, num_attention_heads=8, num_key_value_heads=1, head_dim=128),
-    ),
-    "gemma-7b": LayerModel(
-        "gemma",
-        "Gemma",
-        256,
-        dict(hidden_size=3072, intermediate_size=24576, num_attention_heads=16, num_key_value_heads=16, head_dim=256),
-    ),
+def _sizes(hidden: int, intermediate: int, heads: int, kv_heads: int, **others: int) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate}
+    return {**sizes, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **others}
+
+
+_LATENT = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_DENSE = {"first_k_dense_replace": 1}
+MODELS = {  # one of eight tensor-parallel shards, except for Gemma, which fits on one GPU
+    "deepseek-r1": LayerModel("deepseek_v3", "DeepseekV3", 64, _sizes(7168, 2304, 16, 16, **_LATENT, **_DENSE)),
+    "qwen3-32b": LayerModel("qwen3", "Qwen3", 128, _sizes(5120, 3200, 8, 1, head_dim=128)),
+    "llama-3-70b": LayerModel("llama", "Llama", 128, _sizes(8192, 3584, 8, 1, head_dim=128)),
+    "gemma-7b": LayerModel("gemma", "Gemma", 256, _sizes(3072, 24576, 16, 16, head_dim=256)),
 }
 
 
@@ -137,9 +112,7 @@ def settings() -> dict[str, dict[str, Any]]:
 
 def measure(name: str, ms: Sequence[int], samples: int) -> Iterator[LayerRecord]:
     """Records of a model at each M, the settings interleaved; one compile a setting serves every M above one."""
-    layers = [build(name, "cuda")]
-    weights = sum(t.nbytes for t in (*layers[0].parameters(), *layers[0].buffers()))
-    layers += [build(name, "cuda", seed) for seed in range(1, sets_needed(weights))]
+    layers = modules_past_l2(lambda seed: build(name, "cuda", seed))
     compiled = {
         setting: torch.compile(forward, fullgraph=True, options=options) for setting, options in settings().items()
     }
@@ -154,7 +127,7 @@ def measure(name: str, ms: Sequence[int], samples: int) -> Iterator[LayerRecord]
 
 
 def calls(run: Callable[..., torch.Tensor], layers: Sequence[torch.nn.Module], name: str, m: int) -> list[Call]:
-    """One call a layer, each with inputs of its own, compiled."""
+    """One compiled call for each layer, with its own inputs."""
     found: list[Call] = []
     for seed, layer in enumerate(layers):
         sample = inputs(name, m, "cuda", seed)

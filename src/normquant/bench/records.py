@@ -17,7 +17,7 @@ import torch
 from normquant.bench.timing import Timing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Where a record was measured: GPU, versions and the command that did it."""
 
@@ -29,11 +29,11 @@ class Provenance:
 
 
 @dataclass(frozen=True)
-class KernelRecord:
+class KernelRecord(Provenance):
     """One provider on one case of `normquant bench kernels`.
 
-    inputs: "dram", 64 sets of them or as many as make five times the L2; "l2", as many as stay in it.
-    us, us_p10, us_p90: microseconds a call, over n samples. bytes: what the op must move. gbps: bytes / us.
+    inputs: "dram", in enough sets to fill the L2 five times, at most 64; "l2", in as many as stay in it.
+    us, us_p10, us_p90: microseconds a call, over n samples. bytes: what the op has to move. gbps: bytes / us.
     pct_of_copy: gbps as a percentage of the better copy's of as many bytes in the same run; None for an empty kernel.
     match: how the data compares with the reference of the provider's own rule: "bitwise", "N of TOTAL values differ",
         or why it was not compared.
@@ -58,15 +58,10 @@ class KernelRecord:
     gbps: float
     pct_of_copy: float | None
     match: str
-    gpu: str
-    torch: str
-    triton: str
-    version: str
-    command: str
 
 
 @dataclass(frozen=True)
-class LayerRecord:
+class LayerRecord(Provenance):
     """One setting of one model's decoder layer: microseconds a call over n samples, and its GPU kernels."""
 
     suite: str
@@ -78,25 +73,20 @@ class LayerRecord:
     us_p90: float
     n: int
     kernels: int
-    gpu: str
-    torch: str
-    triton: str
-    version: str
-    command: str
 
 
 @dataclass(frozen=True)
-class VllmRecord:
+class VllmRecord(Provenance):
     """One setting of vLLM at one batch size: a step that decodes `batch` requests, over n windows of steps.
 
     setting: "default", "off" (vLLM without its norm-quant fusion), "unfused" (without that of silu either) or
         "normquant", with its policy, else "".
-    linear: the block-FP8 kernel that vLLM was seen to use. layers: all of them; moe: whether some have experts.
-    gpu_us_per_step: microseconds in which a kernel ran, and of them by class; sum_us_per_step: the sum of all kernels'
-        lengths, more where kernels overlap. kernels: a step. tpot_ms: wall time of a step.
+    linear: the block-FP8 kernel that vLLM used. layers: all of them; moe: whether some have experts.
+    gpu_us_per_step: microseconds in which any kernel ran; classes: the same by class; sum_us_per_step: the sum of all
+        kernels' lengths, more where kernels overlap. kernels: in a step. tpot_ms: wall time of a step.
     prefill_ms, prefill_gpu_us: one prompt, by its tokens.
-    logit_error: norm of the difference to a float32 run over that run's norm; p10, p90: of single positions.
-    scales, scales_not_power_of_two: activation scales that reached DeepGEMM in a run beside the measurement.
+    logit_error: norm of the difference from a float32 run over that run's norm; p10, p90: over positions.
+    scales, scales_not_power_of_two: activation scales that reached DeepGEMM in a separate run.
     findings: of `normquant audit` in the code that vLLM generated, by rule.
     """
 
@@ -124,11 +114,6 @@ class VllmRecord:
     findings: dict[str, int]
     policy: str
     vllm: str
-    gpu: str
-    torch: str
-    triton: str
-    version: str
-    command: str
 
 
 Record = KernelRecord | LayerRecord | VllmRecord
@@ -140,7 +125,13 @@ def current_run(version: str) -> Provenance:
     """Where this process measures."""
     import triton
 
-    return Provenance(torch.cuda.get_device_name(), torch.__version__, triton.__version__, version, current_command())
+    return Provenance(
+        gpu=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        version=version,
+        command=current_command(),
+    )
 
 
 def current_command() -> str:
@@ -173,7 +164,7 @@ def writing(path: Path | None) -> Iterator[Callable[[Iterable[Record]], None]]:
         with part.open("w") as file:
 
             def add(records: Iterable[Record]) -> None:
-                file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
+                file.writelines(json.dumps(_figures_first(r)) + "\n" for r in records)
                 file.flush()
 
             yield add
@@ -181,6 +172,14 @@ def writing(path: Path | None) -> Iterator[Callable[[Iterable[Record]], None]]:
     finally:
         if part.exists() and not part.stat().st_size:
             part.unlink()
+
+
+def _figures_first(record: Record) -> dict[str, Any]:
+    """The fields of a record as they are written, those of the provenance at the end."""
+    values = asdict(record)
+    for field in fields(Provenance):
+        values[field.name] = values.pop(field.name)
+    return values
 
 
 def read(path: Path, needed: Iterable[str] = ()) -> Iterator[dict]:

@@ -38,7 +38,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("audit", "normquant.cli.audit", "what the compiler generates for a model, and what to do about it"),
     Command("bench", "normquant.cli.bench", "measure kernels on this GPU, beside the packages that do the same"),
     Command("compare", "normquant.cli.compare", "what got slower or faster between two files of records"),
-    Command("plot", "normquant.cli.plot", "draw records of kernels, everybody's time beside ours"),
+    Command("plot", "normquant.cli.plot", "plot the kernels' times in records, relative to normquant's"),
     Command("tune", "normquant.cli.tune", "measure launch configs on this GPU and write their table"),
     Command("vllm-report", "normquant.cli.vllm_report", "what the plugin fused in vLLM's compiled graphs"),
 )

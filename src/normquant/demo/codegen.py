@@ -38,7 +38,7 @@ class Compiled:
 
     @property
     def kernels(self) -> tuple[Launch, ...]:
-        """Every launch that is no matrix product: generated kernels and the quantization ops, one kernel each."""
+        """Every launch that is not a matrix product: generated kernels and the quantization ops, one kernel each."""
         return tuple(launch for launch in self.report.launches if not is_matrix_product(launch))
 
     @property
@@ -54,7 +54,7 @@ def compile_layer(
     options: dict[str, Any] | None = None,
     fusion: Callable[[], Any] = lambda: None,
 ) -> Compiled:
-    """Compile the layer for `target` with Inductor `options`; with none, as torch.compile does it.
+    """Compile the layer for `target` with Inductor `options`; without any, as plain torch.compile does.
 
     fusion: called after the compile, gives the FusionReport of the pass in `options`.
 
@@ -109,7 +109,7 @@ def _neighbours(program: Program) -> tuple[dict[int, set[int]], dict[int, set[in
 
 
 def _reach(start: Iterable[int], edges: dict[int, set[int]], stop: Iterable[int]) -> set[int]:
-    """What can be reached from `start`, without `stop` and without going through it."""
+    """What can be reached from `start` without passing through `stop`, whose members are not included."""
     found: set[int] = set()
     pending, closed = list(start), set(stop)
     while pending:

@@ -35,7 +35,7 @@ class SectionTable:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what it is about, tables, and what follows from them."""
+    """A heading, what it is about, tables, and remarks on them."""
 
     title: str
     lead: str = ""
@@ -147,7 +147,7 @@ def _norms_table(before: Compiled, after: Compiled) -> SectionTable:
 def _layer_table(before: Compiled, after: Compiled) -> SectionTable:
     products = sum(map(is_matrix_product, before.report.launches))
     rows = [
-        (f"kernels beside its {products} matrix products", str(len(before.kernels)), str(len(after.kernels))),
+        (f"kernels besides its {products} matrix products", str(len(before.kernels)), str(len(after.kernels))),
         ("DRAM bytes of those", units.size(before.bytes), units.size(after.bytes)),
         ("their time, estimated at copy speed, us", f"{estimate_us(before):.1f}", f"{estimate_us(after):.1f}"),
     ]
@@ -169,7 +169,7 @@ def _kind(launch: Launch) -> str:
 
 
 def _reasons(result: Demonstration) -> list[str]:
-    """Sites of one fate and one reason in a line."""
+    """One line for all sites with the same outcome and reason."""
     groups: dict[tuple[str, str], list[str]] = {}
     for site in result.after.fusion.sites:
         groups.setdefault(("fused" if site.fused else "not fused", site.reason), []).append(site_name(site))
@@ -179,7 +179,7 @@ def _reasons(result: Demonstration) -> list[str]:
 
 
 def _left_over(after: Compiled) -> list[str]:
-    """The identity and layout copies that are left, and whether a norm is beside them."""
+    """The identity and layout copies that remain, and whether they are around a norm."""
     around = {launch.position for norm in after.norms for launch in norm.launches}
     return [
         f"{f.rule} left, {'AROUND a norm' if f.position in around else 'not around a norm'}: {_source(f.origins)} "
@@ -190,7 +190,7 @@ def _left_over(after: Compiled) -> list[str]:
 
 
 def _source(origins: Iterable) -> str:
-    """The line that a copy comes from: the one that asks for a layout, where there is one."""
+    """The source line of a copy: the one that asks for a layout, if there is one."""
     lines = [origin.code for origin in origins if origin.code]
     asking = [code for code in lines if any(word in code for word in ("transpose", "permute", "contiguous"))]
     return (asking or lines or ["an unknown line"])[0]

@@ -68,7 +68,7 @@ class Engine:
 
     @contextlib.contextmanager
     def logits(self) -> Iterator[list[torch.Tensor]]:
-        """The logits [requests, vocabulary] of every run of the model meanwhile, in float32 on the CPU."""
+        """The logits [requests, vocabulary] of every run of the model inside the block, in float32 on the CPU."""
         found: list[torch.Tensor] = []
         original = self.model.compute_logits
 
@@ -81,11 +81,11 @@ class Engine:
         try:
             yield found
         finally:
-            del self.model.compute_logits  # the class's own shows again
+            del self.model.compute_logits  # uncovers the method of the class
 
     @contextlib.contextmanager
     def without_graphs(self) -> Iterator[None]:
-        """Have the compiled code run by itself, not from CUDA graphs, so that Python sees each call of it."""
+        """Run the compiled code directly, not from CUDA graphs, so that Python sees each of its calls."""
         dispatcher = self.runner.cudagraph_dispatcher
         before = dispatcher.keys_initialized
         dispatcher.keys_initialized = False
@@ -124,16 +124,16 @@ class ScaleCounts:
 
 
 def not_powers_of_two(scale: torch.Tensor) -> int:
-    """How many scales are no power of two; int32 ones hold exponents only, which are nothing else."""
+    """How many scales are not powers of two; packed int32 ones hold exponents only, so they always are."""
     if scale.dtype == torch.int32:
         return 0
     bits = scale.float().contiguous().view(torch.int32)
-    return int(((bits & MANTISSA != 0) | (bits <= 0)).sum())  # bits <= 0: zero and what is negative
+    return int(((bits & MANTISSA != 0) | (bits <= 0)).sum())  # bits <= 0: zero or negative
 
 
 @contextlib.contextmanager
 def counted_scales() -> Iterator[ScaleCounts]:
-    """Count the scales of every activation that vLLM gives to DeepGEMM meanwhile. It waits for the GPU at each call."""
+    """Count the scales of all activations that vLLM passes to DeepGEMM inside the block; each call waits for the GPU."""
     from vllm.utils import deep_gemm
 
     counts = ScaleCounts()

@@ -1,4 +1,4 @@
-"""GPU kernels of a window of steps: what class each is of, and the time in which it had the GPU."""
+"""GPU kernels of a window of steps: the class of each, and the GPU time that it accounts for."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 OTHER = "other"
-# The first rule that a kernel's name fits says its class. Inductor names a kernel after the operations in it, or, where
-# it no longer knows them, by a number alone: then a reduction is a norm, as nothing else reduces in these graphs, and a
-# pointwise kernel is a copy of the residual or the RoPE of k_pe, which only the generated code tells apart.
+# A kernel's class is that of the first rule that its name matches. Inductor names a kernel after the operations in it,
+# or, where it no longer knows them, with a number alone: then a reduction is a norm, as nothing else reduces in these
+# graphs, and a pointwise kernel is a copy of the residual or the RoPE of k_pe; only the generated code tells which.
 RULES: tuple[tuple[str, str], ...] = (
-    ("gemm", r"gemm::kernel::GemmUniversal|gemm_1d[12]d|nvjet"),  # their long names mention much else
+    ("gemm", r"gemm::kernel::GemmUniversal|gemm_1d[12]d|nvjet"),  # their long names contain other rules' words
     ("moe", r"moe|topk|top_k|expert|count_and_sort|permute_kernel"),
     ("attention", r"flash|fmha|mla|attention|attn|merge_states|reshape_and_cache|paged|varlen"),
     ("norm_quant", r"norm_quant_kernel|rms_norm_per_block_quant|rms_norm_dynamic|norm\w*_quant\w*kernel"),
@@ -63,7 +63,7 @@ def kernel_class(name: str) -> str:
 
 
 def own_time(kernels: Iterable[ProfiledKernel]) -> list[tuple[ProfiledKernel, float]]:
-    """Each kernel, in order of start, and the microseconds of it in which no earlier one still ran."""
+    """Each kernel, in order of start, and the microseconds during which no earlier one was still running."""
     found, busy_until = [], float("-inf")
     for kernel in sorted(kernels, key=lambda k: k.start):
         end = kernel.start + kernel.us
@@ -73,7 +73,7 @@ def own_time(kernels: Iterable[ProfiledKernel]) -> list[tuple[ProfiledKernel, fl
 
 
 def window(kernels: Sequence[ProfiledKernel], steps: int) -> Window:
-    """What a step of a window took."""
+    """The figures of one step, from the kernels of a window."""
     classes: defaultdict[str, float] = defaultdict(float)
     for kernel, us in own_time(kernels):
         classes[kernel_class(kernel.name)] += us / steps

@@ -63,10 +63,10 @@ SHARD: dict[str, Any] = {
 def config(layers: int, moe: int = 0) -> dict[str, Any]:
     """config.json of `layers` layers, of which the last `moe` have 256 experts and the others a dense MLP.
 
-    Raises ValueError where there are fewer layers than layers with experts.
+    Raises ValueError for more layers with experts than layers.
     """
     if not 0 <= moe <= layers or layers < 1:
-        raise ValueError(f"{moe} of {layers} layers with experts; 1 or more layers, and as many of them or fewer")
+        raise ValueError(f"{moe} of {layers} layers with experts; accepted: at least 1 layer, and 0 to all of them")
     return SHARD | {"num_hidden_layers": layers, "first_k_dense_replace": layers - moe}
 
 
@@ -122,6 +122,6 @@ def _plain(name: str, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _normal(name: str, like: torch.Tensor) -> torch.Tensor:
-    """Normal float32 numbers of the shape of `like`, by the name."""
+    """Normally distributed float32 numbers in the shape of `like`, seeded by the name."""
     generator = torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)

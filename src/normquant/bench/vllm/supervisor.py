@@ -1,4 +1,4 @@
-"""`normquant bench vllm`: settings of vLLM beside each other, each in a process and with caches of its own.
+"""The parent of `normquant bench vllm`: settings of vLLM side by side, each in a process and with caches of its own.
 
 Processes of one group start together, as most of a start is compiling on the CPU; once all of them are ready, one after
 the other measures, alone on the GPU.
@@ -28,12 +28,12 @@ COMMAND = (sys.executable, "-m", "normquant.bench.vllm.worker")
 LOG = "log.txt"
 TAIL = 25  # lines of the log of a process that failed
 POLL_S = 0.5
-GRACE_S = 10.0  # from a request to end until the end is made
+GRACE_S = 10.0  # from SIGTERM to SIGKILL
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that did not end: why, and the end of its log."""
+    """A job that failed: why, and the end of its log."""
 
     job: Job
     reason: str
@@ -49,7 +49,7 @@ class WorkerFailed(Exception):
 
 
 class WorkerProcess:
-    """One job's process. Its lines are read by a thread, so that waiting for one can time out."""
+    """One job's process. A thread reads its lines, so that waiting for one can time out."""
 
     def __init__(self, job: Job, command: Sequence[str]) -> None:
         self.job = job
@@ -90,14 +90,14 @@ class WorkerProcess:
                     return message
 
     def go(self) -> None:
-        """Have it measure."""
+        """Start the measurement."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended, which `message` says
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
 
     def stop(self) -> None:
-        """End it, with all that it started, and wait until it has. A second time does nothing."""
+        """End it, with everything that it started, and wait for that; a second call does nothing."""
         if self._log.closed:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -108,7 +108,7 @@ class WorkerProcess:
         self._log.close()
 
     def failure(self, reason: str) -> Failure:
-        """What is reported of it."""
+        """The failure to report, for a reason."""
         lines = (Path(self.job.folder) / LOG).read_text(errors="replace").splitlines()
         return Failure(self.job, reason, "\n".join(lines[-TAIL:]))
 
@@ -118,7 +118,7 @@ def measure(
 ) -> Found:
     """The records of all jobs, as they come, and what failed; the rest goes on.
 
-    groups: jobs whose processes are there at the same time. timeout: seconds, for a start and for a measurement.
+    groups: jobs whose processes run at the same time. timeout: seconds, for a start and for a measurement.
     inspect: findings by rule in the code that vLLM generated, from the folder of its cache.
     """
     for group in groups:
@@ -160,12 +160,12 @@ def _records(process: WorkerProcess, facts: dict[str, Any], timeout: float) -> I
 def _expect(process: WorkerProcess, kind: str, deadline: float) -> dict[str, Any]:
     message = process.message(deadline)
     if message.pop("kind") != kind:
-        raise WorkerFailed(f"said {message} where {kind} was due")
+        raise WorkerFailed(f"sent {message} instead of {kind!r}")
     return message
 
 
 def record(job: Job, facts: dict[str, Any], prefill: dict[str, Any], batch: dict[str, Any]) -> VllmRecord:
-    """One record, of what a process said."""
+    """One record, from the messages of a process."""
     return VllmRecord(
         suite="vllm",
         setting=job.setting,
