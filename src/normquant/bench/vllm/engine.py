@@ -133,7 +133,7 @@ def not_powers_of_two(scale: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def counted_scales() -> Iterator[ScaleCounts]:
-    """Count the scales of all activations that vLLM passes to DeepGEMM inside the block; each call waits for the GPU."""
+    """Count the scales of all activations that vLLM passes to DeepGEMM in the block; each call waits for the GPU."""
     from vllm.utils import deep_gemm
 
     counts = ScaleCounts()
