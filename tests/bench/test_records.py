@@ -2,10 +2,11 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from shared.vllm_jobs import job, run
 
 from normquant.bench.records import KernelRecord, LayerRecord, Provenance, problems, read, timing_fields, writing
 from normquant.bench.timing import Timing, summary
@@ -103,3 +104,10 @@ def test_layer_records_have_a_schema_too():
     record = LayerRecord("layer", "deepseek-r1", "stock", 1, 2.0, 1.0, 3.0, 9, 12, **RUN)
     assert problems(as_dict(record)) == []
     assert problems(as_dict(record) | {"kernels": 1.5}) == ["kernels is 1.5"]
+
+
+def test_classes_have_to_add_up(tmp_path: Path):
+    record = asdict(run([job(tmp_path)])[0])
+    assert problems(record | {"classes": {"gemm": 90.0}}) == ["classes do not add up to gpu_us_per_step"]
+    assert problems(record | {"classes": {"gemm": "x"}}) == ["classes is {'gemm': 'x'}"]
+    assert problems(record | {"us_p90": 1.0}) == ["gpu_us_per_step is outside of us_p10 .. us_p90"]

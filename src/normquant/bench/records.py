@@ -154,7 +154,8 @@ def timing_fields(timing: Timing, moved: int) -> dict[str, Any]:
 def writing(path: Path | None) -> Iterator[Callable[[Iterable[Record]], None]]:
     """A function that appends records to `path`.part, which becomes `path` at the end; None writes nothing.
 
-    What was measured before an interruption stays in the .part file, and `path` stays as it was.
+    What was measured before an interruption stays in the .part file, and `path` stays as it was; so it does where
+    nothing was measured at all.
     """
     if path is None:
         yield lambda records: None
@@ -168,7 +169,8 @@ def writing(path: Path | None) -> Iterator[Callable[[Iterable[Record]], None]]:
                 file.flush()
 
             yield add
-        os.replace(part, path)
+        if part.stat().st_size:
+            os.replace(part, path)
     finally:
         if part.exists() and not part.stat().st_size:
             part.unlink()
