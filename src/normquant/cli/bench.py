@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +21,7 @@ from normquant.bench.vllm import supervisor
 from normquant.bench.vllm.job import LINEARS, SETTINGS, Job
 from normquant.bench.vllm.seeded_model import config
 from normquant.bench.vllm.supervisor import Failure
+from normquant.cli.arguments import chosen, integers
 from normquant.cli.output_files import check_writable
 from normquant.compile.policy import Policy
 from normquant.report import vllm_text
@@ -33,28 +34,9 @@ EXIT_FAILED = 2  # a process of vLLM failed: that is no check that did not hold
 Found = Iterator[tuple[Sequence[Record], str] | Failure]  # records and a line about them
 
 
-def integers(text: str) -> tuple[int, ...]:
-    """'1,64' -> (1, 64), an argparse type."""
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers; 1,64,1024 is one") from None
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: sizes start at 1")
-    return values
-
-
 def expert_layers(text: str) -> tuple[int, ...]:
     """'0,4' -> (0, 4), an argparse type; unlike other sizes, these start at 0."""
     return tuple(0 if part == "0" else integers(part)[0] for part in text.split(","))
-
-
-def chosen(text: str | None, known: Iterable[str], what: str) -> list[str]:
-    """'a,b' -> ["a", "b"], all that are known for None; raises ValueError for a name that is not known."""
-    names = text.split(",") if text else list(known)
-    if unknown := set(names) - set(known):
-        raise ValueError(f"unknown {what} {', '.join(sorted(unknown))}; accepted: {', '.join(known)}")
-    return names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
