@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from normquant.bench.cases import OPS, kernel_cases
+from normquant.bench.comparison import key
 from normquant.bench.records import problems, read
-from normquant.cli.compare import key
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,12 +2,13 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from shared.vllm_jobs import job, run
 
-from normquant.bench.records import KernelRecord, LayerRecord, Run, problems, read, timing_fields, writing
+from normquant.bench.records import KernelRecord, LayerRecord, Provenance, problems, read, timing_fields, writing
 from normquant.bench.timing import Timing, summary
 
 RUN = {"gpu": "an H100", "torch": "2.11.0", "triton": "3.6.0", "version": "0.1.0", "command": "normquant bench kernels"}
@@ -60,10 +61,20 @@ def test_an_interrupted_run_keeps_its_part(tmp_path: Path):
         add([RECORD])
         raise KeyboardInterrupt
     assert path.read_text() == "before\n"
-    assert list(read(tmp_path / "records.jsonl.part")) == [as_dict(RECORD)]
+    (kept,) = read(tmp_path / "records.jsonl.part")
+    assert kept == as_dict(RECORD) and next(iter(kept)) == "suite" and list(kept)[-5:] == list(RUN)
     with writing(path) as add:
         add([RECORD, replace(RECORD, m=2)])
     assert [r["m"] for r in read(path)] == [1, 2]
+
+
+def test_a_run_that_measured_nothing_leaves_nothing(tmp_path: Path):
+    with pytest.raises(ValueError), writing(tmp_path / "records.jsonl"):
+        raise ValueError("no such op")
+    assert list(tmp_path.iterdir()) == []
+    with writing(None) as add:
+        add([RECORD])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("text", ["{", "3", '{"us": 1}'])
@@ -81,7 +92,7 @@ def test_the_command_leaves_out_where_the_records_went(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(sys, "argv", ["x", "bench", "layer", "--output", "/tmp/a", "--m", "1"])
-    assert isinstance(current_run("1"), Run)
+    assert isinstance(current_run("1"), Provenance)
     assert current_run("1").command == "normquant bench layer --m 1"
 
 
@@ -93,3 +104,10 @@ def test_layer_records_have_a_schema_too():
     record = LayerRecord("layer", "deepseek-r1", "stock", 1, 2.0, 1.0, 3.0, 9, 12, **RUN)
     assert problems(as_dict(record)) == []
     assert problems(as_dict(record) | {"kernels": 1.5}) == ["kernels is 1.5"]
+
+
+def test_classes_have_to_add_up(tmp_path: Path):
+    record = asdict(run([job(tmp_path)])[0])
+    assert problems(record | {"classes": {"gemm": 90.0}}) == ["classes do not add up to gpu_us_per_step"]
+    assert problems(record | {"classes": {"gemm": "x"}}) == ["classes is {'gemm': 'x'}"]
+    assert problems(record | {"us_p90": 1.0}) == ["gpu_us_per_step is outside of us_p10 .. us_p90"]

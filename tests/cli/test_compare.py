@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from normquant.cli.compare import compare
 from normquant.cli.entry import main
 
 
@@ -16,21 +15,6 @@ def record(us: float, spread: float = 0.1, **other) -> dict:
 def write(path, records) -> str:
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return str(path)
-
-
-def test_cases_are_matched_by_everything_that_is_not_measured():
-    changes, gone, added = compare([record(1.0), record(1.0, m=2)], [record(2.0), record(1.0, m=4)])
-    assert [(c.ratio, c.separate) for c in changes] == [(2.0, True)]
-    assert (gone, added) == (1, 1)
-
-
-def test_steps_of_vllm_are_compared_too():
-    step = {"suite": "vllm", "setting": "normquant", "linear": "deepgemm", "layers": 16, "moe": False, "batch": 1}
-    before, after = (
-        step | {"gpu_us_per_step": v, "us_p10": v, "us_p90": v, "classes": {"gemm": v}} for v in (9.0, 12.0)
-    )
-    (change,), *_ = compare([before], [after, after | {"batch": 16}])
-    assert change.ratio == pytest.approx(4 / 3) and change.case == "normquant deepgemm batch=1"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +35,33 @@ def test_nothing_in_common_is_an_error(tmp_path, capsys):
     assert "no case of provider 'normquant' in common" in capsys.readouterr().err
 
 
-def test_not_a_percentage(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["compare", "a", "b", "--fail-if-slower", "much"])
-    assert "'much' is not a percentage" in capsys.readouterr().err
+BROKEN = {
+    '{"suite": "kernels"}': "missing us",
+    '{"suite": "vllm", "us_p10": 1, "us_p90": 1}': "missing gpu_us_per_step",
+    '{"suite": "kernels", "us": NaN, "us_p10": 1, "us_p90": 1}': "not JSON: NaN is no number",
+    '{"suite": "kernels", "us": 1e999, "us_p10": 1, "us_p90": 1}': "us is inf",
+    '{"suite": "kernels", "us": true, "us_p10": 1, "us_p90": 1}': "us is True",
+    '{"suite": "kernels", "us": "1", "us_p10": 1, "us_p90": 1}': "us is '1'",
+    '{"suite": "kernels", "us": 0, "us_p10": 0, "us_p90": 1}': "us is 0",
+    '{"suite": "poems", "us": 1}': "unknown suite 'poems'",
+    '{"suite": ["kernels"]}': "not a record",
+    "{": "not JSON",
+    "\xff": "bytes that are no UTF-8",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BROKEN.items())
+def test_a_broken_file_is_one_sentence_and_no_failed_check(tmp_path, capsys, line, message):
+    good, bad = write(tmp_path / "a.jsonl", [record(1.0)]), tmp_path / "b.jsonl"
+    bad.write_bytes(json.dumps(record(1.0)).encode() + b"\n" + line.encode("latin-1") + b"\n")
+    for files in ((good, str(bad)), (str(bad), good)):
+        assert main(["compare", *files, "--fail-if-slower", "5%"]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith(f"normquant: error: {bad}") and message in error
+
+
+@pytest.mark.parametrize("text", ["much", "nan", "-1", "inf"])
+def test_not_a_percentage(capsys, text):
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", "a", "b", "--fail-if-slower", text])
+    assert f"{text!r} is not a percentage" in capsys.readouterr().err

@@ -144,7 +144,7 @@ def test_interrupting_it_is_clean(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "require", lambda: None)
-    monkeypatch.setattr(command, "demonstrate", interrupted)
+    monkeypatch.setattr("normquant.demo.demonstration.demonstrate", interrupted)
     assert cli.main(["demo"]) == 130
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.splitlines()[-1] == "normquant: interrupted"

@@ -70,9 +70,21 @@ def test_debug_shows_the_traceback(
     assert err.endswith("ValueError: no\nnormquant: error: no\n")
 
 
-def test_a_defect_of_ours_is_not_dressed_up(toy: list[cli.Command]) -> None:
-    with pytest.raises(KeyError):
-        cli.main(["toy", "{}['key']"], toy)
+def test_a_defect_keeps_its_traceback_and_is_no_failed_check(
+    toy: list[cli.Command], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["toy", "{}['key']"], toy) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("Traceback")
+    assert err.endswith("\nKeyError: 'key'\nnormquant: error: KeyError: 'key'\n")
+
+
+@pytest.mark.parametrize("code", [0, 1, "'bye'"])
+def test_user_code_that_exits_decides_no_exit_code(
+    toy: list[cli.Command], capsys: pytest.CaptureFixture[str], code: object
+) -> None:
+    assert cli.main(["toy", f"fail(SystemExit({code}))"], toy) == 2
+    assert f"toy ran code that called sys.exit({code})" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_command_that_cannot_be_imported(toy: list[cli.Command], capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +129,24 @@ def test_ctrl_c(toy: list[cli.Command], capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "normquant: interrupted\n"
 
 
+def test_ctrl_c_while_a_command_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "nq_slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsignal.pause()\n")
+    code = "from normquant import cli; raise SystemExit(cli.main(['slow'], [cli.Command('slow', 'nq_slow', '')]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environ(tmp_path), timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "normquant: interrupted\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*NORMQUANT, "env"], stdout=full, stderr=subprocess.PIPE, text=True, env=environ(), timeout=60
+        )
+    assert (done.returncode, done.stderr) == (2, "normquant: error: [Errno 28] No space left on device\n")
+
+
 def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     (tmp_path / "nq_flood.py").write_text(
         "def add_arguments(parser): pass\ndef run(args):\n    for _ in range(100_000): print('line')\n    return 0\n"
@@ -145,6 +175,16 @@ def test_env_runs_where_a_package_is_broken(tmp_path: Path, broken: str) -> None
     assert (done.returncode, done.stderr) == (0, "")
     problem = json.loads(done.stdout)["packages"][broken]["problem"]
     assert problem == ("OSError: libcudart.so.13: cannot open shared object file" if broken == "torch" else None)
+
+
+@pytest.mark.parametrize("statement", ["1 / 0", "raise SystemExit(0)", "raise SystemExit(1)"])
+def test_a_user_module_that_raises_is_no_failed_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], statement: str
+) -> None:
+    (tmp_path / "nq_raises.py").write_text(statement)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["audit", "nq_raises:build"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("normquant: error: ")
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)

@@ -42,7 +42,7 @@ def bare_env(*args: str, site: Path, path: Path) -> subprocess.CompletedProcess[
     """env.py in a Python that has no packages but those in ``site`` and no programs but those in ``path``."""
     code = (
         "import argparse, importlib.util as u, sys\n"
-        f"spec = u.spec_from_file_location('nq_env', {str(SRC / 'normquant' / 'env.py')!r})\n"
+        f"spec = u.spec_from_file_location('nq_env', {str(SRC / 'normquant' / 'cli' / 'env.py')!r})\n"
         "env = sys.modules['nq_env'] = u.module_from_spec(spec)\n"
         "spec.loader.exec_module(env)\n"
         "parser = argparse.ArgumentParser()\n"

@@ -78,6 +78,22 @@ def test_a_path_without_records_is_an_error(tmp_path: Path, capsys: Any, content
     assert main(["vllm-report", str(tmp_path / "missing")]) == 2
 
 
+def with_sites(*sites: Any) -> str:
+    report = {"policy": "auto", "sites": sites, "others": [], "error": ""}
+    return json.dumps({"normquant": "0", "vllm": "0", "rows": "", "report": report}) + "\n"
+
+
+BROKEN = [with_sites({}), with_sites(3), with_sites({"fused": True, "op": "x"}), '{"report": []}\n', "\udcff\n"]
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_records_that_lack_something_are_one_sentence(tmp_path: Path, capsys: Any, content: str) -> None:
+    (tmp_path / FILE).write_text(content, errors="surrogateescape")
+    assert main(["vllm-report", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith(f"normquant: error: {tmp_path / FILE}")
+
+
 def test_where_vllm_keeps_its_caches() -> None:
     assert default_root({"VLLM_CACHE_ROOT": "/a"}) == Path("/a/torch_compile_cache")
     assert default_root({"XDG_CACHE_HOME": "/b"}) == Path("/b/vllm/torch_compile_cache")

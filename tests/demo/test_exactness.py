@@ -11,8 +11,8 @@ from torch.fx import Graph
 pytest.importorskip("transformers", reason="needs transformers: pip install 'normquant[hf]'")
 
 from normquant.compile import inductor_options
+from normquant.demo.deepseek_layer import Dims, build, float64_twin, forward, inputs
 from normquant.demo.exactness import Check, Checks, check_sites, find_sites, outputs, relative_error, total
-from normquant.demo.layer import Dims, build, float64_twin, forward, inputs
 from normquant.demo.recorder import PASS, Recording, record
 from normquant.spec import QuantSpec
 

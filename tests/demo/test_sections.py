@@ -1,15 +1,14 @@
-"""What is said: sentences and tables made from results, and their two forms."""
+"""What the demonstration says: sentences and tables made from results."""
 
 from __future__ import annotations
 
 from normquant.bench.timing import Timing
-from normquant.demo import page, text
+from normquant.demo.deepseek_layer import SMALL
+from normquant.demo.demonstration import OnCpu
 from normquant.demo.differences import Tally
 from normquant.demo.exactness import Check, Checks
-from normquant.demo.gpu import OnGpu, Times
-from normquant.demo.layer import SMALL
-from normquant.demo.outcome import OnCpu
-from normquant.demo.sections import Section, Table, same_values, timed
+from normquant.demo.gpu_timing import OnGpu, Times
+from normquant.demo.sections import same_values, timed
 
 
 def checks(random: int, exact: int) -> Checks:
@@ -39,25 +38,3 @@ def test_times_are_a_row_each() -> None:
     row = ("64", "120.0 (119.0 to 121.5)", "100.0 (99.0 to 101.0)", "20.0", "1.20 x")
     assert section.tables[0].rows == (row,)
     assert "NVIDIA H100" in section.title and "0.86 us" in section.notes[-1] and "2400 GB/s" in section.notes[-1]
-
-
-TABLE = Table(("a", "n"), (("x", "1"), ("sum", "10")), "<>", footer=True)
-SECTION = Section("1  Title", "About <it>.", (TABLE,), ("a & b",))
-
-
-def test_text_is_aligned_and_rules_off_the_sum() -> None:
-    lines = text.render([SECTION], "All is well.", 12.4).splitlines()
-    assert lines[:2] == ["1  Title", "   About <it>."]
-    assert lines[3:8] == ["   a     n", "   ---  --", "   x     1", "   ---  --", "   sum  10"]
-    assert "   - a & b" in lines and "All is well. (12 s)" in lines
-
-
-def test_long_sentences_are_wrapped() -> None:
-    long = Section("t", "word " * 60, (), ("note " * 60,))
-    assert max(map(len, text.render([long], "v " * 100, 1).splitlines())) <= text.WIDTH
-
-
-def test_the_page_escapes_what_it_shows() -> None:
-    html = page.render([SECTION], "1 < 2", "normquant 0")
-    assert "About &lt;it&gt;." in html and "a &amp; b" in html and "1 &lt; 2" in html
-    assert '<tr class="sum"><td>sum</td><td class="right">10</td></tr>' in html

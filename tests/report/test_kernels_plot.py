@@ -51,3 +51,13 @@ def test_the_drawing_in_the_readme_is_that_of_the_records(tmp_path):
 def test_records_without_the_op_are_refused(tmp_path, capsys):
     assert main(["plot", str(BASELINES), "--k", "640", "--output", str(tmp_path / "x.svg")]) == 2
     assert "no records of add_rms_norm_quant with K=640" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["{", '{"suite": "kernels", "op": "add_rms_norm_quant", "k": 7168}', '{"suite": 1}'])
+def test_a_broken_file_is_one_sentence(tmp_path, capsys, line):
+    (tmp_path / "x.jsonl").write_text(line + "\n")
+    (tmp_path / "x.svg").write_text("old")
+    assert main(["plot", str(tmp_path / "x.jsonl"), "--output", str(tmp_path / "x.svg")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"normquant: error: {tmp_path / 'x.jsonl'}:1: not ")
+    assert (tmp_path / "x.svg").read_text() == "old"

@@ -13,7 +13,7 @@ import pytest
 
 from normquant.bench.records import VllmRecord
 from normquant.bench.vllm.job import Job
-from normquant.bench.vllm.settings import LOG, Failure, measure
+from normquant.bench.vllm.supervisor import LOG, Failure, measure
 
 Environment = Callable[[Path], dict[str, str]]
 MODEL = runpy.run_path(str(Path(__file__).parent / "engine.py"))["MODEL"]

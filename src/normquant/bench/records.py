@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 from normquant.bench.timing import Timing
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
     """Where a record was measured: GPU, versions and the command that did it."""
 
     gpu: str
@@ -28,11 +29,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class KernelRecord:
+class KernelRecord(Provenance):
     """One provider on one case of `normquant bench kernels`.
 
-    inputs: "dram", 64 sets of them or as many as make five times the L2; "l2", as many as stay in it.
-    us, us_p10, us_p90: microseconds a call, over n samples. bytes: what the op must move. gbps: bytes / us.
+    inputs: "dram", in enough sets to fill the L2 five times, at most 64; "l2", in as many as stay in it.
+    us, us_p10, us_p90: microseconds a call, over n samples. bytes: what the op has to move. gbps: bytes / us.
     pct_of_copy: gbps as a percentage of the better copy's of as many bytes in the same run; None for an empty kernel.
     match: how the data compares with the reference of the provider's own rule: "bitwise", "N of TOTAL values differ",
         or why it was not compared.
@@ -57,15 +58,10 @@ class KernelRecord:
     gbps: float
     pct_of_copy: float | None
     match: str
-    gpu: str
-    torch: str
-    triton: str
-    version: str
-    command: str
 
 
 @dataclass(frozen=True)
-class LayerRecord:
+class LayerRecord(Provenance):
     """One setting of one model's decoder layer: microseconds a call over n samples, and its GPU kernels."""
 
     suite: str
@@ -77,25 +73,20 @@ class LayerRecord:
     us_p90: float
     n: int
     kernels: int
-    gpu: str
-    torch: str
-    triton: str
-    version: str
-    command: str
 
 
 @dataclass(frozen=True)
-class VllmRecord:
+class VllmRecord(Provenance):
     """One setting of vLLM at one batch size: a step that decodes `batch` requests, over n windows of steps.
 
     setting: "default", "off" (vLLM without its norm-quant fusion), "unfused" (without that of silu either) or
         "normquant", with its policy, else "".
-    linear: the block-FP8 kernel that vLLM was seen to use. layers: all of them; moe: whether some have experts.
-    gpu_us_per_step: microseconds in which a kernel ran, and of them by class; sum_us_per_step: the sum of all kernels'
-        lengths, more where kernels overlap. kernels: a step. tpot_ms: wall time of a step.
+    linear: the block-FP8 kernel that vLLM used. layers: all of them; moe: whether some have experts.
+    gpu_us_per_step: microseconds in which any kernel ran; classes: the same by class; sum_us_per_step: the sum of all
+        kernels' lengths, more where kernels overlap. kernels: in a step. tpot_ms: wall time of a step.
     prefill_ms, prefill_gpu_us: one prompt, by its tokens.
-    logit_error: norm of the difference to a float32 run over that run's norm; p10, p90: of single positions.
-    scales, scales_not_power_of_two: activation scales that reached DeepGEMM in a run beside the measurement.
+    logit_error: norm of the difference from a float32 run over that run's norm; p10, p90: over positions.
+    scales, scales_not_power_of_two: activation scales that reached DeepGEMM in a separate run.
     findings: of `normquant audit` in the code that vLLM generated, by rule.
     """
 
@@ -123,22 +114,24 @@ class VllmRecord:
     findings: dict[str, int]
     policy: str
     vllm: str
-    gpu: str
-    torch: str
-    triton: str
-    version: str
-    command: str
 
 
 Record = KernelRecord | LayerRecord | VllmRecord
+TIMES = ("us", "gpu_us_per_step")  # what a record measured, whichever of them it has
 SUITES: dict[str, type[Record]] = {"kernels": KernelRecord, "layer": LayerRecord, "vllm": VllmRecord}
 
 
-def current_run(version: str) -> Run:
-    """The run that this process is."""
+def current_run(version: str) -> Provenance:
+    """Where this process measures."""
     import triton
 
-    return Run(torch.cuda.get_device_name(), torch.__version__, triton.__version__, version, current_command())
+    return Provenance(
+        gpu=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        version=version,
+        command=current_command(),
+    )
 
 
 def current_command() -> str:
@@ -158,56 +151,107 @@ def timing_fields(timing: Timing, moved: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Callable[[Iterable[Record]], None]]:
-    """A function that appends records to `path`.part, which becomes `path` at the end.
+def writing(path: Path | None) -> Iterator[Callable[[Iterable[Record]], None]]:
+    """A function that appends records to `path`.part, which becomes `path` at the end; None writes nothing.
 
-    What was measured before an interruption stays in the .part file, and `path` stays as it was.
+    What was measured before an interruption stays in the .part file, and `path` stays as it was; so it does where
+    nothing was measured at all.
     """
+    if path is None:
+        yield lambda records: None
+        return
     part = path.with_suffix(path.suffix + ".part")
-    with part.open("w") as file:
+    try:
+        with part.open("w") as file:
 
-        def add(records: Iterable[Record]) -> None:
-            file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
-            file.flush()
+            def add(records: Iterable[Record]) -> None:
+                file.writelines(json.dumps(_figures_first(r)) + "\n" for r in records)
+                file.flush()
 
-        yield add
-    os.replace(part, path)
+            yield add
+        if part.stat().st_size:
+            os.replace(part, path)
+    finally:
+        if part.exists() and not part.stat().st_size:
+            part.unlink()
 
 
-def read(path: Path) -> Iterator[dict]:
-    """The records of a file; raises ValueError naming the line that is none."""
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+def _figures_first(record: Record) -> dict[str, Any]:
+    """The fields of a record as they are written, those of the provenance at the end."""
+    values = asdict(record)
+    for field in fields(Provenance):
+        values[field.name] = values.pop(field.name)
+    return values
+
+
+def read(path: Path, needed: Iterable[str] = ()) -> Iterator[dict]:
+    """The records of a file.
+
+    needed: names of fields; each that a record's suite has must be there, of its type, and a time above zero.
+    Raises ValueError naming the line that is no such record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not JSON lines, but bytes that are no UTF-8") from None
+    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from None
-        if not isinstance(record, dict) or "suite" not in record:
+            record = json.loads(line, parse_constant=_no_number)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {getattr(error, 'msg', error)}") from None
+        if not isinstance(record, dict) or not isinstance(record.get("suite"), str):
             raise ValueError(f"{path}:{number}: not a record: it has no 'suite'")
+        if needed and (found := _unusable(record, needed)):
+            raise ValueError(f"{path}:{number}: not a usable record: {found[0]}")
         yield record
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _unusable(record: dict, needed: Iterable[str]) -> list[str]:
+    if record["suite"] not in SUITES:
+        return [_unknown_suite(record)]
+    types = _types(record)
+    wanted = {name: types[name] for name in needed if name in types}
+    return _mistyped(record, wanted) or [f"{n} is {record[n]}" for n in wanted if n in TIMES and record[n] <= 0]
 
 
 def problems(record: dict) -> list[str]:
     """What is wrong with a record: fields missing, unknown or mistyped, figures that contradict each other."""
     if record["suite"] not in SUITES:
-        return [f"unknown suite {record['suite']!r}; known: {', '.join(SUITES)}"]
-    types = {f.name: f.type for f in fields(SUITES[record["suite"]])}
+        return [_unknown_suite(record)]
+    types = _types(record)
     found = [f"missing {name}" for name in types if name not in record]
     found += [f"unknown {name}" for name in record if name not in types]
-    if found:
-        return found
-    found += [f"{n} is {record[n]!r}" for n, t in types.items() if not _is(t, record[n])]
-    us = "gpu_us_per_step" if "gpu_us_per_step" in types else "us"
-    if not found and not record["us_p10"] <= record[us] <= record["us_p90"]:
-        found.append(f"{us} is outside of us_p10 .. us_p90")
-    if not found and "classes" in types and abs(sum(record["classes"].values()) - record[us]) > 0.03 * record[us]:
-        found.append(f"classes do not add up to {us}")
-    if (
-        not found
-        and "gbps" in record
-        and abs(record["bytes"] / record["us"] / 1e3 - record["gbps"]) > 0.01 * record["gbps"] + 0.1
-    ):
+    return found or _mistyped(record, types) or _contradictions(record)[:1]
+
+
+def _contradictions(record: dict) -> list[str]:
+    name = next(name for name in TIMES if name in record)
+    us, found = record[name], []
+    if not record["us_p10"] <= us <= record["us_p90"]:
+        found.append(f"{name} is outside of us_p10 .. us_p90")
+    if "classes" in record and abs(sum(record["classes"].values()) - us) > 0.03 * us:
+        found.append(f"classes do not add up to {name}")
+    if "gbps" in record and abs(record["bytes"] / us / 1e3 - record["gbps"]) > 0.01 * record["gbps"] + 0.1:
         found.append("gbps is not bytes / us")
     return found
+
+
+def _unknown_suite(record: dict) -> str:
+    return f"unknown suite {record['suite']!r}; known: {', '.join(SUITES)}"
+
+
+def _types(record: dict) -> dict[str, Any]:
+    return {f.name: f.type for f in fields(SUITES[record["suite"]])}
+
+
+def _mistyped(record: dict, types: Mapping[str, Any]) -> list[str]:
+    return [f"missing {n}" for n in types if n not in record] or [
+        f"{n} is {record[n]!r}" for n, t in types.items() if not _is(t, record[n])
+    ]
 
 
 def _is(name: Any, value: object) -> bool:
@@ -222,4 +266,6 @@ def _is(name: Any, value: object) -> bool:
         "float": (int, float),
         "float | None": (int, float, type(None)),
     }
-    return isinstance(value, types[name])
+    if isinstance(value, bool):  # which is an int to Python
+        return name == "bool"
+    return isinstance(value, types[name]) and not (isinstance(value, float) and not math.isfinite(value))

@@ -1,9 +1,9 @@
 """GPU time of a call, as a serving engine with CUDA graphs would see it.
 
 A provider is captured into a CUDA graph that calls it many times in a row, each time on the next of several sets of
-inputs. As far as 64 sets go, they are together larger than the L2, so that every call finds its inputs in DRAM; or they
-are kept well within it. Providers take turns replaying their graphs in one process, so that clocks and temperature
-drift over all of them alike. Each replay is one raw sample.
+inputs. Together, the sets (at most 64) are larger than the L2, so that every call finds its inputs in DRAM; or they are
+kept well within it. Providers take turns replaying their graphs in one process, so that clocks and temperature drift
+over all of them alike. Each replay is one raw sample.
 """
 
 from __future__ import annotations
@@ -40,13 +40,22 @@ def sets_needed(bytes_read: int, device: torch.device | str = "cuda") -> int:
     return max(2, min(MAX_SETS, -(-5 * l2 // bytes_read)))
 
 
+def modules_past_l2(
+    build: Callable[[int], torch.nn.Module], device: torch.device | str = "cuda"
+) -> list[torch.nn.Module]:
+    """Modules built from the seeds 0, 1, ...: as many as it takes for their weights to come from DRAM."""
+    first = build(0)
+    weights = sum(t.nbytes for t in (*first.parameters(), *first.buffers()))
+    return [first, *(build(seed) for seed in range(1, sets_needed(weights, device)))]
+
+
 def sets_of(case: Case, in_l2: bool) -> int:
-    """Input sets for a case: in_l2 where they stay in the L2, as what the kernel before has just written does."""
+    """Input sets for a case: in_l2: few enough to stay in the L2, like the output of the previous kernel."""
     return sets_in_l2(case.bytes) if in_l2 else sets_needed(case.traffic[0])
 
 
 def sets_in_l2(bytes_moved: int, device: torch.device | str = "cuda") -> int:
-    """How many input sets keep, with the outputs, to half of the L2; at least two, at most 64."""
+    """How many input sets fit, with their outputs, into half of the L2; at least two, at most 64."""
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, min(MAX_SETS, l2 // 2 // bytes_moved))
 
@@ -58,8 +67,8 @@ def time_calls(
 
     sample_us: length of one sample, in microseconds.
     """
-    # Nobody reads what the graphs write and one runs at a time, so that their outputs may share memory: hundreds of
-    # launch configs of a large case would not fit otherwise.
+    # Nothing reads what the graphs write and one runs at a time, so their outputs can share memory: hundreds of launch
+    # configs of a large case would not fit otherwise.
     pool = torch.cuda.graph_pool_handle()
     graphs = {name: capture(calls, sample_us, pool) for name, calls in providers.items()}
     raw = interleaved([graph for graph, _ in graphs.values()], samples)
@@ -96,7 +105,7 @@ def capture(calls: Sequence[Call], sample_us: float, pool: Any) -> tuple[torch.c
 
 
 def capture_once(call: Call) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one call, which is made once before."""
+    """A CUDA graph of one call, which is run once before the capture."""
     with _side_stream() as stream:
         call()  # compiles and allocates outside of the graph
         return _record([call], 1, stream)
@@ -104,7 +113,7 @@ def capture_once(call: Call) -> torch.cuda.CUDAGraph:
 
 @contextmanager
 def _side_stream() -> Iterator[torch.cuda.Stream]:
-    # A graph is captured on a stream of its own: it waits for what was there before, and what follows waits for it.
+    # A graph is captured on a stream of its own, which waits for earlier work; later work waits for it.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -139,6 +148,6 @@ def summary(samples: Sequence[float]) -> Timing:
 
 
 def middle_mean(samples: Sequence[float]) -> float:
-    """Interquartile mean: of a smaller variance than the median, and blind to outliers."""
+    """Interquartile mean: with a lower variance than the median, and insensitive to outliers."""
     quarter = len(samples) // 4
     return statistics.fmean(sorted(samples)[quarter : len(samples) - quarter])

@@ -1,8 +1,9 @@
-"""Types of arguments that several commands have."""
+"""How several commands read their arguments."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -14,3 +15,11 @@ def integers(text: str) -> tuple[int, ...]:
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: sizes start at 1")
     return values
+
+
+def chosen(text: str | None, known: Iterable[str], what: str) -> list[str]:
+    """'a,b' -> ["a", "b"], all that are known for None; raises ValueError for a name that is not known."""
+    names = text.split(",") if text else list(known)
+    if unknown := set(names) - set(known):
+        raise ValueError(f"unknown {what} {', '.join(sorted(unknown))}; accepted: {', '.join(known)}")
+    return names

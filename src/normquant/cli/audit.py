@@ -13,6 +13,7 @@ from normquant.audit.rules import RULE_IDS
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
 from normquant.cli.arguments import integers
+from normquant.cli.output_files import check_writable, write_atomically
 from normquant.compile import explain, inductor_options
 from normquant.report import audit_diff, audit_html, audit_text
 
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Audit, print, and check. 0: all is well; 1: an expectation does not hold; 2: nothing can be audited."""
+    check_writable(*(Path(path) for path in (args.json, args.html) if path and path != "-"))
     try:
         if args.diff:
             return _diff(args)
@@ -116,7 +118,7 @@ def _is_config(what: str) -> bool:
 def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Sequence[AuditReport]) -> None:
     title = args.what
     if args.html:
-        Path(args.html).write_text(audit_html.page(data, title), encoding="utf-8")
+        write_atomically(Path(args.html), audit_html.page(data, title))
     if args.github:
         print(audit_text.github_annotations(data))
     if args.json:
@@ -157,7 +159,7 @@ def _write(path: str, text: str) -> None:
     if path == "-":
         print(text)
     else:
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_atomically(Path(path), text + "\n")
 
 
 def _counts(pairs: Sequence[str], option: str = "--expect") -> dict[str, int]:

@@ -1,20 +1,42 @@
-"""`normquant bench`: what to measure, and where the records go."""
+"""Measure on this GPU: kernels beside their peers, whole decoder layers, or vLLM serving a model."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, get_args
 
 from normquant.bench.cases import MS, OPS, Case, kernel_cases
 from normquant.bench.records import KernelRecord, Record, writing
-from normquant.cli import bench_vllm as vllm_command
-from normquant.cli.arguments import integers
+from normquant.bench.vllm import supervisor
+from normquant.bench.vllm.job import LINEARS, SETTINGS, Job
+from normquant.bench.vllm.seeded_model import config
+from normquant.bench.vllm.supervisor import Failure
+from normquant.cli.arguments import chosen, integers
+from normquant.cli.output_files import check_writable
+from normquant.compile.policy import Policy
+from normquant.report import vllm_text
 
 SAMPLES = 21  # of each timing
+STEPS = 32  # decode steps of a sample of vLLM
+COMPARED = 32  # prompts whose logits are compared
+EXIT_FAILED = 2  # a process of vLLM failed: that is no check that did not hold
+
+Found = Iterator[tuple[Sequence[Record], str] | Failure]  # records and a line about them
+
+
+def expert_layers(text: str) -> tuple[int, ...]:
+    """'0,4' -> (0, 4), an argparse type; unlike other sizes, these start at 0."""
+    return tuple(0 if part == "0" else integers(part)[0] for part in text.split(","))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layer.add_argument("--m", type=integers, metavar="M,...", help="tokens (default: 1,16,64,1024,8192)")
     layer.add_argument("--samples", type=int, default=SAMPLES, help=f"samples of each timing (default: {SAMPLES})")
     vllm = suites.add_parser("vllm", help="vLLM serving a DeepSeek-R1 shard: as it comes, unfused, and with normquant")
-    vllm_command.add_arguments(vllm)
+    _add_vllm(vllm)
     for suite in (kernels, layer, vllm):
         suite.add_argument("--output", type=Path, metavar="FILE", help="write the records here, one JSON object a line")
 
@@ -42,6 +64,28 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--l2", action="store_true", help="inputs that stay in the L2 (default: they come from DRAM)")
 
 
+def _add_vllm(parser: argparse.ArgumentParser) -> None:
+    add, settings = parser.add_argument, ",".join(SETTINGS)
+    add(
+        "--settings", default=settings,
+        help=f"comma-separated (default: {settings}); also unfused, vLLM without its fused silu either",
+    )  # fmt: skip
+    add("--linear", default="deepgemm", help="deepgemm, cutlass, or both (default: deepgemm)")
+    add("--layers", type=int, default=16, help="decoder layers (default: 16)")
+    add(
+        "--moe", type=expert_layers, default=(0,), metavar="N,...",
+        help="how many of them, the last ones, have 256 experts; a model for each number (default: 0)",
+    )  # fmt: skip
+    add("--batch", type=integers, default=(1, 16, 64), metavar="N,...", help="requests (default: 1,16,64)")
+    add("--prefill", type=integers, default=(2048, 8192), metavar="N,...", help="prompts (default: 2048,8192 tokens)")
+    add("--samples", type=int, default=5, help="samples of each timing (default: 5)")
+    add("--steps", type=int, default=STEPS, help=f"decode steps of a sample (default: {STEPS})")
+    add("--policy", default="auto", choices=get_args(Policy), help="of normquant (default: auto)")
+    add("--workers", type=int, help="processes that start together (default: those of one model and linear)")
+    add("--timeout", type=float, default=900, metavar="S", help="of a start, of a measurement (default: 900)")
+    add("--keep", type=Path, metavar="DIR", help="keep vLLM's caches, reports, logs and kernels here")
+
+
 def need_gpu() -> None:
     """Raise ValueError where nothing can be measured."""
     import torch
@@ -52,9 +96,7 @@ def need_gpu() -> None:
 
 def grid_cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the arguments ask for; raises ValueError where there are none."""
-    ops = tuple(args.ops.split(",")) if args.ops else OPS
-    if unknown := set(ops) - set(OPS):
-        raise ValueError(f"unknown ops {', '.join(sorted(unknown))}; accepted: {', '.join(OPS)}")
+    ops = tuple(chosen(args.ops, OPS, "ops"))
     cases = list(kernel_cases(ops, args.k, args.m or MS))
     if not cases:
         raise ValueError(f"no case of {', '.join(ops)} has k in {args.k}")
@@ -62,62 +104,119 @@ def grid_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a line a case, write the records."""
+    """Measure, print a line for each case, write the records; 2 if a process of vLLM failed."""
+    check_writable(args.output)
     need_gpu()
-    if args.suite == "vllm":
-        return vllm_command.run(args)
-    start, count = time.monotonic(), 0
-    with writing(args.output) if args.output else nullcontext(len) as add:
-        for new, text in {"kernels": kernel_suite, "layer": layer_suite}[args.suite](args):
+    suite: Callable[[argparse.Namespace], Found] = SUITES[args.suite]
+    start, count, code = time.monotonic(), 0, 0
+    with writing(args.output) as add:
+        for found in suite(args):
+            if isinstance(found, Failure):
+                code = EXIT_FAILED
+                print(f"{found.job.name} failed {found.reason}\n{found.log}", file=sys.stderr, flush=True)
+                continue
+            new, text = found
             add(new)
             count += len(new)
             print(text, flush=True)
     print(f"{count} records in {time.monotonic() - start:.0f} s", file=sys.stderr)
-    return 0
+    return code
 
 
-def layer_suite(args: argparse.Namespace) -> Iterator[tuple[list[Record], str]]:
-    """Each model at each M: its records and a line about them."""
-    from normquant.bench.layers import MS, measure
-    from normquant.bench.models import MODELS
-
-    names = args.models.split(",") if args.models else list(MODELS)
-    if unknown := set(names) - set(MODELS):
-        raise ValueError(f"unknown models {', '.join(sorted(unknown))}; accepted: {', '.join(MODELS)}")
-    for name in names:
-        for record in measure(name, args.m or MS, args.samples):
-            yield [record], f"{name} m={record.m} {record.setting}: {record.us:.1f} us, {record.kernels} kernels"
-
-
-def kernel_suite(args: argparse.Namespace) -> Iterator[tuple[list[Record], str]]:
+def kernel_suite(args: argparse.Namespace) -> Found:
     """Each case: the records of all providers and a line about them."""
-    from normquant.bench.kernels import measure
+    from normquant.bench import kernels
     from normquant.bench.precompile import precompile
     from normquant.bench.providers import PROVIDERS
 
-    names = args.providers.split(",") if args.providers else list(PROVIDERS)
-    if unknown := set(names) - set(PROVIDERS):
-        raise ValueError(f"unknown providers {', '.join(sorted(unknown))}; accepted: {', '.join(PROVIDERS)}")
-    providers = []
-    for name, provider in PROVIDERS.items():
-        if name not in names:
-            continue
-        if lacks := provider.lacks():
-            print(f"{name}: left out, {lacks}", file=sys.stderr)
-        else:
-            providers.append(provider)
+    names = chosen(args.providers, PROVIDERS, "providers")
+    lacking = {name: lacks for name in PROVIDERS if name in names and (lacks := PROVIDERS[name].lacks())}
+    for name, lacks in lacking.items():
+        print(f"{name}: left out, {lacks}", file=sys.stderr)
+    providers = [provider for name, provider in PROVIDERS.items() if name in names and name not in lacking]
     cases = grid_cases(args)
     if trouble := precompile(cases, providers):
         print(trouble, file=sys.stderr)
     for case in cases:
-        new = list(measure(case, providers, args.samples, args.l2))
-        yield [*new], line(new)
+        new = list(kernels.measure(case, providers, args.samples, args.l2))
+        yield new, kernel_line(new)
 
 
-def line(records: Sequence[KernelRecord]) -> str:
+def kernel_line(records: Sequence[KernelRecord]) -> str:
     """One case as a line of text: us of each provider, and whose output is not what its rule says."""
     first = records[0]
     times = "  ".join(f"{r.provider} {r.us:.2f}{'' if r.match in ('bitwise', 'not an op') else '*'}" for r in records)
     ours = next((r for r in records if r.provider == "normquant"), None)
     copy = f"  [{ours.pct_of_copy:.0f}% of copy]" if ours and ours.pct_of_copy else ""
     return f"{first.op}{' +norm' if first.normed else ''} m={first.m} k={first.k}: {times}{copy}"
+
+
+def layer_suite(args: argparse.Namespace) -> Found:
+    """Each model at each M: its records and a line about them."""
+    from normquant.bench import decoder_layers
+
+    for name in chosen(args.models, decoder_layers.MODELS, "models"):
+        for r in decoder_layers.measure(name, args.m or decoder_layers.MS, args.samples):
+            yield [r], f"{name} m={r.m} {r.setting}: {r.us:.1f} us, {r.kernels} kernels"
+
+
+def vllm_suite(args: argparse.Namespace) -> Found:
+    """Each setting at each batch: its record and a line about it, or the failure of its process; at the end a table."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed here; pip install vllm")
+    records: list[dict[str, Any]] = []
+    with _folder(args.keep) as folder:
+        for found in supervisor.measure(vllm_groups(args, folder), args.timeout, findings):
+            if isinstance(found, Failure):
+                yield found
+                continue
+            records.append(asdict(found))
+            yield [found], vllm_text.line(records[-1])
+    yield [], "\n" + vllm_text.summary(records)
+    if args.keep:
+        print(f"what vLLM generated: normquant audit {args.keep}/SETTING-LINEAR/vllm", file=sys.stderr)
+
+
+def vllm_groups(args: argparse.Namespace, folder: Path) -> list[list[Job]]:
+    """The jobs, in groups that start together. Raises ValueError for arguments that make no sense."""
+    settings = chosen(args.settings, (*SETTINGS, "unfused"), "settings")
+    linears = chosen(args.linear, LINEARS, "linear kernels")
+    if min(args.samples, args.steps, args.timeout, args.workers or 1) < 1 or args.samples < 2:
+        raise ValueError("--samples starts at 2; --steps, --timeout and --workers start at 1")
+    jobs = [
+        Job(
+            setting=setting, linear=linear, layers=args.layers, moe=moe, batches=args.batch, prefill=args.prefill,
+            samples=args.samples, steps=args.steps, compared=COMPARED, policy=args.policy, folder="",
+            model=config(args.layers, moe),
+        )
+        for moe in args.moe for linear in linears for setting in settings
+    ]  # fmt: skip
+    jobs = [replace(job, folder=os.fspath(folder / job.name)) for job in jobs]
+    size = args.workers or len(settings)
+    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+
+
+@contextlib.contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    """The folder of vLLM's caches: the one to keep, or a temporary one."""
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="normquant-vllm-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def findings(cache: Path) -> dict[str, int]:
+    """What the auditor finds in the code in one of vLLM's caches, by rule; nothing if there is no code."""
+    from normquant.audit import audit_path
+
+    try:
+        reports = audit_path(cache)
+    except Exception as error:  # what was measured is worth more than what is said about the code
+        print(f"{cache} was not audited: {type(error).__name__}: {error}", file=sys.stderr)
+        return {}
+    return dict(Counter(finding.rule for report in reports for finding in report.findings))
+
+
+SUITES = {"kernels": kernel_suite, "layer": layer_suite, "vllm": vllm_suite}

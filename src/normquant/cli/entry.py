@@ -3,7 +3,7 @@
 A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``. It is imported only when it is asked
 for, so that ``normquant env`` works where ``normquant demo`` cannot. To add one, add a line to ``COMMANDS``.
 
-Exit codes: 0 done, 1 what the command checks did not hold, 2 wrong usage or input, 130 interrupted,
+Exit codes: 0 done, 1 a check did not hold, 2 wrong usage, unusable input or any other failure, 130 interrupted,
 141 the reader of the output went away.
 """
 
@@ -22,6 +22,7 @@ from normquant.version import VERSION
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+CORRECTABLE = (ValueError, OSError, ImportError)  # by the user; UnicodeDecodeError and json's error are ValueErrors
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Command:
 
 COMMANDS: tuple[Command, ...] = (
     Command("env", "normquant.cli.env", "versions, GPUs and driver, for a bug report"),
-    Command("demo", "normquant.demo", "fuse a real DeepSeek-V3 layer and show before and after"),
+    Command("demo", "normquant.cli.demo", "fuse a real DeepSeek-V3 layer and show before and after"),
     Command("audit", "normquant.cli.audit", "what the compiler generates for a model, and what to do about it"),
     Command("bench", "normquant.cli.bench", "measure kernels on this GPU, beside the packages that do the same"),
     Command("compare", "normquant.cli.compare", "what got slower or faster between two files of records"),
-    Command("plot", "normquant.cli.plot", "draw records of kernels, everybody's time beside ours"),
+    Command("plot", "normquant.cli.plot", "plot the kernels' times in records, relative to normquant's"),
     Command("tune", "normquant.cli.tune", "measure launch configs on this GPU and write their table"),
     Command("vllm-report", "normquant.cli.vllm_report", "what the plugin fused in vLLM's compiled graphs"),
 )
@@ -47,19 +48,12 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     """Run ``normquant`` with ``argv`` (default: ``sys.argv[1:]``) and return the exit code.
 
     Input that the user can correct (ValueError, OSError, a package that is not installed) is one line on stderr;
-    anything else is a defect of ours and keeps its traceback. argparse's own SystemExit passes through.
+    anything else keeps its traceback as well. argparse's own SystemExit passes through.
     """
-    top = _parser(commands).parse_args(argv)
-    debug = top.debug
+    given = sys.argv[1:] if argv is None else argv
     try:
-        module = importlib.import_module(next(c.module for c in commands if c.name == top.command))
-        parser = argparse.ArgumentParser(prog=f"normquant {top.command}", description=_first_line(module.__doc__))
-        parser.add_argument("--debug", action="store_true", default=debug, help=argparse.SUPPRESS)
-        module.add_arguments(parser)
-        args = parser.parse_args(top.arguments)
-        debug = args.debug
-        code: int = module.run(args)
-        sys.stdout.flush()  # a closed pipe must show here, not while the interpreter shuts down
+        code = _run(given, commands)
+        sys.stdout.flush()  # a closed pipe or a full disk must show here, not while the interpreter shuts down
         return code
     except KeyboardInterrupt:
         print("normquant: interrupted", file=sys.stderr)
@@ -67,11 +61,34 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     except BrokenPipeError:
         _discard_stdout()
         return EXIT_BROKEN_PIPE
-    except (ValueError, OSError, ImportError) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"normquant: error: {_one_line(error)}", file=sys.stderr)
+    except Exception as error:
+        _report(error, debug="--debug" in given)
         return EXIT_ERROR
+
+
+def _run(argv: Sequence[str], commands: Sequence[Command]) -> int:
+    top = _parser(commands).parse_args(argv)
+    module = importlib.import_module(next(c.module for c in commands if c.name == top.command))
+    parser = argparse.ArgumentParser(prog=f"normquant {top.command}", description=_first_line(module.__doc__))
+    parser.add_argument("--debug", action="store_true", default=top.debug, help=argparse.SUPPRESS)
+    module.add_arguments(parser)
+    args = parser.parse_args(top.arguments)
+    try:
+        code: int = module.run(args)
+    except SystemExit as error:  # of a user's module: its exit code would be taken for ours
+        raise RuntimeError(f"{top.command} ran code that called sys.exit({error.code!r})") from error
+    return code
+
+
+def _report(error: Exception, debug: bool) -> None:
+    expected = isinstance(error, CORRECTABLE)
+    if debug or not expected:
+        traceback.print_exc()
+    print(f"normquant: error: {'' if expected else f'{type(error).__name__}: '}{_one_line(error)}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # the disk is full, say: the interpreter would fail once more on exit, with a code of its own
+        _discard_stdout()
 
 
 def _parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
@@ -101,7 +118,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _discard_stdout() -> None:
-    """Point stdout at nothing: the interpreter flushes it once more on exit and would report the closed pipe then."""
+    """Point stdout at nothing: the interpreter flushes it once more on exit and would fail again then."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, sys.stdout.fileno())
     os.close(devnull)

@@ -1,4 +1,4 @@
-"""`normquant plot`: records of `normquant bench kernels` as a drawing."""
+"""Draw records of `normquant bench kernels`: the time of every provider as a multiple of normquant's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from normquant.bench.records import read
+from normquant.cli.output_files import check_writable, replacing
 from normquant.report import kernels_plot
 
 
@@ -20,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw."""
-    kernels_plot.save(kernels_plot.figure(list(read(args.records)), args.op, args.k), args.output)
+    check_writable(args.output)
+    drawing = kernels_plot.figure(list(read(args.records, kernels_plot.NEEDED)), args.op, args.k)
+    with replacing(args.output) as part:
+        kernels_plot.save(drawing, part)
     print(args.output, file=sys.stderr)
     return 0

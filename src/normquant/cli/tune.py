@@ -1,17 +1,20 @@
-"""`normquant tune`: measures on this GPU what the kernels and the compile pass choose from, and writes their tables."""
+"""Measure on this GPU what the kernels and the compile pass choose from, and write their tables."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shutil
 import sys
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from normquant.bench.cases import Case
 from normquant.bench.records import current_command
 from normquant.cli.bench import SAMPLES, add_grid, grid_cases, need_gpu
+from normquant.cli.output_files import check_writable, replacing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,18 +64,19 @@ def configs(args: argparse.Namespace, cases: list[Case]) -> Path:
 
     from normquant.tune import launch_configs
 
-    path = args.output or launch_configs.table_path(torch.cuda.get_device_capability())
+    path = _destination(args.output, launch_configs.table_path(torch.cuda.get_device_capability()))
+    table = _present(path)
     candidates = launch_configs.present_and_clusters if args.clusters else launch_configs.candidates
     if args.clusters:
         cases = [case for case in cases if launch_configs.clusters(case)]
     print(f"compiling on {os.cpu_count()} cores", file=sys.stderr)
     if trouble := launch_configs.precompile(cases, candidates):
         print(trouble, file=sys.stderr)
-    table = json.loads(path.read_text()) if path.is_file() else {}
     found = launch_configs.tune(cases, args.samples, lambda text: print(text, flush=True), args.l2, candidates)
     for op, widths in found.items():
         table.setdefault(op, {}).update(widths)
-    launch_configs.write(path, table)
+    with replacing(path) as part:
+        launch_configs.write(part, table)
     return path
 
 
@@ -84,15 +88,16 @@ def decode(args: argparse.Namespace) -> Path:
     from normquant.tune.decode_step import DEEPSEEK_R1, find_gemm
 
     capability = torch.cuda.get_device_capability()
-    path = args.output or launch_configs.table_path(capability)
+    path = _destination(args.output, launch_configs.table_path(capability))
+    table = _present(path)
     ms, gemm = args.m or by_decode_step.DECODE_MS, find_gemm(capability)
     print(f"compiling on {os.cpu_count()} cores", file=sys.stderr)
     if trouble := by_decode_step.precompile(ms, capability):
         print(trouble, file=sys.stderr)
     replays = by_decode_step.REPLAYS if args.samples is None else args.samples
     found = by_decode_step.tune(ms, replays, gemm, lambda text: print(text, flush=True))
-    table = json.loads(path.read_text()) if path.is_file() else {}
-    launch_configs.write(path, by_decode_step.merged(table, found, DEEPSEEK_R1.widths, capability))
+    with replacing(path) as part:
+        launch_configs.write(part, by_decode_step.merged(table, found, DEEPSEEK_R1.widths, capability))
     return path
 
 
@@ -103,7 +108,8 @@ def strategies(args: argparse.Namespace, cases: list[Case]) -> Path:
     from normquant.tune import strategies
 
     capability = torch.cuda.get_device_capability()
-    path = args.output or strategies.table_path(capability)
+    path = _destination(args.output, strategies.table_path(capability))
+    _present(path)
     norms = sorted((c for c in cases if c.op.endswith("rms_norm_quant")), key=lambda c: (c.op_name, c.k, c.m))
     entries = []
     for _, op in groupby(norms, key=lambda c: (c.op_name, c.k)):
@@ -111,5 +117,29 @@ def strategies(args: argparse.Namespace, cases: list[Case]) -> Path:
             entries.append(entry)
             times = ", ".join(f"{name} {us} us" for name, us in entry["us"].items())
             print(f"{entry['op']} k={entry['k']} m={entry['m'][1]}: {times}", flush=True)
-    strategies.write(path, capability, current_command(), entries)
+    with replacing(path) as part:
+        if path.is_file():  # `write` keeps the entries that are there
+            shutil.copyfile(path, part)
+        strategies.write(part, capability, current_command(), entries)
     return path
+
+
+def _destination(output: Path | None, default: Path) -> Path:
+    """Where the table goes. Raises OSError, before anything is measured, where it cannot be written."""
+    path = output or default
+    path.parent.mkdir(exist_ok=True)
+    check_writable(path)
+    return path
+
+
+def _present(path: Path) -> dict[str, Any]:
+    """The table whose rows are kept where nothing is measured. Raises ValueError for a file that is no table."""
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no table: {error}") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is no table, but a JSON {type(table).__name__}")
+    return table

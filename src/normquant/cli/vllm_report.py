@@ -37,13 +37,19 @@ def run(args: argparse.Namespace) -> int:
     if not files:
         raise ValueError(f"no {FILE} under {root}; vLLM compiled nothing there with normquant switched on")
     for path in files if args.all else files[:1]:
-        records = list(read(path))
-        if args.json:
-            for record in records:
-                print(json.dumps(asdict(record) | {"path": str(path)}))
-        else:
-            print(f"{path.parent}\n{text(records)}")
+        print(_report(path, args.json))
     return 0
+
+
+def _report(path: Path, as_json: bool) -> str:
+    """A file of records, as JSON lines or as text. Raises ValueError where it holds anything else."""
+    try:
+        records = list(read(path))
+        if as_json:
+            return "\n".join(json.dumps(asdict(record) | {"path": str(path)}) for record in records)
+        return f"{path.parent}\n{text(records)}"
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} does not hold what the plugin writes: {type(error).__name__}: {error}") from error
 
 
 def default_root(environ: Mapping[str, str]) -> Path:

@@ -8,14 +8,14 @@ from typing import Any
 
 from normquant.audit.program import Program, ProgramLaunch
 from normquant.audit.result import AuditReport
-from normquant.demo.layer import Dims, build_fake, fake_inputs, forward
+from normquant.demo.deepseek_layer import Dims, build_fake, fake_inputs, forward
 from normquant.demo.recorder import PASS, Recorder, norm_weights
 
 MATRIX_PRODUCTS = ("normquant.block_fp8_linear", "aten.bmm", "aten.mm", "aten.addmm", "aten.baddbmm")
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormLaunches:
     """One norm of the layer: its module, its width K, and what is launched from its input to the matrix products."""
 
     name: str
@@ -33,12 +33,12 @@ class Compiled:
     """One compile of the layer. fusion: normquant's FusionReport, None for the stock compile."""
 
     report: AuditReport
-    norms: tuple[Norm, ...]
+    norms: tuple[NormLaunches, ...]
     fusion: Any = None
 
     @property
     def kernels(self) -> tuple[ProgramLaunch, ...]:
-        """Every launch that is no matrix product: generated kernels and the quantization ops, one kernel each."""
+        """Every launch that is not a matrix product: generated kernels and the quantization ops, one kernel each."""
         return tuple(launch for launch in self.report.launches if not is_matrix_product(launch))
 
     @property
@@ -54,7 +54,7 @@ def compile_layer(
     options: dict[str, Any] | None = None,
     fusion: Callable[[], Any] = lambda: None,
 ) -> Compiled:
-    """Compile the layer for `target` with Inductor `options`; with none, as torch.compile does it.
+    """Compile the layer for `target` with Inductor `options`; without any, as plain torch.compile does.
 
     fusion: called after the compile, gives the FusionReport of the pass in `options`.
 
@@ -78,7 +78,7 @@ def is_matrix_product(launch: ProgramLaunch) -> bool:
     return launch.name.startswith(MATRIX_PRODUCTS)
 
 
-def find_norms(program: Program, weights: dict[str, str]) -> tuple[Norm, ...]:
+def find_norms(program: Program, weights: dict[str, str]) -> tuple[NormLaunches, ...]:
     """For each norm, by its weight among the program's inputs: the launches around it, between the matrix products.
 
     These are the kernel that reads the weight, what computes that kernel's inputs, and what of its outputs' further
@@ -93,7 +93,7 @@ def find_norms(program: Program, weights: dict[str, str]) -> tuple[Norm, ...]:
         after = _reach(own, feeds, products) & into_products
         positions = sorted({*own, *_reach(own, fed_by, products), *after})
         k = int(program.buffers[weight].shape[0])
-        norms.append(Norm(name, k, tuple(program.launches[p] for p in positions)))
+        norms.append(NormLaunches(name, k, tuple(program.launches[p] for p in positions)))
     return tuple(norms)
 
 
@@ -109,7 +109,7 @@ def _neighbours(program: Program) -> tuple[dict[int, set[int]], dict[int, set[in
 
 
 def _reach(start: Iterable[int], edges: dict[int, set[int]], stop: Iterable[int]) -> set[int]:
-    """What can be reached from `start`, without `stop` and without going through it."""
+    """What can be reached from `start` without passing through `stop`, whose members are not included."""
     found: set[int] = set()
     pending, closed = list(start), set(stop)
     while pending:

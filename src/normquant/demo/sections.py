@@ -1,4 +1,4 @@
-"""What the demonstration says, as sections of sentences and tables; `text` and `page` give them their form."""
+"""What the demonstration says, as sections of sentences and tables; `render` gives them their form."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from normquant.audit.program import Extern, ProgramLaunch
 from normquant.bench.timing import Timing
 from normquant.demo.codegen import Compiled, is_matrix_product
+from normquant.demo.deepseek_layer import R1_TP8
+from normquant.demo.demonstration import Demonstration, OnCpu, estimate_us, site_name
 from normquant.demo.exactness import ALLOWED, Checks, total
-from normquant.demo.gpu import OnGpu
-from normquant.demo.layer import R1_TP8
-from normquant.demo.outcome import OnCpu, Result, estimate_us, site_name
+from normquant.demo.gpu_timing import OnGpu
 from normquant.report import units
 
 NEXT = (
@@ -24,7 +24,7 @@ NEXT = (
 
 
 @dataclass(frozen=True)
-class Table:
+class SectionTable:
     """Cells as text. align: one of < and > per column. footer: whether the last row sums up the others."""
 
     header: tuple[str, ...]
@@ -35,20 +35,20 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what it is about, tables, and what follows from them."""
+    """A heading, what it is about, tables, and remarks on them."""
 
     title: str
     lead: str = ""
-    tables: tuple[Table, ...] = ()
+    tables: tuple[SectionTable, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
 
-def sections(result: Result) -> tuple[Section, ...]:
+def sections(result: Demonstration) -> tuple[Section, ...]:
     """The whole report, in order."""
     return (generated(result), same_values(result.cpu), timed(result.gpu, result.no_gpu))
 
 
-def verdict(result: Result) -> str:
+def verdict(result: Demonstration) -> str:
     """The run in one sentence."""
     before, after = result.before, result.after
     fused = sum(site.fused for site in result.after.fusion.sites)
@@ -58,7 +58,7 @@ def verdict(result: Result) -> str:
     )
 
 
-def generated(result: Result) -> Section:
+def generated(result: Demonstration) -> Section:
     """What the compiler generates, before and after."""
     shard = "at one GPU's share of eight (TP8)" if result.dims == R1_TP8 else "small"
     lead = (
@@ -102,7 +102,7 @@ def timed(gpu: OnGpu | None, no_gpu: str) -> Section:
         "CUDA graph replays, median (10th to 90th percentile), both compiles in turn; weights and inputs change with "
         "every call, so that all of them come from DRAM. The tokens are one sequence.",
         (
-            Table(("tokens", "torch.compile, us", "with normquant, us", "saved, us", "faster"), rows, ">>>>>"),
+            SectionTable(("tokens", "torch.compile, us", "with normquant, us", "saved, us", "faster"), rows, ">>>>>"),
             _checks_table(gpu.checks),
         ),
         (
@@ -119,7 +119,7 @@ def _slow_linears(gpu: OnGpu) -> list[str]:
     return ["the linears have no FP8 matrix product on this GPU and are dequantized: most of the time is theirs"]
 
 
-def _agreement(result: Result) -> str:
+def _agreement(result: Demonstration) -> str:
     checks = [result.cpu.checks, *([result.gpu.checks] if result.gpu else [])]
     found = total(check for both in checks for check in (*both.random, *both.exact))
     if not result.exact:
@@ -129,7 +129,7 @@ def _agreement(result: Result) -> str:
     return f"all {found.compared:,} values compared are the same"
 
 
-def _norms_table(before: Compiled, after: Compiled) -> Table:
+def _norms_table(before: Compiled, after: Compiled) -> SectionTable:
     rows: list[tuple[str, ...]] = [
         (b.name, str(b.k), describe(b.launches), units.size(b.bytes), describe(a.launches), units.size(a.bytes))
         for b, a in zip(before.norms, after.norms, strict=True)
@@ -141,19 +141,19 @@ def _norms_table(before: Compiled, after: Compiled) -> Table:
         )),
     ))  # fmt: skip
     header = ("around the norm", "K", "torch.compile", "DRAM", "with normquant", "DRAM")
-    return Table(header, tuple(rows), "<><><>", footer=True)
+    return SectionTable(header, tuple(rows), "<><><>", footer=True)
 
 
-def _layer_table(before: Compiled, after: Compiled) -> Table:
+def _layer_table(before: Compiled, after: Compiled) -> SectionTable:
     products = sum(map(is_matrix_product, before.report.launches))
     rows = [
-        (f"kernels beside its {products} matrix products", str(len(before.kernels)), str(len(after.kernels))),
+        (f"kernels besides its {products} matrix products", str(len(before.kernels)), str(len(after.kernels))),
         ("DRAM bytes of those", units.size(before.bytes), units.size(after.bytes)),
         ("their time, estimated at copy speed, us", f"{estimate_us(before):.1f}", f"{estimate_us(after):.1f}"),
     ]
     rules = dict.fromkeys(("identity", "layout-copy", *(f.rule for f in before.report.findings)))
     rows += [(f"findings: {rule}", str(before.report.count(rule)), str(after.report.count(rule))) for rule in rules]
-    return Table(("the whole layer", "torch.compile", "with normquant"), tuple(rows), "<>>")
+    return SectionTable(("the whole layer", "torch.compile", "with normquant"), tuple(rows), "<>>")
 
 
 def describe(launches: Sequence[ProgramLaunch]) -> str:
@@ -168,8 +168,8 @@ def _kind(launch: ProgramLaunch) -> str:
     return "norm" if any("rsqrt" in operation for operation in launch.aten) else "generated"
 
 
-def _reasons(result: Result) -> list[str]:
-    """Sites of one fate and one reason in a line."""
+def _reasons(result: Demonstration) -> list[str]:
+    """One line for all sites with the same outcome and reason."""
     groups: dict[tuple[str, str], list[str]] = {}
     for site in result.after.fusion.sites:
         groups.setdefault(("fused" if site.fused else "not fused", site.reason), []).append(site_name(site))
@@ -179,7 +179,7 @@ def _reasons(result: Result) -> list[str]:
 
 
 def _left_over(after: Compiled) -> list[str]:
-    """The identity and layout copies that are left, and whether a norm is beside them."""
+    """The identity and layout copies that remain, and whether they are around a norm."""
     around = {launch.position for norm in after.norms for launch in norm.launches}
     return [
         f"{f.rule} left, {'AROUND a norm' if f.position in around else 'not around a norm'}: {_source(f.origins)} "
@@ -190,13 +190,13 @@ def _left_over(after: Compiled) -> list[str]:
 
 
 def _source(origins: Iterable) -> str:
-    """The line that a copy comes from: the one that asks for a layout, where there is one."""
+    """The source line of a copy: the one that asks for a layout, if there is one."""
     lines = [origin.code for origin in origins if origin.code]
     asking = [code for code in lines if any(word in code for word in ("transpose", "permute", "contiguous"))]
     return (asking or lines or ["an unknown line"])[0]
 
 
-def _checks_table(checks: Checks) -> Table:
+def _checks_table(checks: Checks) -> SectionTable:
     rows = [
         (random.name, random.op, f"{random.all.compared:,}", str(random.all.differ), str(exact.all.differ))
         for random, exact in zip(checks.random, checks.exact, strict=True)
@@ -204,7 +204,7 @@ def _checks_table(checks: Checks) -> Table:
     both = total(checks.random), total(checks.exact)
     rows.append(("together", "", f"{both[0].compared:,}", str(both[0].differ), str(both[1].differ)))
     header = ("site", "op", "values compared", "differ, random", "differ, exact")
-    return Table(header, tuple(rows), "<<>>>", footer=True)
+    return SectionTable(header, tuple(rows), "<<>>>", footer=True)
 
 
 def _what_may_differ(checks: Checks) -> str:

@@ -1,4 +1,4 @@
-"""Records of `normquant bench kernels` as a drawing: everybody's time as a multiple of ours, over the rows."""
+"""Records of `normquant bench kernels` as a plot: each provider's time as a multiple of normquant's, over the rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS = "normquant"
+NEEDED = ("op", "k", "normed", "inputs", "m", "provider", "us")  # fields of a record
 # provider of a record -> its label and colour, of Okabe and Ito's palette, which colour-blind people tell apart
 SHOWN = {
     "vllm fused": ("vLLM fused", "#D55E00"),
@@ -52,7 +53,7 @@ def series(records: Sequence[Mapping[str, Any]], op: str, k: int, normed: bool) 
         for name in SHOWN.keys() & shown.keys():
             found[name].append((m, shown[name] / times[OURS]))
     if not any(found.values()):
-        raise ValueError(f"no records of {op} with K={k}{' and the norm' * normed}, of {OURS} and of somebody else")
+        raise ValueError(f"no records of {op} with K={k}{' and the norm' * normed}, of {OURS} and of another provider")
     return {name: points for name, points in found.items() if points}
 
 
@@ -69,7 +70,7 @@ def figure(records: Sequence[Mapping[str, Any]], op: str, k: int) -> Figure:
         axes = drawing.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for panel, found, title in zip(axes, panels, (op, f"{op}, the norm written too"), strict=False):
             _draw(panel, found, f"{title}, K = {k}", min(ratios) / 1.1, max(ratios) * 1.1)
-        axes[0].set_ylabel("time, in times of normquant's")
+        axes[0].set_ylabel("time relative to normquant's")
     return drawing
 
 

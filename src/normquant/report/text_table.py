@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-LEFT, RIGHT = "<", ">"
-
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str, indent: str = "") -> str:
     """Columns under a header, aligned as `align` says: one of < and > per column. Two spaces between columns."""

@@ -8,18 +8,8 @@ from typing import Any
 from normquant.report.text_table import table
 
 SHOWN = (
-    "norm_quant",
-    "norm",
-    "quant",
-    "silu_quant",
-    "silu",
-    "copy",
-    "pointwise",
-    "rope",
-    "gemm",
-    "attention",
-    "moe",
-    "other",
+    *("norm_quant", "norm", "quant", "silu_quant", "silu", "copy", "pointwise", "rope"),
+    *("gemm", "attention", "moe", "other"),
 )
 
 
@@ -38,66 +28,32 @@ def summary(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def decoding(records: Sequence[Mapping[str, Any]]) -> str:
-    """A row a record: GPU time of a step beside default's and off's, and of which class it is, in microseconds."""
+    """A row for each record: a step's GPU time, beside default's and off's and by class of kernel, in microseconds."""
     classes = [name for name in SHOWN if any(r["classes"].get(name, 0) >= 0.05 for r in records)]
-    header = [
-        "linear",
-        "batch",
-        "setting",
-        "GPU us/step",
-        "vs default",
-        "vs off",
-        "sum us",
-        "kernels",
-        "TPOT ms",
-        *classes,
-    ]
-    rows = [
-        [
-            _model(r),
-            str(r["batch"]),
-            r["setting"],
-            f"{r['gpu_us_per_step']:.1f}",
-            _change(r, records, "default"),
-            _change(r, records, "off"),
-            f"{r['sum_us_per_step']:.1f}",
-            str(r["kernels"]),
-            f"{r['tpot_ms']:.3f}",
-            *(f"{r['classes'].get(name, 0):.1f}" for name in classes),
-        ]
-        for r in sorted(records, key=lambda r: (_model(r), r["batch"]))
-    ]
-    return table(header, rows, "<><" + ">" * (len(header) - 3))
+    header = ["linear", "batch", "setting", "GPU us/step", "vs default", "vs off", "sum us", "kernels", "TPOT ms"]
+    rows = []
+    for r in sorted(records, key=lambda r: (_model(r), r["batch"])):
+        row = [_model(r), str(r["batch"]), r["setting"], f"{r['gpu_us_per_step']:.1f}"]
+        row += [_change(r, records, other) for other in ("default", "off")]
+        row += [f"{r['sum_us_per_step']:.1f}", str(r["kernels"]), f"{r['tpot_ms']:.3f}"]
+        rows.append([*row, *(f"{r['classes'].get(name, 0):.1f}" for name in classes)])
+    return table([*header, *classes], rows, "<><" + ">" * (len(header) + len(classes) - 3))
 
 
 def settings(records: Sequence[Mapping[str, Any]]) -> str:
-    """A row a setting: prompts, the logits' error, scales, and what the auditor found."""
+    """A row for each setting: prompts, the logits' error and scales; below, what the auditor found."""
     firsts = {(_model(r), r["setting"]): r for r in reversed(records)}
     prompts = sorted({tokens for r in records for tokens in r["prefill_ms"]}, key=int)
-    header = [
-        "linear",
-        "setting",
-        *(f"{t} tokens ms (GPU)" for t in prompts),
-        "logit error",
-        "p10 to p90",
-        "scales not 2^n",
-    ]
-    rows = [
-        [
-            _model(r),
-            r["setting"],
-            *(f"{r['prefill_ms'][t]:.2f} ({r['prefill_gpu_us'][t] / 1e3:.2f})" for t in prompts),
-            f"{r['logit_error']:.5f}",
-            f"{r['logit_error_p10']:.4f} to {r['logit_error_p90']:.4f}",
-            f"{r['scales_not_power_of_two']} of {r['scales']}",
-        ]
-        for r in reversed(firsts.values())
-    ]
-    found = [
-        f"{_model(r)} {r['setting']}, generated code: "
-        + (", ".join(f"{count} {rule}" for rule, count in sorted(r["findings"].items())) or "nothing found")
-        for r in reversed(firsts.values())
-    ]
+    header = ["linear", "setting", *(f"{tokens} tokens ms (GPU)" for tokens in prompts)]
+    header += ["logit error", "p10 to p90", "scales not 2^n"]
+    rows, found = [], []
+    for r in reversed(firsts.values()):
+        row = [_model(r), r["setting"]]
+        row += [f"{r['prefill_ms'][tokens]:.2f} ({r['prefill_gpu_us'][tokens] / 1e3:.2f})" for tokens in prompts]
+        row += [f"{r['logit_error']:.5f}", f"{r['logit_error_p10']:.4f} to {r['logit_error_p90']:.4f}"]
+        rows.append([*row, f"{r['scales_not_power_of_two']} of {r['scales']}"])
+        rules = ", ".join(f"{count} {rule}" for rule, count in sorted(r["findings"].items()))
+        found.append(f"{_model(r)} {r['setting']}, generated code: {rules or 'nothing found'}")
     return "\n".join([table(header, rows, "<<" + ">" * (len(header) - 2)), "", *found])
 
 

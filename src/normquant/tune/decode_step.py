@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from normquant.bench.models import MODELS
+from normquant.bench.decoder_layers import MODELS
 from normquant.kernels.configs import Config
 from normquant.linear import HOPPER, pad_weight_scale, quantize_weight
 from normquant.spec import QuantSpec

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normquant.bench.vllm import float32_model as reference
-from normquant.bench.vllm import seeded_weights as weights
+from normquant.bench.vllm import seeded_model as weights
 
 CONFIG = {
     "hidden_size": 64,

@@ -1,1 +1,1 @@
-"""`normquant bench vllm`: settings of vLLM beside each other, each in a process of its own."""
+"""`normquant bench vllm`: settings of vLLM side by side, each in a process of its own."""

@@ -1,4 +1,4 @@
-"""vLLM's engine in this process, one step at a time, with what each step ran and the logits that it computed."""
+"""vLLM's engine in this process, one step at a time: what each step ran, its logits, and the scales that it used."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 
+# The functions of DeepGEMM as `vllm.utils.deep_gemm` holds them; each gets (data, scales) of the activation first.
+DEEP_GEMM_ENTRIES = ("_fp8_gemm_nt_impl", "_grouped_impl", "_grouped_masked_impl")
+MANTISSA = 0x7FFFFF
+
 
 @dataclass(frozen=True)
-class Step:
+class EngineStep:
     """What one run of the model had: requests, and tokens of all of them together."""
 
     requests: int
@@ -28,7 +32,7 @@ class Engine:
         self._engine = llm.llm_engine
         self.runner = self._engine.model_executor.driver_worker.model_runner
         self.model: Any = self.runner.get_model()  # an nn.Module
-        self.steps: list[Step] = []
+        self.steps: list[EngineStep] = []
         self._requests = 0
         self._watch()
 
@@ -37,7 +41,7 @@ class Engine:
 
         def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
             if scheduled.total_num_scheduled_tokens:
-                self.steps.append(Step(len(scheduled.num_scheduled_tokens), scheduled.total_num_scheduled_tokens))
+                self.steps.append(EngineStep(len(scheduled.num_scheduled_tokens), scheduled.total_num_scheduled_tokens))
             return original(scheduled, *args, **kwargs)
 
         self.runner.execute_model = execute_model
@@ -56,7 +60,7 @@ class Engine:
         return outputs
 
     def finish(self) -> list[list[int]]:
-        """Step until no request is left; the tokens of those that ended, in the order of their end."""
+        """EngineStep until no request is left; the tokens of those that ended, in the order of their end."""
         ended = []
         while self._engine.has_unfinished_requests():
             ended += [list(o.outputs[0].token_ids) for o in self.step() if o.finished]
@@ -64,7 +68,7 @@ class Engine:
 
     @contextlib.contextmanager
     def logits(self) -> Iterator[list[torch.Tensor]]:
-        """The logits [requests, vocabulary] of every run of the model meanwhile, in float32 on the CPU."""
+        """The logits [requests, vocabulary] of every run of the model inside the block, in float32 on the CPU."""
         found: list[torch.Tensor] = []
         original = self.model.compute_logits
 
@@ -77,11 +81,11 @@ class Engine:
         try:
             yield found
         finally:
-            del self.model.compute_logits  # the class's own shows again
+            del self.model.compute_logits  # uncovers the method of the class
 
     @contextlib.contextmanager
     def without_graphs(self) -> Iterator[None]:
-        """Have the compiled code run by itself, not from CUDA graphs, so that Python sees each call of it."""
+        """Run the compiled code directly, not from CUDA graphs, so that Python sees each of its calls."""
         dispatcher = self.runner.cudagraph_dispatcher
         before = dispatcher.keys_initialized
         dispatcher.keys_initialized = False
@@ -109,3 +113,46 @@ def synchronize() -> None:
     """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+@dataclass
+class ScaleCounts:
+    """Scales seen, and those of them that are not powers of two."""
+
+    scales: int = 0
+    others: int = 0
+
+
+def not_powers_of_two(scale: torch.Tensor) -> int:
+    """How many scales are not powers of two; packed int32 ones hold exponents only, so they always are."""
+    if scale.dtype == torch.int32:
+        return 0
+    bits = scale.float().contiguous().view(torch.int32)
+    return int(((bits & MANTISSA != 0) | (bits <= 0)).sum())  # bits <= 0: zero or negative
+
+
+@contextlib.contextmanager
+def counted_scales() -> Iterator[ScaleCounts]:
+    """Count the scales of all activations that vLLM passes to DeepGEMM in the block; each call waits for the GPU."""
+    from vllm.utils import deep_gemm
+
+    counts = ScaleCounts()
+    originals = {name: getattr(deep_gemm, name, None) for name in DEEP_GEMM_ENTRIES}
+
+    def wrapper(original: Any) -> Any:
+        def call(activation: Any, *args: Any, **kwargs: Any) -> Any:
+            scale = activation[1]
+            counts.scales += scale.numel() * (4 if scale.dtype == torch.int32 else 1)
+            counts.others += not_powers_of_two(scale)
+            return original(activation, *args, **kwargs)
+
+        return call
+
+    present = {name: original for name, original in originals.items() if original is not None}
+    try:
+        for name, original in present.items():
+            setattr(deep_gemm, name, wrapper(original))
+        yield counts
+    finally:
+        for name, original in present.items():
+            setattr(deep_gemm, name, original)

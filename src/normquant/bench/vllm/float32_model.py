@@ -1,4 +1,4 @@
-"""A DeepSeek-V3 in float32 and plain torch: what the logits would be if nothing were rounded but the weights."""
+"""A DeepSeek-V3 in float32 and plain torch: what the logits would be if only the weights were rounded."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(config: Mapping[str, Any], x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """RoPE of x [T, heads, R], neighbours a pair."""
+    """RoPE of x [T, heads, R], adjacent values forming a pair."""
     r = x.shape[-1]
     inverse = config["rope_theta"] ** -(torch.arange(0, r, 2, device=x.device, dtype=torch.float32) / r)
     angle = (positions[:, None].float() * inverse)[:, None]  # [T, 1, R / 2]
@@ -101,7 +101,7 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts [T, k] that each token goes to, and their shares [T, k], of router logits [T, experts].
 
-    The bias counts where experts are chosen, not in their shares. Only experts of the `topk_group` best groups are
+    The bias affects which experts are chosen, not their shares. Only experts of the `topk_group` best groups are
     chosen, a group being as good as the sum of its two best.
     """
     scores = router_logits.sigmoid()
@@ -122,7 +122,7 @@ def rms_norm(config: Mapping[str, Any], x: torch.Tensor, weight: torch.Tensor) -
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Have float32 matrix products be float32, not TF32."""
+    """Compute float32 matrix products in float32, not TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normquant.bench.vllm.shard_model import cache_bytes
+from normquant.bench.vllm.seeded_model import cache_bytes
 
 SETTINGS = ("default", "off", "normquant")
 # What vLLM is told to leave alone; "unfused" is the model as it is written, whose numerics the plugin keeps.
@@ -20,8 +20,8 @@ PASSES = {
 LINEARS = ("deepgemm", "cutlass")
 PROMPT = 64  # tokens of a request that is decoded
 WARM_UP = 8  # steps before the first window
-# What a process sets for itself, whatever its own environment says: the engine in the process, no network, and as
-# little start-up work that is not measured as can be. FlashInfer's linear kernel would quantize inside.
+# What each process gets, whatever the caller's environment says: the engine inside the process, no network, and as
+# little unmeasured start-up work as possible. FlashInfer's linear kernel would quantize inside.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -39,10 +39,10 @@ class Job:
 
     setting: "default", vLLM as it comes; "off", without its norm-quant fusion; "unfused", without that of silu either;
         "normquant", with the plugin.
-    linear: which block-FP8 kernel has to be there, the start of its name in lower case. layers, moe: of the model, and
-        how many of them have experts.
+    linear: the block-FP8 kernel that vLLM must choose, by the start of its name in lower case. layers, moe: of the
+        model, and how many of them have experts.
     batches: requests decoded at once. prefill: lengths of prompts. samples: windows of `steps` steps each.
-    compared: prompts whose logits are set beside those of float32.
+    compared: prompts whose logits are compared with those of float32.
     model: the model's config.json. engine: arguments of `vllm.LLM` that replace ours.
     """
 
@@ -62,12 +62,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Names the job in logs and folders."""
+        """The job in logs and folders."""
         return f"{self.setting}-{self.linear}{'-moe' * (self.moe > 0)}"
 
     @property
     def decoded(self) -> int:
-        """Tokens that each request of a batch decodes: a window a sample, and a margin."""
+        """Tokens that each request of a batch decodes: one window for each sample, and a margin."""
         return 1 + 2 * WARM_UP + self.samples * self.steps
 
     @property
@@ -98,7 +98,7 @@ def read(path: Path) -> Job:
 
 
 def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of the job's process: caches of its own but for the GEMMs', and no switch but the setting's."""
+    """The environment of the job's process: its own caches, except for the GEMMs', and the setting's switches only."""
     folder = Path(job.folder)
     found = {n: v for n, v in base.items() if n != "NORMQUANT" and not n.startswith("VLLM_USE_DEEP_GEMM")}
     found |= ENVIRONMENT
@@ -108,13 +108,13 @@ def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str
     found["DG_JIT_CACHE_DIR"] = str(folder.parent / "deep_gemm")  # the same GEMMs in every setting, minutes of nvcc
     if job.setting == "normquant":
         found["NORMQUANT"] = "1"
-    if job.linear == "cutlass":  # DeepGEMM is what vLLM takes where it may, and asking for it moves the experts to it
+    if job.linear == "cutlass":  # vLLM prefers DeepGEMM anyway; asking for it by name would also move the experts to it
         found["VLLM_USE_DEEP_GEMM"] = "0"
     return found
 
 
 def engine_arguments(job: Job) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, but for how weights are loaded.
+    """Arguments of `vllm.LLM`, except for how weights are loaded.
 
     The cache has a fixed size: several processes start on one GPU, where vLLM's way to find one would count the
     others' memory as its own.

@@ -22,18 +22,16 @@ from typing import Any
 import torch
 
 from normquant.bench.timing import summary
-from normquant.bench.vllm import float32_model as reference
-from normquant.bench.vllm import profile as profile
-from normquant.bench.vllm import seeded_weights as weights
-from normquant.bench.vllm.e8m0_scales import counted
-from normquant.bench.vllm.engine import Engine, Step, expert_kernels, linear_kernels, synchronize
+from normquant.bench.vllm import float32_model, kernel_profile, seeded_model
+from normquant.bench.vllm.engine import Engine, EngineStep, counted_scales, expert_kernels, linear_kernels, synchronize
 from normquant.bench.vllm.job import PROMPT, WARM_UP, Job, engine_arguments, read
+from normquant.bench.vllm.kernel_profile import CLASSES
 
 Send = Callable[[dict[str, Any]], None]
 LOAD_FORMAT = "normquant_bench"
-SETTLE_S = 1.0  # of work before a wall time: this process has waited for the others, and the GPU was idle
-CALLS = 60  # lines of a listing of Python's calls
-SHORT = 8  # tokens of a prompt where only scales are looked at
+SETTLE_S = 1.0  # of work before a wall time: this process was waiting for the others, with the GPU idle
+CALLS = 60  # lines in a listing of Python calls
+SHORT = 8  # tokens of a prompt when only scales are counted
 
 
 def main(path: str) -> None:
@@ -50,7 +48,7 @@ def main(path: str) -> None:
 
 
 def lines() -> Send:
-    """A function that writes a line to what is standard output now; later prints go to standard error."""
+    """A function that writes a line to the present standard output; later prints go to standard error."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -62,7 +60,7 @@ def lines() -> Send:
 
 
 def start(job: Job) -> tuple[Engine, dict[str, torch.Tensor]]:
-    """vLLM with the job's setting, and the weights that it was given. Raises ValueError if it chose another kernel."""
+    """vLLM with the job's setting, and the weights that it got. Raises ValueError if it chose another linear kernel."""
     if job.setting == "normquant":
         from normquant.vllm.plugin import register
 
@@ -79,7 +77,7 @@ def start(job: Job) -> tuple[Engine, dict[str, torch.Tensor]]:
 
 
 def register_loader(loaded: dict[str, torch.Tensor]) -> None:
-    """Tell vLLM of a load format that makes the weights up, and leaves copies of them in `loaded`."""
+    """Register a load format with vLLM that generates the weights and leaves copies of them in `loaded`."""
     from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
 
     @register_model_loader(LOAD_FORMAT)
@@ -88,7 +86,7 @@ def register_loader(loaded: dict[str, torch.Tensor]) -> None:
             """There is nothing to download."""
 
         def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-            loaded.update(weights.fill(model))
+            loaded.update(seeded_model.fill(model))
 
 
 def facts(engine: Engine) -> dict[str, Any]:
@@ -107,12 +105,12 @@ def facts(engine: Engine) -> dict[str, Any]:
 
 
 def warm_up(engine: Engine, job: Job) -> None:
-    """Each shape that is measured, once: what is compiled for it is compiled now, while others start, too."""
+    """Run each measured shape once, so that compiling for it happens now, while other processes start as well."""
     for length in job.prefill:
         prefill(engine, job, length)
     for batch in job.batches:
         for request in range(batch):
-            engine.add(made_up(PROMPT, job.model["vocab_size"], request), 4)
+            engine.add(random_prompt(PROMPT, job.model["vocab_size"], request), 4)
         engine.finish()
 
 
@@ -123,7 +121,7 @@ def compare(engine: Engine, job: Job, loaded: dict[str, torch.Tensor]) -> dict[s
     logit_error: norm of the difference over norm of the reference, all prompts together; also of each position's own
     the 10th and 90th percentile.
     """
-    prompts = [made_up(PROMPT * (1 + i % 2) - i % 8, job.model["vocab_size"], i) for i in range(job.compared)]
+    prompts = [random_prompt(PROMPT * (1 + i % 2) - i % 8, job.model["vocab_size"], i) for i in range(job.compared)]
     found, texts = [], []
     for prompt in prompts:  # alone: the order of several in a batch is vLLM's own
         with engine.logits() as rows:
@@ -134,7 +132,7 @@ def compare(engine: Engine, job: Job, loaded: dict[str, torch.Tensor]) -> dict[s
         found += rows
         texts.append([*prompt, tokens[0]])
     device = next(engine.model.parameters()).device
-    full = reference.logits(job.model, lambda name: weights.float32(loaded, name, device), texts)
+    full = float32_model.logits(job.model, lambda name: seeded_model.float32(loaded, name, device), texts)
     expected = torch.cat([part[-2:].cpu() for part in full])  # [2 * prompts, vocabulary]
     logits = torch.cat(found)
     each = statistics.quantiles(((logits - expected).norm(dim=1) / expected.norm(dim=1)).tolist(), n=10)
@@ -147,17 +145,17 @@ def compare(engine: Engine, job: Job, loaded: dict[str, torch.Tensor]) -> dict[s
 
 
 def check_scales(engine: Engine, job: Job) -> dict[str, int]:
-    """How many scales reach DeepGEMM in a short run of prompts and of decoding, and how many are no powers of two."""
-    with engine.without_graphs(), counted() as counts:
+    """How many scales reach DeepGEMM while a few prompts run and decode, and how many are not powers of two."""
+    with engine.without_graphs(), counted_scales() as counts:
         for batch in job.batches:
             for _ in range(batch):
-                engine.add(made_up(SHORT, job.model["vocab_size"], batch), 3)
+                engine.add(random_prompt(SHORT, job.model["vocab_size"], batch), 3)
             engine.finish()
     return {"scales": counts.scales, "scales_not_power_of_two": counts.others}
 
 
 def measure(engine: Engine, job: Job, send: Send) -> None:
-    """Wall times first: a profiler that was there once slows down every launch after it."""
+    """Wall times first: once a profiler has run, every later launch is slower."""
     ms = {str(length): prefill_ms(engine, job, length) for length in job.prefill}
     tpot = {batch: step_ms(engine, job, batch) for batch in job.batches}
     for length in job.prefill:
@@ -179,17 +177,17 @@ def prefill_ms(engine: Engine, job: Job, length: int) -> float:
 def prefill_us(engine: Engine, job: Job, length: int) -> float:
     """Microseconds of the GPU of a prompt of `length` tokens."""
     prefill(engine, job, length)
-    runs = [profile.recorded(lambda: prefill(engine, job, length)) for _ in range(job.samples)]
-    keep(job, f"prefill-{length}", profile.by_name(runs[-1], 1))
-    return round(statistics.median(profile.window(kernels, 1).us for kernels in runs), 1)
+    runs = [kernel_profile.recorded(lambda: prefill(engine, job, length)) for _ in range(job.samples)]
+    keep(job, f"prefill-{length}", kernel_profile.by_name(runs[-1], 1))
+    return round(statistics.median(kernel_profile.window(kernels, 1).us for kernels in runs), 1)
 
 
 def prefill(engine: Engine, job: Job, length: int) -> None:
     """One prompt and its first token. Raises ValueError if vLLM ran it in parts."""
     before = len(engine.steps)
-    engine.add(made_up(length, job.model["vocab_size"], length), 1)
+    engine.add(random_prompt(length, job.model["vocab_size"], length), 1)
     engine.finish()
-    if engine.steps[before:] != [Step(1, length)]:
+    if engine.steps[before:] != [EngineStep(1, length)]:
         raise ValueError(f"a prompt of {length} tokens ran as {engine.steps[before:]}")
 
 
@@ -198,8 +196,8 @@ def decoding(engine: Engine, job: Job, batch: int) -> Iterator[None]:
     """Within: `batch` requests, every step decodes one token of each. Afterwards they are gone."""
     before = len(engine.steps)
     for request in range(batch):
-        engine.add(made_up(PROMPT, job.model["vocab_size"], request), job.decoded)
-    while Step(batch, batch) not in engine.steps[before:]:
+        engine.add(random_prompt(PROMPT, job.model["vocab_size"], request), job.decoded)
+    while EngineStep(batch, batch) not in engine.steps[before:]:
         engine.step()
     decode(engine, batch, WARM_UP)
     yield
@@ -216,9 +214,9 @@ def step_ms(engine: Engine, job: Job, batch: int) -> float:
 def profile_batch(engine: Engine, job: Job, batch: int) -> dict[str, Any]:
     """Figures of a step that decodes `batch` requests, of windows with no prompt in them."""
     with decoding(engine, job, batch):
-        runs = [profile.recorded(lambda: decode(engine, batch, job.steps)) for _ in range(job.samples)]
-    windows = [profile.window(kernels, job.steps) for kernels in runs]
-    keep(job, f"decode-{batch}", profile.by_name(runs[-1], job.steps))
+        runs = [kernel_profile.recorded(lambda: decode(engine, batch, job.steps)) for _ in range(job.samples)]
+    windows = [kernel_profile.window(kernels, job.steps) for kernels in runs]
+    keep(job, f"decode-{batch}", kernel_profile.by_name(runs[-1], job.steps))
     us = summary([w.us for w in windows])
     return {
         "gpu_us_per_step": round(us.us, 2),
@@ -226,7 +224,7 @@ def profile_batch(engine: Engine, job: Job, batch: int) -> dict[str, Any]:
         "us_p90": round(us.us_p90, 2),
         "n": us.n,
         "sum_us_per_step": round(statistics.median(w.sum_us for w in windows), 2),
-        "classes": {c: round(statistics.median(w.classes.get(c, 0.0) for w in windows), 2) for c in profile.CLASSES},
+        "classes": {c: round(statistics.median(w.classes.get(c, 0.0) for w in windows), 2) for c in CLASSES},
         "kernels": round(statistics.median(w.kernels for w in windows)),
     }
 
@@ -237,7 +235,7 @@ def decode(engine: Engine, batch: int, steps: int) -> None:
     for _ in range(steps):
         engine.step()
     ran = engine.steps[before:]
-    if ran != [Step(batch, batch)] * steps:
+    if ran != [EngineStep(batch, batch)] * steps:
         raise ValueError(f"{steps} steps that decode {batch} requests ran as {ran}")
 
 
@@ -250,8 +248,8 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def made_up(length: int, vocabulary: int, seed: int) -> list[int]:
-    """Tokens of a prompt, without the two that begin and end a text."""
+def random_prompt(length: int, vocabulary: int, seed: int) -> list[int]:
+    """Tokens of a prompt, without the two that mark the beginning and the end of a text."""
     generator = torch.Generator().manual_seed(seed)
     tokens: list[int] = torch.randint(2, vocabulary, (length,), generator=generator).tolist()
     return tokens

@@ -1,19 +1,29 @@
-"""Everything that one run of the demonstration found, and the same as plain data."""
+"""One run of the demonstration: its parts in order, everything that they found, and the same as plain data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
+
+import torch
 
 from normquant.audit.result import launch_us
 from normquant.bench.timing import Timing
-from normquant.demo.codegen import Compiled, is_matrix_product
-from normquant.demo.exactness import Check, Checks, total
-from normquant.demo.gpu import OnGpu
-from normquant.demo.layer import Dims
+from normquant.compile import inductor_options, last_report
+from normquant.demo.codegen import Compiled, compile_layer, is_matrix_product
+from normquant.demo.deepseek_layer import R1_TP8, SMALL, Dims, build, float64_twin, forward, inputs
+from normquant.demo.exactness import Check, Checks, check_sites, outputs, relative_error, total
+from normquant.demo.gpu_timing import OnGpu, measure, why_not
+from normquant.demo.recorder import record
 
 RULES = ("identity", "layout-copy")
+TARGET = "h100"
+TOKENS = 64  # a decode batch
+CPU_TOKENS = 256
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class OnCpu:
 
 
 @dataclass(frozen=True)
-class Result:
+class Demonstration:
     """One run. dims, tokens, target: what was compiled; gpu: None where `no_gpu` says why."""
 
     dims: Dims
@@ -72,6 +82,31 @@ class Result:
         }
 
 
+def demonstrate(progress: Progress) -> Demonstration:
+    """All parts, in order."""
+    progress(f"compiling the layer for an {TARGET.upper()}, stock")
+    before = compile_layer(R1_TP8, TOKENS, TARGET)
+    progress(f"compiling the layer for an {TARGET.upper()}, with normquant")
+    after = compile_layer(R1_TP8, TOKENS, TARGET, inductor_options(), fusion=last_report)
+    cpu = on_cpu(SMALL, CPU_TOKENS, progress)
+    reason = why_not()
+    gpu = None if reason else measure(R1_TP8, partial(inductor_options, "always"), progress)
+    return Demonstration(R1_TP8, TOKENS, TARGET, before, after, cpu, gpu, reason)
+
+
+def on_cpu(dims: Dims, tokens: int, progress: Progress) -> OnCpu:
+    """The small layer on the CPU: fused beside unfused, and both beside float64."""
+    progress("running a small layer on the CPU, fused and unfused")
+    layer, tensors = build(dims, "cpu"), inputs(dims, tokens, "cpu")
+    recording = record(forward, (layer, *tensors), inductor_options("always"))  # "auto" fuses only on a GPU
+    checks = check_sites(recording)
+    progress("running it in float64")
+    with torch.no_grad():
+        exact = forward(float64_twin(layer), *(t.double() for t in tensors))
+    errors = [relative_error(output, exact) for output in outputs(recording)]
+    return OnCpu(dims, tokens, checks, *errors)
+
+
 def site_name(site: Any) -> str:
     """The site's module inside the layer: "input_layernorm"."""
     return site.name.removeprefix("layer.")
@@ -99,14 +134,8 @@ def _compiled(compiled: Compiled) -> dict[str, Any]:
 def _checks(checks: Sequence[Check]) -> dict[str, Any]:
     found = total(checks)
     sites = [
-        {
-            "name": check.name,
-            "op": check.op,
-            "fp8": asdict(check.values),
-            "scales": asdict(check.scales),
-            "other": asdict(check.others),
-        }
-        for check in checks
+        {"name": c.name, "op": c.op, "fp8": asdict(c.values), "scales": asdict(c.scales), "other": asdict(c.others)}
+        for c in checks
     ]
     return {"compared": found.compared, "differ": found.differ, "sites": sites}
 

@@ -1,4 +1,4 @@
-"""`normquant bench vllm`: settings of vLLM beside each other, each in a process and with caches of its own.
+"""The parent of `normquant bench vllm`: settings of vLLM side by side, each in a process and with caches of its own.
 
 Processes of one group start together, as most of a start is compiling on the CPU; once all of them are ready, one after
 the other measures, alone on the GPU.
@@ -28,26 +28,28 @@ COMMAND = (sys.executable, "-m", "normquant.bench.vllm.worker")
 LOG = "log.txt"
 TAIL = 25  # lines of the log of a process that failed
 POLL_S = 0.5
-GRACE_S = 10.0  # from a request to end until the end is made
-
-Inspect = Callable[[Path], Mapping[str, int]]
+GRACE_S = 10.0  # from SIGTERM to SIGKILL
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that did not end: why, and the end of its log."""
+    """A job that failed: why, and the end of its log."""
 
     job: Job
     reason: str
     log: str
 
 
-class Failed(Exception):
-    """Why a process is given up."""
+Inspect = Callable[[Path], Mapping[str, int]]
+Found = Iterator[VllmRecord | Failure]
 
 
-class Process:
-    """One job's process. Its lines are read by a thread, so that waiting for one can time out."""
+class WorkerFailed(Exception):
+    """Why a process was given up on."""
+
+
+class WorkerProcess:
+    """One job's process. A thread reads its lines, so that waiting for one can time out."""
 
     def __init__(self, job: Job, command: Sequence[str]) -> None:
         self.job = job
@@ -71,16 +73,16 @@ class Process:
             self._lines.put(line)
 
     def message(self, deadline: float) -> dict[str, Any]:
-        """The next line that is a message. Raises Failed at the deadline, and where the process ends without one."""
+        """The next line that is a message. Raises WorkerFailed at the deadline and if the process ends without one."""
         while True:
             over = self._process.poll() is not None  # asked first: its last lines may still be on their way
             try:
                 line = self._lines.get(timeout=POLL_S)
             except queue.Empty:
                 if over:
-                    raise Failed(f"ended with exit code {self._process.returncode}") from None
+                    raise WorkerFailed(f"ended with exit code {self._process.returncode}") from None
                 if time.monotonic() > deadline:
-                    raise Failed("took longer than --timeout") from None
+                    raise WorkerFailed("took longer than --timeout") from None
                 continue
             with contextlib.suppress(json.JSONDecodeError):
                 message = json.loads(line)
@@ -88,14 +90,14 @@ class Process:
                     return message
 
     def go(self) -> None:
-        """Have it measure."""
+        """Start the measurement."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended, which `message` says
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
 
     def stop(self) -> None:
-        """End it, with all that it started, and wait until it has. A second time does nothing."""
+        """End it, with everything that it started, and wait for that; a second call does nothing."""
         if self._log.closed:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -106,47 +108,47 @@ class Process:
         self._log.close()
 
     def failure(self, reason: str) -> Failure:
-        """What is reported of it."""
+        """The failure to report, for a reason."""
         lines = (Path(self.job.folder) / LOG).read_text(errors="replace").splitlines()
         return Failure(self.job, reason, "\n".join(lines[-TAIL:]))
 
 
 def measure(
     groups: Sequence[Sequence[Job]], timeout: float, inspect: Inspect, command: Sequence[str] | None = None
-) -> Iterator[VllmRecord | Failure]:
+) -> Found:
     """The records of all jobs, as they come, and what failed; the rest goes on.
 
-    groups: jobs whose processes are there at the same time. timeout: seconds, for a start and for a measurement.
+    groups: jobs whose processes run at the same time. timeout: seconds, for a start and for a measurement.
     inspect: findings by rule in the code that vLLM generated, from the folder of its cache.
     """
     for group in groups:
-        processes: list[Process] = []
+        processes: list[WorkerProcess] = []
         try:
-            processes.extend(Process(job, command or COMMAND) for job in group)
+            processes.extend(WorkerProcess(job, command or COMMAND) for job in group)
             yield from _measure_group(processes, timeout, inspect)
         finally:
             for process in processes:
                 process.stop()
 
 
-def _measure_group(processes: Sequence[Process], timeout: float, inspect: Inspect) -> Iterator[VllmRecord | Failure]:
+def _measure_group(processes: Sequence[WorkerProcess], timeout: float, inspect: Inspect) -> Found:
     deadline = time.monotonic() + timeout
-    ready: list[tuple[Process, dict[str, Any]]] = []
+    ready: list[tuple[WorkerProcess, dict[str, Any]]] = []
     for process in processes:
         try:
             ready.append((process, _expect(process, "ready", deadline)))
-        except Failed as error:
+        except WorkerFailed as error:
             process.stop()
             yield process.failure(f"starting: {error}")
     for process, facts in ready:
         try:
             yield from _records(process, facts | {"findings": dict(inspect(process.job.cache))}, timeout)
-        except Failed as error:
+        except WorkerFailed as error:
             yield process.failure(f"measuring: {error}")
         process.stop()  # before the next one measures
 
 
-def _records(process: Process, facts: dict[str, Any], timeout: float) -> Iterator[VllmRecord]:
+def _records(process: WorkerProcess, facts: dict[str, Any], timeout: float) -> Iterator[VllmRecord]:
     deadline = time.monotonic() + timeout
     process.go()
     prefill = _expect(process, "prefill", deadline)
@@ -155,15 +157,15 @@ def _records(process: Process, facts: dict[str, Any], timeout: float) -> Iterato
     _expect(process, "done", deadline)
 
 
-def _expect(process: Process, kind: str, deadline: float) -> dict[str, Any]:
+def _expect(process: WorkerProcess, kind: str, deadline: float) -> dict[str, Any]:
     message = process.message(deadline)
     if message.pop("kind") != kind:
-        raise Failed(f"said {message} where {kind} was due")
+        raise WorkerFailed(f"sent {message} instead of {kind!r}")
     return message
 
 
 def record(job: Job, facts: dict[str, Any], prefill: dict[str, Any], batch: dict[str, Any]) -> VllmRecord:
-    """One record, of what a process said."""
+    """One record, from the messages of a process."""
     return VllmRecord(
         suite="vllm",
         setting=job.setting,

@@ -2,7 +2,15 @@
 
 import pytest
 
-from normquant.bench.vllm.profile import CLASSES, Kernel, by_name, kernel_class, own_time, recorded, window
+from normquant.bench.vllm.kernel_profile import (
+    CLASSES,
+    ProfiledKernel,
+    by_name,
+    kernel_class,
+    own_time,
+    recorded,
+    window,
+)
 
 NAMES = {
     "norm_quant": [
@@ -68,7 +76,8 @@ def test_every_class_has_a_name_here():
 
 
 # a runs from 0 to 4; b is launched at 3 and ends at 6; c lies within b; d comes after a gap of 2
-KERNELS = [Kernel("nvjet_d", 8, 1), Kernel("rms_norm_quant_kernel", 3, 3), Kernel("nvjet_a", 0, 4), Kernel("x", 4, 1)]
+TIMES = (("nvjet_d", 8, 1), ("rms_norm_quant_kernel", 3, 3), ("nvjet_a", 0, 4), ("x", 4, 1))
+KERNELS = [ProfiledKernel(*times) for times in TIMES]
 
 
 def test_overlapping_time_is_the_earlier_kernels():

@@ -1,4 +1,4 @@
-"""The layer on a real GPU: both compiles timed, and every fused op beside the graph that it replaced."""
+"""The layer on a real GPU: both compiles timed, and every fused op compared with the graph that it replaced."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from normquant.bench import timing
 from normquant.bench.timing import Timing
+from normquant.demo.deepseek_layer import Dims, build, forward, inputs
 from normquant.demo.exactness import Checks, check_sites
-from normquant.demo.layer import Dims, build, forward, inputs
 from normquant.demo.recorder import record
 from normquant.linear import HOPPER
 
@@ -38,9 +38,9 @@ class Times:
 
 @dataclass(frozen=True)
 class OnGpu:
-    """One GPU. empty_us: a kernel over one element, timed alike; copy_gbps: what a large copy reads and writes.
+    """One GPU. empty_us: a one-element kernel, timed the same way; copy_gbps: what a large copy reads and writes.
 
-    fp8_gemm: whether the linears are FP8 matrix products there, or dequantized ones, beside which the norms are small.
+    fp8_gemm: whether the linears run as FP8 matrix products there; dequantized ones take far longer than the norms.
     """
 
     name: str
@@ -74,10 +74,8 @@ def measure(
     """Check and time the layer on `device`; `options` makes the Inductor options of a fused compile."""
     name = torch.cuda.get_device_name(device)
     progress(f"comparing the fused ops with the replaced graph on the {name}, {CHECKED_TOKENS} tokens")
-    layers = [build(dims, device)]
+    layers = timing.modules_past_l2(lambda seed: build(dims, device, seed), device)
     checks = check_sites(record(forward, (layers[0], *inputs(dims, CHECKED_TOKENS, device)), options()))
-    weights = sum(t.nbytes for t in (*layers[0].parameters(), *layers[0].buffers()))
-    layers += [build(dims, device, seed) for seed in range(1, timing.sets_needed(weights, device))]
     times, found = [], {}
     for count in tokens:
         progress(f"timing the layer on {count} {'token' if count == 1 else 'tokens'}, stock and with normquant")
@@ -90,11 +88,11 @@ def measure(
 def _time(
     dims: Dims, layers: list[torch.nn.Module], tokens: int, options: dict[str, Any], device: str
 ) -> dict[str, Timing]:
-    """Both compiles and the two rows to compare with, in turn; every call has the next layer's weights and inputs."""
+    """Both compiles and the two reference rows, interleaved; every call uses the next layer's weights and inputs."""
     sets = [(layer, *inputs(dims, tokens, device, seed)) for seed, layer in enumerate(layers)]
     one, source = torch.zeros(1, device=device), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    torch._dynamo.reset()  # dynamo holds a few compiled forms of a function and no more
+    torch._dynamo.reset()  # Dynamo keeps only a few compiled versions of a function
     try:
         with torch.no_grad():
             return timing.time_calls(
@@ -110,8 +108,8 @@ def _time(
 
 
 def _calls(sets: list[tuple[Any, ...]], **how: Any) -> list[Callable[[], Any]]:
-    """The compiled layer on each set; fullgraph, so that falling back to eager is an error and no measurement."""
+    """The compiled layer on each set; fullgraph, so that a fallback to eager is an error, not a measurement."""
     compiled = torch.compile(forward, dynamic=False, fullgraph=True, **how)
-    for arguments in sets:  # compiled here, before a graph is captured
+    for arguments in sets:  # compiles before a graph is captured
         compiled(*arguments)
     return [functools.partial(compiled, *arguments) for arguments in sets]

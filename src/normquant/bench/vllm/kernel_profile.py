@@ -1,4 +1,4 @@
-"""GPU kernels of a window of steps: what class each is of, and the time in which it had the GPU."""
+"""GPU kernels of a window of steps: the class of each, and the GPU time that it accounts for."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 OTHER = "other"
-# The first rule that a kernel's name fits says its class. Inductor names a kernel after the operations in it, or, where
-# it no longer knows them, by a number alone: then a reduction is a norm, as nothing else reduces in these graphs, and a
-# pointwise kernel is a copy of the residual or the RoPE of k_pe, which only the generated code tells apart.
+# A kernel's class is that of the first rule that its name matches. Inductor names a kernel after the operations in it,
+# or, where it no longer knows them, with a number alone: then a reduction is a norm, as nothing else reduces in these
+# graphs, and a pointwise kernel is a copy of the residual or the RoPE of k_pe; only the generated code tells which.
 RULES: tuple[tuple[str, str], ...] = (
-    ("gemm", r"gemm::kernel::GemmUniversal|gemm_1d[12]d|nvjet"),  # their long names mention much else
+    ("gemm", r"gemm::kernel::GemmUniversal|gemm_1d[12]d|nvjet"),  # their long names contain other rules' words
     ("moe", r"moe|topk|top_k|expert|count_and_sort|permute_kernel"),
     ("attention", r"flash|fmha|mla|attention|attn|merge_states|reshape_and_cache|paged|varlen"),
     ("norm_quant", r"norm_quant_kernel|rms_norm_per_block_quant|rms_norm_dynamic|norm\w*_quant\w*kernel"),
@@ -34,7 +34,7 @@ CLASSES = (*dict.fromkeys(name for name, _ in RULES), OTHER)
 
 
 @dataclass(frozen=True)
-class Kernel:
+class ProfiledKernel:
     """One kernel on the GPU: start and length in microseconds."""
 
     name: str
@@ -62,8 +62,8 @@ def kernel_class(name: str) -> str:
     return next((cls for cls, rule in RULES if re.search(rule, name)), OTHER)
 
 
-def own_time(kernels: Iterable[Kernel]) -> list[tuple[Kernel, float]]:
-    """Each kernel, in order of start, and the microseconds of it in which no earlier one still ran."""
+def own_time(kernels: Iterable[ProfiledKernel]) -> list[tuple[ProfiledKernel, float]]:
+    """Each kernel, in order of start, and the microseconds during which no earlier one was still running."""
     found, busy_until = [], float("-inf")
     for kernel in sorted(kernels, key=lambda k: k.start):
         end = kernel.start + kernel.us
@@ -72,8 +72,8 @@ def own_time(kernels: Iterable[Kernel]) -> list[tuple[Kernel, float]]:
     return found
 
 
-def window(kernels: Sequence[Kernel], steps: int) -> Window:
-    """What a step of a window took."""
+def window(kernels: Sequence[ProfiledKernel], steps: int) -> Window:
+    """The figures of one step, from the kernels of a window."""
     classes: defaultdict[str, float] = defaultdict(float)
     for kernel, us in own_time(kernels):
         classes[kernel_class(kernel.name)] += us / steps
@@ -81,7 +81,7 @@ def window(kernels: Sequence[Kernel], steps: int) -> Window:
     return Window(sum(classes.values()), total / steps, len(kernels) / steps, dict(classes))
 
 
-def by_name(kernels: Sequence[Kernel], steps: int) -> list[tuple[str, str, float, float]]:
+def by_name(kernels: Sequence[ProfiledKernel], steps: int) -> list[tuple[str, str, float, float]]:
     """(class, name, times a step, own microseconds a step) of every kernel, the longest first."""
     count: Counter[str] = Counter()
     us: defaultdict[str, float] = defaultdict(float)
@@ -91,7 +91,7 @@ def by_name(kernels: Sequence[Kernel], steps: int) -> list[tuple[str, str, float
     return [(kernel_class(n), n, count[n] / steps, t / steps) for n, t in sorted(us.items(), key=lambda item: -item[1])]
 
 
-def recorded(run: Callable[[], object]) -> list[Kernel]:
+def recorded(run: Callable[[], object]) -> list[ProfiledKernel]:
     """The GPU kernels, copies and fills of a call; none where there is no GPU."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -103,7 +103,7 @@ def recorded(run: Callable[[], object]) -> list[Kernel]:
         run()
         torch.cuda.synchronize()
     return [
-        Kernel(e.name, e.time_range.start, e.time_range.elapsed_us())
+        ProfiledKernel(e.name, e.time_range.start, e.time_range.elapsed_us())
         for e in trace.events() or ()
         if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
     ]

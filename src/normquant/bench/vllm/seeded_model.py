@@ -1,21 +1,78 @@
-"""Weights made up from a seed: of the size that trained ones have, and the same whatever kernels vLLM chooses.
+"""The model of `normquant bench vllm`: a shard of DeepSeek-R1, one of eight, in block FP8, its weights from a seed.
 
-vLLM's own dummy weights are so small, norms among them, that every logit is the same. Here the outputs of each linear
-have a variance of about one. Block scales are powers of two, so that DeepGEMM, which asks for such scales and makes
-them where there are others, computes with the same weights as Cutlass does.
+The weights are of the size that trained ones have, and the same whatever kernels vLLM chooses. vLLM's own dummy weights
+are so small, norms among them, that every logit is the same. Here the outputs of each linear have a variance of about
+one. Block scales are powers of two, so that DeepGEMM, which asks for such scales and rounds all others to them,
+computes with the same weights as Cutlass does.
 """
 
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 
+from normquant.bench.decoder_layers import MODELS
 from normquant.linear import dequantize_weight, quantize_weight
 
 SCALE = "_scale_inv"  # vLLM's name of a weight's block scales is the weight's own and this
 ROUTED = ".routed_experts."
 NORM_SPREAD, BIAS_SPREAD = 0.1, 0.05
+
+VOCABULARY = 4096  # the embedding and the logits are not what is measured
+SHARD: dict[str, Any] = {
+    **MODELS["deepseek-r1"].config,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 16384,
+    "moe_intermediate_size": 256,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "num_nextn_predict_layers": 0,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": VOCABULARY,
+}
+
+
+def config(layers: int, moe: int = 0) -> dict[str, Any]:
+    """config.json of `layers` layers, of which the last `moe` have 256 experts and the others a dense MLP.
+
+    Raises ValueError for more layers with experts than layers.
+    """
+    if not 0 <= moe <= layers or layers < 1:
+        raise ValueError(f"{moe} of {layers} layers with experts; accepted: at least 1 layer, and 0 to all of them")
+    return SHARD | {"num_hidden_layers": layers, "first_k_dense_replace": layers - moe}
+
+
+def cache_bytes(model: dict[str, Any], tokens: int) -> int:
+    """Bytes of a bfloat16 latent cache for so many tokens."""
+    return 2 * tokens * model["num_hidden_layers"] * (model["kv_lora_rank"] + model["qk_rope_head_dim"])
 
 
 def fill(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -65,6 +122,6 @@ def _plain(name: str, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _normal(name: str, like: torch.Tensor) -> torch.Tensor:
-    """Normal float32 numbers of the shape of `like`, by the name."""
+    """Normally distributed float32 numbers in the shape of `like`, seeded by the name."""
     generator = torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)

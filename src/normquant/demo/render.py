@@ -1,12 +1,16 @@
-"""The demonstration as one self-contained HTML page."""
+"""The sections of the demonstration as text for a terminal, and as one self-contained HTML page."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from html import escape
 
-from normquant.demo.sections import NEXT, Section, Table
+from normquant.demo.sections import NEXT, Section, SectionTable
+from normquant.report.text_table import table
 
+WIDTH = 100
+INDENT = "   "
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2329; --soft: #5b6670; --rule: #d9dee3; --back: #fff; --code: #f3f5f7; }
 @media (prefers-color-scheme: dark) {
@@ -33,11 +37,38 @@ footer { margin-top: 2.5rem; color: var(--soft); }
 """
 
 
-def render(found: Sequence[Section], verdict: str, made_by: str) -> str:
+def as_text(found: Sequence[Section], verdict: str, seconds: float) -> str:
+    """All sections, the verdict and what to type next."""
+    parts = [_text_section(section) for section in found]
+    parts.append(_paragraph(f"{verdict} ({seconds:.0f} s)", "", ""))
+    width = max(len(what) for what, _ in NEXT)
+    parts.append("Next\n" + "\n".join(f"{INDENT}{what:<{width}}   {command}" for what, command in NEXT))
+    return "\n\n".join(parts) + "\n"
+
+
+def _text_section(section: Section) -> str:
+    parts = [section.title, _paragraph(section.lead, INDENT, INDENT)]
+    parts += ["", *(f"{_text_table(t)}\n" for t in section.tables)] if section.tables else []
+    parts += [_paragraph(note, f"{INDENT}- ", f"{INDENT}  ") for note in section.notes]
+    return "\n".join(parts)
+
+
+def _paragraph(text: str, first: str, following: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=following, break_long_words=False)
+
+
+def _text_table(t: SectionTable) -> str:
+    lines = table(t.header, t.rows, t.align, INDENT).splitlines()
+    if t.footer:
+        lines.insert(-1, lines[1])  # the rule under the header once more
+    return "\n".join(lines)
+
+
+def as_html(found: Sequence[Section], verdict: str, made_by: str) -> str:
     """The page; it loads nothing from anywhere. made_by: versions, for the foot of the page."""
     title = "normquant demo: a DeepSeek-V3 layer, before and after"
     following = "".join(f"<dt>{escape(what)}</dt><dd><code>{escape(command)}</code></dd>" for what, command in NEXT)
-    body = "".join(map(_section, found))
+    body = "".join(map(_html_section, found))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -48,22 +79,22 @@ def render(found: Sequence[Section], verdict: str, made_by: str) -> str:
     )
 
 
-def _section(section: Section) -> str:
+def _html_section(section: Section) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in section.notes)
     return (
         f'<section><h2>{escape(section.title)}</h2><p class="lead">{escape(section.lead)}</p>\n'
-        + "".join(map(_table, section.tables))
+        + "".join(map(_html_table, section.tables))
         + (f"<ul>{notes}</ul>" if notes else "")
         + "</section>\n"
     )
 
 
-def _table(table: Table) -> str:
-    classes = [' class="right"' if align == ">" else "" for align in table.align]
-    head = "".join(f'<th scope="col"{c}>{escape(cell)}</th>' for c, cell in zip(classes, table.header, strict=True))
+def _html_table(t: SectionTable) -> str:
+    classes = [' class="right"' if align == ">" else "" for align in t.align]
+    head = "".join(f'<th scope="col"{c}>{escape(cell)}</th>' for c, cell in zip(classes, t.header, strict=True))
     rows = []
-    for index, row in enumerate(table.rows):
+    for index, row in enumerate(t.rows):
         cells = "".join(f"<td{c}>{escape(cell)}</td>" for c, cell in zip(classes, row, strict=True))
-        last = table.footer and index == len(table.rows) - 1
+        last = t.footer and index == len(t.rows) - 1
         rows.append(f'<tr class="sum">{cells}</tr>' if last else f"<tr>{cells}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>\n'

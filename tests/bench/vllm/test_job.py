@@ -1,0 +1,50 @@
+"""Jobs of `normquant bench vllm`: what a process is told, and the arguments that vLLM gets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from shared.vllm_jobs import job
+
+from normquant.bench.vllm.job import engine_arguments, environment, read, write
+
+
+def test_a_job_is_the_same_after_a_file(tmp_path: Path):
+    before = replace(job(tmp_path), engine={"seed": 1})
+    path = write(before)
+    assert read(path) == before and read(path).engine == before.engine
+    assert json.loads((path.parent / "model" / "config.json").read_text()) == before.model
+
+
+def test_each_setting_has_its_own_environment(tmp_path: Path):
+    base = {"NORMQUANT": "1", "VLLM_USE_DEEP_GEMM": "1", "VLLM_CACHE_ROOT": "/x", "PATH": "/bin"}
+    default, ours = environment(job(tmp_path), base), environment(job(tmp_path, "normquant"), base)
+    assert "NORMQUANT" not in default and ours["NORMQUANT"] == "1"
+    # asked for by name, DeepGEMM would also take the experts; left alone, vLLM takes it for the linears
+    assert "VLLM_USE_DEEP_GEMM" not in default
+    assert environment(job(tmp_path, linear="cutlass"), base)["VLLM_USE_DEEP_GEMM"] == "0"
+    assert default["PATH"] == "/bin" and default["VLLM_CACHE_ROOT"] != ours["VLLM_CACHE_ROOT"]
+    assert default["DG_JIT_CACHE_DIR"] == ours["DG_JIT_CACHE_DIR"] == str(tmp_path / "deep_gemm")
+
+
+def test_settings_differ_in_one_thing(tmp_path: Path):
+    default, off, ours = (engine_arguments(job(tmp_path, s)) for s in ("default", "off", "normquant"))
+    assert "pass_config" not in default["compilation_config"] and "additional_config" not in default
+    unfused = engine_arguments(job(tmp_path, "unfused"))["compilation_config"]["pass_config"]
+    assert unfused == {"fuse_norm_quant": False, "fuse_act_quant": False}
+    assert off["compilation_config"].pop("pass_config") == {"fuse_norm_quant": False}
+    assert ours.pop("additional_config") == {"normquant": {"policy": "well"}}
+    for arguments in (default, off, ours):
+        del arguments["model"]
+    assert default == off == ours
+
+
+def test_every_request_fits(tmp_path: Path):
+    one = job(tmp_path)
+    arguments = engine_arguments(one)
+    assert arguments["max_model_len"] > 2048 and arguments["max_num_batched_tokens"] >= 2048
+    per_token = 2 * 4 * (512 + 64)  # bytes, layers, latent and RoPE
+    assert arguments["kv_cache_memory_bytes"] > per_token * 16 * (64 + one.decoded)
+    assert one.decoded > 5 * 32

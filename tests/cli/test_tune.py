@@ -1,0 +1,62 @@
+"""`normquant tune` where nothing is measured: what it refuses before the work, and how its tables are written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from normquant.cli.entry import main
+from normquant.tune import launch_configs, strategies
+
+ENTRY = {"op": "rms_norm_quant", "k": 512, "m": [1, 16], "us": {"stock": 9.0, "fused": 5.0}}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A GPU that measures nothing; gives what was asked for."""
+    asked: list[Any] = []
+
+    def measure(cases: list[Any], samples: int, in_l2: bool) -> list[dict[str, Any]]:
+        asked.append(cases)
+        return [ENTRY | {"k": cases[0].k}]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(launch_configs, "precompile", lambda *given: asked.append(given))
+    monkeypatch.setattr(strategies, "measure", measure)
+    return asked
+
+
+@pytest.mark.parametrize("what", [[], ["--strategies"], ["--clusters"]])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_table_is_refused_before_the_work(
+    tmp_path: Path, measured: list[Any], capsys: pytest.CaptureFixture[str], what: list[str], text: str
+) -> None:
+    path = tmp_path / "sm90.json"
+    path.write_text(text)
+    assert main(["tune", "--ops", "rms_norm_quant", "--k", "512", "--output", str(path), *what]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"normquant: error: {path} is no table")
+    assert measured == [] and path.read_text() == text
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, measured: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", "--ops", "rms_norm_quant", "--k", "512", "--output", str(tmp_path)]) == 2
+    assert "is a directory" in capsys.readouterr().err and measured == []
+
+
+def test_strategies_that_were_not_measured_keep_their_entries(tmp_path: Path, measured: list[Any]) -> None:
+    path, k = tmp_path / "sm90.json", ["--k", "512"]
+    assert main(["tune", "--strategies", "--ops", "rms_norm_quant", *k, "--output", str(path)]) == 0
+    table = json.loads(path.read_text())
+    table["entries"][0]["k"] = 640
+    path.write_text(json.dumps(table))
+    assert main(["tune", "--strategies", "--ops", "rms_norm_quant", *k, "--output", str(path)]) == 0
+    assert sorted({e["k"] for e in json.loads(path.read_text())["entries"]}) == [512, 640]
+    assert [p.name for p in tmp_path.iterdir()] == ["sm90.json"] and measured
