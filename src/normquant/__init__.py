@@ -1,5 +1,7 @@
 """RMSNorm and FP8 block quantization as one kernel, wherever a compiled model has them next to each other."""
 
+from typing import TYPE_CHECKING
+
 from normquant.version import VERSION
 
 __version__ = VERSION
@@ -36,9 +38,13 @@ except Exception as _error:  # `normquant env` must say what is wrong with torch
 
 else:
     from normquant import specs
-    from normquant.audit import audit
     from normquant.compile import FusionReport, explain, inductor_options
     from normquant.linear import BlockFP8Linear, block_fp8, block_fp8_linear, quantize_weight
     from normquant.ops import add_rms_norm_quant, group_quant, latent_norm_quant, rms_norm_quant, silu_mul_quant
     from normquant.ops._warmup import warmup
     from normquant.spec import QuantizedActivation, QuantSpec
+
+    if TYPE_CHECKING:  # to a type checker, a module cannot be called
+        from normquant.audit import audit
+    else:
+        from normquant import audit  # the package, which can

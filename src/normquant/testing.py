@@ -1,10 +1,9 @@
-"""For the tests of a model: what the compiler generates for it must stay what it was."""
+"""For a model's own tests: assert what the compiler generates for it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from normquant.audit import audit, expectations
-from normquant.audit.result import AuditReport
+from normquant.audit import AuditReport, audit, expectations
 
 
 def assert_generated(
@@ -18,20 +17,20 @@ def assert_generated(
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
 ) -> AuditReport:
-    """Compile `fn` for `target`, which need not be present, and assert what was generated. Gives back the report.
+    """Compile `fn` for `target`, which need not be present, and assert what was generated. Returns the report.
 
     Args:
         fn, make_inputs, target, options, dynamic: as for `normquant.audit`.
         expect: launches by name, e.g. {"rms_norm_quant": 3, "kernels": 5}: an operator with or without its namespace,
-            a generated kernel, a pattern with * and ?, or "kernels" for all that were generated.
+            a generated kernel, a pattern with * and ?, or "kernels" for all generated kernels.
         forbid: ids of rules that must find nothing.
-        max_bytes: the most that may be read from and written to DRAM, bytes.
+        max_bytes: the most bytes that may be read from and written to DRAM.
 
     Raises:
-        AssertionError: naming all that does not hold, and every launch.
+        AssertionError: lists every expectation that does not hold, and every launch.
         ValueError: an unknown rule, target or option.
     """
-    expectations.known_rules(forbid)
+    expectations.check_rules(forbid)
     report = audit(fn, make_inputs, target, options, dynamic)
     broken = expectations.broken([report], forbid, expect, max_bytes)
     if broken:

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from shared import generated_code
 
 from normquant.cli import audit as command
 
-FIXTURES = Path(__file__).parent / "fixtures"
-ON, OFF = str(FIXTURES / "fuse_norm_quant_on_layer.py"), str(FIXTURES / "fuse_norm_quant_off_layer.py")
+ON, OFF = str(generated_code.ON), str(generated_code.OFF)
 
 
 def run(*arguments: str) -> int:

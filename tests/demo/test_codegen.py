@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from normquant.audit.program import Access, Buffer, Extern, Kernel, Launch, Program
+from normquant.audit.program import Access, Buffer, Extern, Kernel, Program, ProgramLaunch
 from normquant.demo.codegen import find_norms, is_matrix_product
 from normquant.demo.sections import describe
 
@@ -23,7 +23,7 @@ def extern(position: int, name: str, reads: str, writes: str) -> Extern:
     return Extern(position, name, access(*reads.split()), access(*writes.split()))
 
 
-def program(*launches: Launch) -> Program:
+def program(*launches: ProgramLaunch) -> Program:
     names = {a.buffer for launch in launches for a in (*launch.reads, *launch.writes)}
     return Program(launches, {n: Buffer(n, "bfloat16", ("512",), ("1",), 100, "input", n) for n in names})
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shared.generated_code import ON
 
-from normquant.audit import on_disk
-from normquant.audit.on_disk import audit_path
+from normquant.audit import audit_path, reports
+from normquant.audit.program import GeneratedCode
 from normquant.audit.source import wrapper_code
-from normquant.report import audit_html, dataflow
+from normquant.report import audit_html
 
-FIXTURES = Path(__file__).parents[1] / "audit" / "fixtures"
-ON = FIXTURES / "fuse_norm_quant_on_layer.py"
 VOID = {"meta", "link", "br", "input", "img", "hr"}
 
 
@@ -89,12 +88,12 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
 def test_markup_in_names_stays_text() -> None:
     evil = "<script>alert(1)</script>"
     source = ON.read_text().replace("rms_norm_per_block_quant", "x")
-    module = wrapper_code.read_module(source, f"{evil}.py")
+    module = wrapper_code.read_module(GeneratedCode(f"{evil}.py", source))
     module.calls[0] = type(module.calls[0])(
         **{**module.calls[0].__dict__, "name": f'"><img src=x onerror=alert(1)>{evil}'}
     )
     module.notes.append(evil)
-    (report,) = on_disk.reports([module], source, "h100", (64,))
+    (report,) = reports.audit_modules([module], "h100", (64,))
     text = audit_html.page([report.to_dict()], evil)
     page = Page(text)
     assert "<script>alert" not in text and "<img" not in text
@@ -108,18 +107,6 @@ def test_several_sizes_have_a_switch() -> None:
     buttons = [attrs for _, attrs in page.elements if "data-show" in attrs]
     assert [b["aria-pressed"] for b in buttons] == ["true", "false"]
     assert ["hidden" in attrs for tag, attrs in page.elements if tag == "main"] == [False, True]
-
-
-def test_boxes_do_not_overlap_and_edges_go_down() -> None:
-    for path in [ON, *sorted((FIXTURES / "seeds").glob("*.py"))]:
-        for program in audit_path(path)[0].to_dict()["programs"]:
-            placed = dataflow.layout(program["launches"], program["edges"])
-            boxes = list(placed.boxes.values())
-            for i, (x, y) in enumerate(boxes):
-                assert dataflow.BOX_WIDTH / 2 <= x <= placed.width - dataflow.BOX_WIDTH / 2 and 0 < y < placed.height
-                for other_x, other_y in boxes[i + 1 :]:
-                    assert y != other_y or abs(x - other_x) >= dataflow.BOX_WIDTH
-            assert all(placed.boxes[line.source][1] < placed.boxes[line.target][1] for line in placed.lines)
 
 
 def test_a_long_program_is_drawn_in_part() -> None:

@@ -1,23 +1,20 @@
-"""Numbers, tables, differences and annotations as text."""
+"""An audit as text and as annotations; numbers and tables in it."""
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
+from shared.generated_code import ON
 
-from normquant.audit.on_disk import audit_path
-from normquant.report import annotations, audit_diff, audit_text, units
+from normquant.audit import audit_path
+from normquant.report import audit_text, units
 from normquant.report.text_table import shorten, table
-
-FIXTURES = Path(__file__).parents[1] / "audit" / "fixtures"
 
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    return audit_path(FIXTURES / "fuse_norm_quant_on_layer.py", rows=(64,))[0].to_dict()
+    return audit_path(ON, rows=(64,))[0].to_dict()
 
 
 @pytest.mark.parametrize(
@@ -62,22 +59,10 @@ def test_files_that_could_not_be_read_are_listed(report: dict[str, Any]) -> None
     assert "not read: cut.py: cut short" in audit_text.render([report], "title")
 
 
-def test_no_difference_is_said_plainly(report: dict[str, Any]) -> None:
-    text = audit_diff.render(report, copy.deepcopy(report), ("a", "b"))
-    assert "the same launches with the same bytes" in text and audit_diff.changes(report, report) == []
-
-
-def test_a_kernel_that_grew_is_a_change(report: dict[str, Any]) -> None:
-    after = copy.deepcopy(report)
-    after["programs"][0]["launches"][13]["bytes_read"] += 1 << 20
-    (change,) = audit_diff.changes(report, after)
-    assert change.count == (1, 1) and change.bytes[1] - change.bytes[0] == 1 << 20
-
-
 def test_annotations_escape_what_github_would_read(report: dict[str, Any]) -> None:
     finding = report["findings"][0]
     finding.update(message="50%\nof::it", kernel="a,b:c", origins=[{"file": "a:b,c.py", "line": 7, "code": ""}])
-    line = annotations.github([report]).splitlines()[0]
+    line = audit_text.github_annotations([report]).splitlines()[0]
     assert line.startswith(
         "::error file=a%3Ab%2Cc.py,line=7,title=mutated-input-copy%3A a%2Cb%3Ac::50%25%0Aof::it. Fix: "
     )

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from normquant.audit import on_disk
-from normquant.audit.capture.live_compile import Captured, capture
-from normquant.audit.result import AuditReport
-from normquant.audit.source import wrapper_code
+from normquant.audit import AuditReport, reports
+from normquant.audit.capture.live_compile import capture
+from normquant.audit.program import GeneratedCode
 
 Graph = tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]
 BF16, F16, F32, I64, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.float8_e4m3fn
@@ -20,6 +19,14 @@ BF16, F16, F32, I64, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.i
 
 def empty(*size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(*size, dtype=dtype, device="cuda")
+
+
+def rows_of_ones() -> tuple[torch.Tensor, ...]:
+    return (empty(64, 512),)
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
 
 
 def channels_last(*size: int) -> torch.Tensor:
@@ -146,8 +153,7 @@ GRAPHS: dict[str, Graph] = {
 
 
 @functools.cache
-def compiled(name: str) -> tuple[Captured, AuditReport]:
+def compiled(name: str) -> tuple[GeneratedCode, AuditReport]:
     """A graph of the table as Inductor generated it, and its audit; compiled once per test run."""
     (captured,) = capture(*GRAPHS[name])
-    module = wrapper_code.read_module(captured.source, name)
-    return captured, on_disk.reports([module], captured.source, "h100", scheduled=[captured.scheduled])[0]
+    return captured, reports.audit_code([captured], "h100")[0]

@@ -1,4 +1,4 @@
-"""What a build asks of an audit: no finding of these rules, so many launches of that name, at most so many bytes."""
+"""What a build expects of an audit: rules that find nothing, launches by name, at most so many bytes."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ def broken(
     expected: Mapping[str, int] | None = None,
     max_bytes: int | None = None,
 ) -> list[str]:
-    """One line per demand that does not hold; empty when all do."""
+    """One line per expectation that does not hold; empty when all do."""
     lines = []
     for report in reports:
         at = "".join(f" at {name} = {size}" for name, size in report.to_sizes().items()) if len(reports) > 1 else ""
@@ -31,17 +31,17 @@ def broken(
     return list(dict.fromkeys(lines))
 
 
-def known_rules(rules: Sequence[str]) -> None:
-    """ValueError for an id that is no rule's."""
+def check_rules(rules: Sequence[str]) -> None:
+    """Raise ValueError for an id that is not a rule's."""
     unknown = [rule for rule in rules if rule not in RULE_IDS]
     if unknown:
         raise ValueError(f"unknown rule {', '.join(unknown)}; there are {', '.join(RULE_IDS)}")
 
 
 def count(report: AuditReport, name: str) -> int:
-    """Launches called `name`, which may hold * and ?.
+    """How many launches are called `name`, in which * and ? are wildcards.
 
-    An opaque operator goes by its full name and by the part after its namespace: `rms_norm_quant` counts
+    An opaque operator matches by its full name and by the part after its namespace: `rms_norm_quant` counts
     `normquant.rms_norm_quant`, not `normquant.add_rms_norm_quant`. `kernels` counts every generated kernel.
     """
     if name == ALL_KERNELS:

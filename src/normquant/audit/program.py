@@ -1,7 +1,7 @@
-"""One model of a generated program, whatever it was read from: launches in order, buffers, bytes and edges.
+"""A generated program, wherever it was read from: launches in order, buffers, bytes and edges.
 
-Sizes are numbers here: a program with symbolic sizes is one `Program` per set of sizes, and `Buffer.shape` keeps the
-symbolic text. Bytes are DRAM bytes under the best case of every kernel: each element that a kernel touches is counted
+Sizes are numbers here: code with symbolic sizes gives one `Program` per set of sizes, and `Buffer.shape` keeps the
+symbolic text. Bytes are DRAM bytes in the best case of every kernel: each element that a kernel touches is counted
 once, however often it is loaded; `Access.loads` says how often.
 """
 
@@ -24,7 +24,7 @@ COPY_LAYOUT = "layout"  # the same elements, in other places
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor that the program reads or writes. Names that share memory have the same `storage`."""
+    """A tensor that the program reads or writes. Buffers that share memory have the same `storage`."""
 
     name: str
     dtype: str
@@ -37,7 +37,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Access:
-    """One launch's use of one buffer: distinct bytes touched, and how many loads or stores the code has for it."""
+    """One launch's use of one buffer: distinct bytes touched, and in how many passes they are loaded or stored."""
 
     buffer: str
     bytes: int
@@ -46,7 +46,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Copy:
-    """What a kernel does that only moves data: from, to, `COPY_SAME` or `COPY_LAYOUT`, and the dtypes on the way."""
+    """Data that a kernel only moves: from, to, `COPY_SAME` or `COPY_LAYOUT`, and the dtypes on the way."""
 
     source: str
     destination: str
@@ -64,8 +64,8 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One call of the generated program, in program order."""
+class ProgramLaunch:
+    """One call that the generated program makes: of a generated kernel, or of something else."""
 
     position: int
     name: str
@@ -75,8 +75,8 @@ class Launch:
     line: int = 0
     origins: tuple[Origin, ...] = ()
     aten: tuple[str, ...] = ()  # the graph operations that it was made of
-    mutates: tuple[str, ...] = ()  # buffers that held something and are overwritten
-    branch: str = ""  # which side of which branch it is on; launches of different sides do not both happen
+    mutates: tuple[str, ...] = ()  # buffers that held data and are overwritten
+    branch: str = ""  # which side of which branch it is on: launches on different sides do not both run
 
     @property
     def bytes_read(self) -> int:
@@ -92,19 +92,19 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Kernel(Launch):
+class Kernel(ProgramLaunch):
     """A generated kernel. `kind` is Inductor's: pointwise, reduction, persistent_reduction, template, foreach, user."""
 
     kind: str = "pointwise"
-    rows: str = ""  # the size of the outermost loop, as text: kernels over the same rows have the same
+    rows: str = ""  # the size of the outermost loop, as text: equal for kernels over the same rows
     copies: tuple[Copy, ...] = ()
-    is_copy: bool = False  # it does nothing but its copies
+    is_copy: bool = False  # it does nothing else
     why_not_fused: tuple[tuple[str, str], ...] = ()  # (name of the other launch, Inductor's reason)
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as it is passed to a call: sizes and strides as text, with their symbols."""
+    """A tensor as it is passed to a call: sizes and strides as text, symbols included."""
 
     buffer: str
     shape: tuple[str, ...]
@@ -112,16 +112,16 @@ class View:
 
 
 @dataclass(frozen=True)
-class Extern(Launch):
-    """A call of something that was not generated: a library kernel or a custom operator."""
+class Extern(ProgramLaunch):
+    """A call of something that Inductor did not generate: a library kernel or a custom operator."""
 
-    arguments: tuple[str, ...] = ()  # as written in the call
+    arguments: tuple[str, ...] = ()  # as the call spells them
     views: dict[int, View] = field(default_factory=dict)  # the tensors among them, by position
 
 
 @dataclass(frozen=True)
 class Edge:
-    """Data from one launch to a later one, through one buffer in DRAM. `producer` None: an input of the program."""
+    """Data that one launch passes to a later one through a buffer in DRAM. `producer` is None for program inputs."""
 
     buffer: str
     producer: int | None
@@ -133,7 +133,7 @@ class Edge:
 class Program:
     """A generated program at one set of sizes."""
 
-    launches: tuple[Launch, ...]
+    launches: tuple[ProgramLaunch, ...]
     buffers: dict[str, Buffer]
     outputs: tuple[str, ...] = ()
     sizes: dict[str, int] = field(default_factory=dict)
@@ -183,3 +183,12 @@ class Program:
             return "intermediate"
         held = self.buffers.get(self.storage(name), buffer)
         return "output" if self.is_output(name) and held.role == "intermediate" else held.role
+
+
+@dataclass(frozen=True)
+class GeneratedCode:
+    """The text of one generated module, where it comes from, and after a live compile what its scheduler knew."""
+
+    name: str
+    text: str
+    scheduled: Program | None = None

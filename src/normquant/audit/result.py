@@ -1,44 +1,78 @@
-"""The result of an audit: the program, the findings, and both as plain data."""
+"""The result of an audit: the programs, the findings, and both as plain data."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from normquant.audit import rules
-from normquant.audit.findings import NOTE, Finding
-from normquant.audit.program import Buffer, Kernel, Launch, Program
+from normquant.audit.program import Buffer, Kernel, Origin, Program, ProgramLaunch
 from normquant.audit.targets import Target
+
+ERROR = "error"  # a kernel that need not exist, or numbers other than those asked for
+WARNING = "warning"  # bytes or launches that another compile would not spend
+NOTE = "note"  # worth knowing; its bytes may come from a cache, and are not counted as wasted
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a rule's function yields: the launch, the bytes and launches that can be saved, and what to do."""
+
+    launch: ProgramLaunch
+    bytes: int
+    message: str
+    fix: str
+    buffer: str = ""
+    launches: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that the generated program does and need not do. The fields are the keys in JSON.
+
+    `bytes` is the DRAM traffic that can be saved, `share` its part of the program's traffic, `est_us` the time that can
+    be saved on the target. `program` and `position` identify the launch.
+    """
+
+    rule: str
+    severity: str
+    kernel: str
+    bytes: int
+    share: float
+    est_us: float
+    message: str
+    fix: str
+    file: str
+    line: int
+    buffer: str
+    program: int
+    position: int
+    origins: tuple[Origin, ...]
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What was generated for `target`, and what is wrong with it. One entry of `programs` and `source` per graph."""
+    """What was generated for `target`, and what is wrong with it. `programs` has one entry per graph."""
 
     target: Target
     programs: tuple[Program, ...]
     findings: tuple[Finding, ...]
-    source: str  # the generated code, all graphs
+    source: str  # the generated code of all graphs
     skipped: tuple[tuple[str, str], ...] = ()  # files that could not be read, and why
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """The generated kernels, one entry per launch, in order."""
+        """The generated kernels, one entry per launch, in program order."""
         return tuple(kernel for program in self.programs for kernel in program.kernels)
 
     @property
-    def launches(self) -> tuple[Launch, ...]:
-        """Generated kernels and opaque calls, in order."""
+    def launches(self) -> tuple[ProgramLaunch, ...]:
+        """Generated kernels and opaque calls, in program order."""
         return tuple(launch for program in self.programs for launch in program.launches)
 
     @property
     def externs(self) -> dict[str, int]:
-        """Opaque calls by name: how often each is called."""
-        counts: dict[str, int] = {}
-        for program in self.programs:
-            for extern in program.externs:
-                counts[extern.name] = counts.get(extern.name, 0) + 1
-        return counts
+        """How often each opaque operator is called, by name."""
+        return dict(Counter(extern.name for program in self.programs for extern in program.externs))
 
     @property
     def bytes(self) -> int:
@@ -47,7 +81,7 @@ class AuditReport:
 
     @property
     def wasted_bytes(self) -> int:
-        """Bytes of all findings but notes; a launch with several findings counts once, with its largest."""
+        """Bytes of all findings except notes; a launch with several findings counts once, with the largest."""
         largest: dict[tuple[int, int], int] = {}
         for finding in self.findings:
             if finding.severity != NOTE:
@@ -57,7 +91,7 @@ class AuditReport:
 
     @property
     def est_us(self) -> float:
-        """Estimated time of all launches on the target, us: a launch each, and their bytes at copy bandwidth."""
+        """Estimated time of all launches on the target, us: the launch overhead, and the bytes at copy bandwidth."""
         return sum(launch_us(launch, self.target) for launch in self.launches)
 
     def count(self, rule: str) -> int:
@@ -65,7 +99,7 @@ class AuditReport:
         return sum(finding.rule == rule for finding in self.findings)
 
     def to_sizes(self) -> dict[str, int]:
-        """The symbolic sizes, and what they were evaluated at."""
+        """The symbolic sizes, and the values that they were evaluated at."""
         return {name: size for program in self.programs for name, size in program.sizes.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,24 +122,23 @@ class AuditReport:
         return json.dumps(self.to_dict(), indent=indent)
 
 
-def launch_us(launch: Launch, target: Target) -> float:
+def launch_us(launch: ProgramLaunch, target: Target) -> float:
     """Estimated time of one launch, us."""
     return target.launch_us + launch.bytes / (target.dram_gbps * 1e3)
 
 
 def _program_dict(number: int, program: Program, target: Target) -> dict[str, Any]:
     """The data flow: every launch in order, the edges between them, and what they carry."""
+    edges = [{"buffer": e.buffer, "from": e.producer, "to": e.consumer, "bytes": e.bytes} for e in program.edges]
     return {
         "number": number,
         "name": program.name,
         "bytes": program.bytes,
         "launches": [_launch_dict(launch, target) for launch in program.launches],
-        "edges": [
-            {"buffer": e.buffer, "from": e.producer, "to": e.consumer, "bytes": e.bytes} for e in program.edges
-        ],
+        "edges": edges,
         "buffers": {name: _buffer_dict(program, buffer) for name, buffer in program.buffers.items()},
         "outputs": list(program.outputs),
-    }  # fmt: skip
+    }
 
 
 def _buffer_dict(program: Program, buffer: Buffer) -> dict[str, Any]:
@@ -118,7 +151,7 @@ def _buffer_dict(program: Program, buffer: Buffer) -> dict[str, Any]:
     }
 
 
-def _launch_dict(launch: Launch, target: Target) -> dict[str, Any]:
+def _launch_dict(launch: ProgramLaunch, target: Target) -> dict[str, Any]:
     return {
         "position": launch.position,
         "name": launch.name,
@@ -131,45 +164,21 @@ def _launch_dict(launch: Launch, target: Target) -> dict[str, Any]:
         "writes": {access.buffer: access.bytes for access in launch.writes},
         "est_us": round(launch_us(launch, target), 3),
         "aten": list(launch.aten),
-        "origins": [{"file": o.file, "line": o.line, "code": o.code} for o in launch.origins],
+        "origins": [asdict(origin) for origin in launch.origins],
     }
+
+
+_KERNEL_KEYS = ("name", "kind", "file", "bytes_read", "bytes_written", "reads", "writes", "est_us", "origins")
 
 
 def _kernel_dict(kernel: Kernel, target: Target) -> dict[str, Any]:
-    return {
-        "name": kernel.name,
-        "kind": kernel.kind,
-        "file": kernel.file,
-        "bytes_read": kernel.bytes_read,
-        "bytes_written": kernel.bytes_written,
-        "reads": [access.buffer for access in kernel.reads],
-        "writes": [access.buffer for access in kernel.writes],
-        "est_us": round(launch_us(kernel, target), 3),
-        "origins": [{"file": o.file, "line": o.line, "code": o.code} for o in kernel.origins],
-    }
+    """A kernel in the report's own list: buffers by name, without their bytes."""
+    launch = _launch_dict(kernel, target)
+    launch.update(reads=[access.buffer for access in kernel.reads], writes=[access.buffer for access in kernel.writes])
+    return {key: launch[key] for key in _KERNEL_KEYS}
 
 
 def _finding_dict(finding: Finding) -> dict[str, Any]:
-    return {
-        "rule": finding.rule,
-        "severity": finding.severity,
-        "kernel": finding.kernel,
-        "bytes": finding.bytes,
-        "share": round(finding.share, 6),
-        "est_us": round(finding.est_us, 3),
-        "message": finding.message,
-        "fix": finding.fix,
-        "file": finding.file,
-        "line": finding.line,
-        "buffer": finding.buffer,
-        "program": finding.program,
-        "position": finding.position,
-        "origins": [{"file": o.file, "line": o.line, "code": o.code} for o in finding.origins],
-    }
-
-
-def report(
-    programs: Sequence[Program], source: str, target: Target, skipped: Sequence[tuple[str, str]] = ()
-) -> AuditReport:
-    """Check programs that belong together against every rule, with times estimated for `target`."""
-    return AuditReport(target, tuple(programs), rules.check(programs, target), source, tuple(skipped))
+    data = asdict(finding)
+    data.update(share=round(finding.share, 6), est_us=round(finding.est_us, 3), origins=list(data["origins"]))
+    return data

@@ -1,12 +1,12 @@
-"""The GPUs that code can be generated for, and what an estimate needs to know of each.
+"""The GPUs that code can be generated for, and the speeds that times are estimated with.
 
 `dram_gbps` is what generated kernels reach on large tensors, not the data sheet's peak: 2.6 to 3.1 TB/s were measured
-on an H100 80GB HBM3 (peak 3.35; `python -m tests.audit.profiled` prints them), and the other rows scale that share
-of the peak by their own data sheet. `launch_us` is an empty kernel's share of a replayed CUDA graph on the same H100.
+on an H100 80GB HBM3 (peak 3.35; tests/gpu/profile_audit.py prints them), and the other rows are the same share of their
+own peaks. `launch_us` is an empty kernel's share of a replayed CUDA graph on the same H100.
 """
 
+import dataclasses
 import types
-from dataclasses import dataclass
 from typing import Any
 
 HERE = "here"
@@ -16,7 +16,7 @@ class Unavailable(RuntimeError):
     """Code cannot be generated for a target on this machine; the message says what is missing."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Target:
     """One GPU: its name, CUDA capability, the device properties that code generation reads, and its speeds."""
 
@@ -35,7 +35,7 @@ class Target:
         return self.capability[0] * 10 + self.capability[1]
 
     def properties(self) -> Any:
-        """What `torch.cuda.get_device_properties` would return there, as far as code generation reads it."""
+        """What `torch.cuda.get_device_properties` returns on that GPU, as far as code generation reads it."""
         return types.SimpleNamespace(
             name=self.device_name,
             major=self.capability[0],
@@ -85,14 +85,15 @@ def _this_gpu() -> Target:
         raise Unavailable(f"target 'here' needs a CUDA GPU and this machine shows none; without one use {named}")
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability = (properties.major, properties.minor)
-    nearest = next((t for t in TARGETS.values() if t.device_name == properties.name), None)
-    nearest = nearest or next((t for t in TARGETS.values() if t.capability == capability), TARGETS["h100"])
-    return Target(
-        HERE,
-        properties.name,
-        capability,
-        properties.multi_processor_count,
-        properties.total_memory >> 30,
-        getattr(properties, "L2_cache_size", nearest.l2_mib << 20) >> 20,
-        nearest.dram_gbps,
+    same = [t for t in TARGETS.values() if t.device_name == properties.name]
+    alike = [t for t in TARGETS.values() if t.capability == capability]
+    nearest = [*same, *alike, TARGETS["h100"]][0]  # for the speeds, which a device does not tell
+    return dataclasses.replace(
+        nearest,
+        name=HERE,
+        device_name=properties.name,
+        capability=capability,
+        multiprocessors=properties.multi_processor_count,
+        memory_gib=properties.total_memory >> 30,
+        l2_mib=getattr(properties, "L2_cache_size", nearest.l2_mib << 20) >> 20,
     )

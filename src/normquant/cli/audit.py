@@ -1,4 +1,4 @@
-"""Show what a compiler generated for a model: kernels, DRAM bytes, and what of it is waste. Needs no GPU."""
+"""Show what a compiler generated for a model: kernels, DRAM bytes, and which of them are waste. Needs no GPU."""
 
 import argparse
 import json
@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from normquant.audit import expectations, on_disk
-from normquant.audit.result import AuditReport
+from normquant.audit import AuditReport, audit_path, expectations, reports
 from normquant.audit.rules import RULE_IDS
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
+from normquant.cli.arguments import integers
 from normquant.cli.output_files import check_writable, write_atomically
 from normquant.compile import explain, inductor_options
-from normquant.report import annotations, audit_diff, audit_html, audit_text
+from normquant.report import audit_diff, audit_html, audit_text
 
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -27,26 +27,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="module:callable to compile; or generated code: a file, a cache directory of Inductor or vLLM, a log of "
         "TORCH_LOGS=output_code; or a transformers config.json",
     )  # fmt: skip
-    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what came and went from A to B, each like WHAT")
+    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B, each like WHAT")
     compiling = parser.add_argument_group("what is compiled")
     compiling.add_argument("--target", default="h100", help=f"{', '.join([*TARGETS, HERE])}; default h100")
     compiling.add_argument(
         "--arg", action="append", default=[], metavar="SPEC",
-        help="an input of the callable: bf16[64,7168], a number, or module:callable that makes it. Without any, WHAT "
-        "is called with nothing and gives (function or module, inputs)",
+        help="an input of the callable: bf16[64,7168], a number, or a module:callable that makes it. Without any, "
+        "WHAT is called without arguments and returns (function or module, inputs)",
     )  # fmt: skip
     compiling.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an Inductor option")
     compiling.add_argument(
         "--fuse", nargs="?", const="auto", metavar="POLICY",
-        help="with normquant.inductor_options(POLICY), auto without one; prints what was fused, and why not",
+        help="with normquant.inductor_options(POLICY), by default auto; prints what was fused, what was not, and why",
     )  # fmt: skip
     compiling.add_argument("--dynamic", action="store_true", default=None, help="compile with symbolic sizes")
-    compiling.add_argument("--tokens", type=_positive, default=64, help="of a transformers model; default 64")
-    compiling.add_argument("--layers", type=_positive, help="build only so many of a transformers model")
+    compiling.add_argument("--tokens", type=_positive, default=64, help="tokens for a transformers model; default 64")
+    compiling.add_argument("--layers", type=_positive, help="build only so many layers of a transformers model")
     sizes = parser.add_argument_group("symbolic sizes")
-    sizes.add_argument("--m", type=_numbers, default=(), metavar="1,64,8192", help="evaluate at these numbers of rows")
+    sizes.add_argument("--m", type=integers, default=(), metavar="1,64,8192", help="evaluate at these numbers of rows")
     sizes.add_argument(
-        "--size", action="append", default=[], metavar="NAME=N", help="another size, by its name in the code"
+        "--size", action="append", default=[], metavar="NAME=N", help="value of another size, by its name in the code"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", nargs="?", const="-", metavar="PATH", help="as JSON, to PATH or instead of the text")
@@ -56,12 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     failing.add_argument(
         "--fail-on", type=_rules, default=(), metavar="RULE[,RULE]", help=f"any of {', '.join(RULE_IDS)}"
     )
-    failing.add_argument("--expect", action="append", default=[], metavar="NAME=N", help="launches by name, * matches")
-    failing.add_argument("--max-bytes", type=_bytes, metavar="N", help="through DRAM; k, M and G are 1024s")
+    failing.add_argument(
+        "--expect", action="append", default=[], metavar="NAME=N", help="launches by name; * is a wildcard"
+    )
+    failing.add_argument(
+        "--max-bytes", type=_bytes, metavar="N", help="most DRAM traffic; k, M and G are powers of 1024"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit, print, and check. 0: fine; 1: a finding or an expectation; 2: nothing that can be audited."""
+    """Audit, print, and check. 0: all is well; 1: an expectation does not hold; 2: nothing can be audited."""
     check_writable(*(Path(path) for path in (args.json, args.html) if path and path != "-"))
     try:
         if args.diff:
@@ -74,23 +78,19 @@ def run(args: argparse.Namespace) -> int:
         return 2
     data = [report.to_dict() for report in made]
     _print(args, data, made)
-    broken = expectations.broken(made, args.fail_on, _counts(args.expect), args.max_bytes)
-    for line in broken:
-        print(f"failed: {line}", file=sys.stderr)
-    return 1 if broken else 0
+    return _exit_code(made, args)
 
 
 def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
     sizes = _counts(args.size, "--size")
     if os.path.exists(what) and not _is_config(what):
-        return on_disk.audit_path(what, args.target, args.m, sizes)
+        return audit_path(what, args.target, args.m, sizes)
     from normquant.audit.capture import live_compile, model_inputs  # the compiler, only where something is compiled
-    from normquant.audit.source import wrapper_code
 
     if os.path.exists(what):
         function, make = model_inputs.hugging_face(what, args.tokens, args.layers)
     elif model_inputs.is_named(what):
-        function, make = model_inputs.compiled(what, args.arg)
+        function, make = model_inputs.named_callable(what, args.arg)
     else:
         raise Unusable(f"{what}: no such file or directory, and not module:callable")
     options = _options(args.option) | (inductor_options(args.fuse) if args.fuse else {})
@@ -100,9 +100,7 @@ def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
         raise
     except Exception as error:  # the user's model, or what the compiler makes of it
         raise ValueError(f"{what} does not compile: {type(error).__name__}: {_first_line(error)}") from error
-    modules = [wrapper_code.read_module(one.source, f"graph {n}") for n, one in enumerate(captured)]
-    text = "\n".join(one.source for one in captured)
-    return on_disk.reports(modules, text, args.target, args.m, sizes, scheduled=[one.scheduled for one in captured])
+    return reports.audit_code(captured, args.target, args.m, sizes)
 
 
 def _first_line(error: Exception) -> str:
@@ -122,7 +120,7 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Se
     if args.html:
         write_atomically(Path(args.html), audit_html.page(data, title))
     if args.github:
-        print(annotations.github(data))
+        print(audit_text.github_annotations(data))
     if args.json:
         text = json.dumps(data[0] if len(data) == 1 else data, indent=2)
         _write(args.json, text)
@@ -146,7 +144,12 @@ def _diff(args: argparse.Namespace) -> int:
             _write(args.json, json.dumps({"changes": changed, "findings": counts}, indent=2))
         else:
             print(audit_diff.render(*pair, tuple(args.diff)), end="")
-    broken = expectations.broken(after, args.fail_on, _counts(args.expect), args.max_bytes)
+    return _exit_code(after, args)
+
+
+def _exit_code(made: Sequence[AuditReport], args: argparse.Namespace) -> int:
+    """Print the expectations that do not hold; 1 when there are any."""
+    broken = expectations.broken(made, args.fail_on, _counts(args.expect), args.max_bytes)
     for line in broken:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if broken else 0
@@ -185,14 +188,10 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 def _rules(text: str) -> tuple[str, ...]:
     rules = tuple(part.strip() for part in text.split(",") if part.strip())
     try:
-        expectations.known_rules(rules)
+        expectations.check_rules(rules)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return rules
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
 
 
 def _positive(text: str) -> int:

@@ -209,7 +209,7 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 
 def findings(cache: Path) -> dict[str, int]:
     """What the auditor finds in the code in one of vLLM's caches, by rule; nothing if there is no code."""
-    from normquant.audit.on_disk import audit_path
+    from normquant.audit import audit_path
 
     try:
         reports = audit_path(cache)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from normquant.audit.program import Launch, Program
+from normquant.audit.program import Program, ProgramLaunch
 from normquant.audit.result import AuditReport
 from normquant.demo.deepseek_layer import Dims, build_fake, fake_inputs, forward
 from normquant.demo.recorder import PASS, Recorder, norm_weights
@@ -20,7 +20,7 @@ class NormLaunches:
 
     name: str
     k: int
-    launches: tuple[Launch, ...]
+    launches: tuple[ProgramLaunch, ...]
 
     @property
     def bytes(self) -> int:
@@ -37,7 +37,7 @@ class Compiled:
     fusion: Any = None
 
     @property
-    def kernels(self) -> tuple[Launch, ...]:
+    def kernels(self) -> tuple[ProgramLaunch, ...]:
         """Every launch that is not a matrix product: generated kernels and the quantization ops, one kernel each."""
         return tuple(launch for launch in self.report.launches if not is_matrix_product(launch))
 
@@ -73,7 +73,7 @@ def compile_layer(
     return Compiled(report, find_norms(report.programs[0], norm_weights(recorder.before.graph)), fusion())
 
 
-def is_matrix_product(launch: Launch) -> bool:
+def is_matrix_product(launch: ProgramLaunch) -> bool:
     """Whether a launch is a GEMM that Inductor calls."""
     return launch.name.startswith(MATRIX_PRODUCTS)
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from normquant.audit.program import Extern, Launch
+from normquant.audit.program import Extern, ProgramLaunch
 from normquant.bench.timing import Timing
 from normquant.demo.codegen import Compiled, is_matrix_product
 from normquant.demo.deepseek_layer import R1_TP8
@@ -156,13 +156,13 @@ def _layer_table(before: Compiled, after: Compiled) -> SectionTable:
     return SectionTable(("the whole layer", "torch.compile", "with normquant"), tuple(rows), "<>>")
 
 
-def describe(launches: Sequence[Launch]) -> str:
+def describe(launches: Sequence[ProgramLaunch]) -> str:
     """What a few launches are: "norm, 2 x group_quant"."""
     counts = Counter(_kind(launch) for launch in launches)
     return ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in counts.items())
 
 
-def _kind(launch: Launch) -> str:
+def _kind(launch: ProgramLaunch) -> str:
     if isinstance(launch, Extern):
         return launch.name.rpartition(".")[2]
     return "norm" if any("rsqrt" in operation for operation in launch.aten) else "generated"

@@ -1,4 +1,4 @@
-"""An audit as one self-contained page: nothing is loaded from elsewhere, and it works with the keyboard alone."""
+"""An audit as one self-contained page, which loads nothing from elsewhere and can be used with the keyboard alone."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,8 @@ from importlib import resources
 from typing import Any
 
 from normquant.report import dataflow_svg, units
+from normquant.report.audit_text import Report, findings_at, grouped, opaque_calls, sizes
 
-Report = Mapping[str, Any]
 _KINDS = (
     ("pointwise", "generated, pointwise"), ("reduction", "generated, reduction"),
     ("custom", "template or the user's own Triton"), ("opaque", "opaque call"),
@@ -55,7 +55,7 @@ def _switch(reports: Sequence[Report]) -> str:
     if len(reports) < 2:
         return ""
     buttons = "".join(
-        f'<button type="button" data-show="{i}" aria-pressed="{str(i == 0).lower()}">{escape(_sizes(report))}</button>'
+        f'<button type="button" data-show="{i}" aria-pressed="{str(i == 0).lower()}">{escape(sizes(report))}</button>'
         for i, report in enumerate(reports)
     )
     return f'<nav class="switch" aria-label="Sizes">{buttons}</nav>'
@@ -85,19 +85,18 @@ def _section(index: int, report: Report, several: bool) -> str:
 
 
 def _tiles(report: Report) -> str:
-    opaque = sum(e["count"] for e in report["extern"])
     wasted = report["wasted_bytes"]
     part = units.share(wasted / report["bytes"]) if report["bytes"] else "0 %"
     tiles = [
         (str(len(report["kernels"])), "generated kernels"),
-        (str(opaque), "opaque calls"),
+        (str(opaque_calls(report)), "opaque calls"),
         (units.size(report["bytes"]), "through DRAM"),
         (units.size(wasted), f"wasted, {part}"),
         (units.microseconds(report["est_us"]) + " us", "estimated"),
         (str(len(report["findings"])), "findings"),
     ]
     if report["sizes"]:
-        tiles.insert(0, (_sizes(report), "size"))
+        tiles.insert(0, (sizes(report), "size"))
     cells = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(number)}</dd></div>" for number, what in tiles)
     return f'<dl class="tiles">{cells}</dl>'
 
@@ -122,10 +121,8 @@ def _flow(program: Mapping[str, Any], report: Report, several: bool) -> str:
 def _findings(report: Report) -> str:
     if not report["findings"]:
         return '<p class="muted">None.</p>'
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for finding in report["findings"]:
-        groups.setdefault((finding["rule"], finding["severity"], finding["message"]), []).append(finding)
-    return f'<ol class="findings">{"".join(_finding(group) for group in groups.values())}</ol>'
+    items = "".join(_finding(group) for group in grouped(report["findings"], "rule", "message"))
+    return f'<ol class="findings">{items}</ol>'
 
 
 def _finding(group: Sequence[Mapping[str, Any]]) -> str:
@@ -153,11 +150,8 @@ def _launches(report: Report) -> str:
     for program in report["programs"]:
         for launch in program["launches"]:
             link = f"#launch-{program['number']}-{launch['position']}"
-            numbers = (
-                units.size(launch["bytes_read"]),
-                units.size(launch["bytes_written"]),
-                units.microseconds(launch["est_us"]),
-            )
+            moved = units.size(launch["bytes_read"]), units.size(launch["bytes_written"])
+            numbers = (*moved, units.microseconds(launch["est_us"]))
             rows.append(
                 f"<tr><td class='n'>{launch['position']}</td><td><a href='{link}'>{escape(launch['name'])}</a></td>"
                 f"<td>{escape(launch['kind'])}</td>{''.join(f'<td class=n>{number}</td>' for number in numbers)}</tr>"
@@ -175,15 +169,11 @@ def _remarks(report: Report) -> str:
 
 
 def _details(report: Report) -> dict[str, Any]:
-    """What the panel beside the drawing shows of each launch. The page's script sets it as text, never as markup."""
+    """What the panel beside the drawing shows for each launch. The page's script inserts it as text, not as markup."""
     shown = {}
     for program in report["programs"]:
         for launch in program["launches"]:
-            found = [
-                f
-                for f in report["findings"]
-                if f["program"] == program["number"] and f["position"] == launch["position"]
-            ]
+            found = findings_at(report, program["number"], launch["position"])
             shown[f"{program['number']}-{launch['position']}"] = {
                 "name": launch["name"],
                 "kind": launch["kind"],
@@ -203,7 +193,3 @@ def _buffer(name: str, count: int, program: Mapping[str, Any]) -> list[str]:
     form = f"{held['dtype']}[{', '.join(held['shape'])}]" if held and held["dtype"] else ""
     role = held["role"] if held and held["role"] != "intermediate" else ""
     return [name, f"{form} {role}".strip(), units.size(count)]
-
-
-def _sizes(report: Report) -> str:
-    return ", ".join(f"{name} = {size}" for name, size in report["sizes"].items())

@@ -1,6 +1,7 @@
-"""An audit as text."""
+"""An audit as text, and as annotations of a GitHub workflow."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ from normquant.report.text_table import shorten, table
 Report = Mapping[str, Any]
 _NAME_WIDTH = 56
 _WRAP = 110
+_GITHUB_LEVELS = {"error": "error", "warning": "warning", "note": "notice"}
 
 
 def render(reports: Sequence[Report], title: str) -> str:
-    """One audit, or the same code at several sizes: a summary first, then the launches and findings of each."""
+    """One audit, or the same code at several sizes: a summary, then the launches and findings of each."""
     parts = []
     if len(reports) > 1:
         parts.append(f"{title}, for {reports[0]['target']}\n\n{summary(reports)}")
@@ -25,9 +27,9 @@ def summary(reports: Sequence[Report]) -> str:
     """A line per size."""
     rows = [
         [
-            _sizes(report) or "-",
+            sizes(report) or "-",
             str(len(report["kernels"])),
-            str(sum(e["count"] for e in report["extern"])),
+            str(opaque_calls(report)),
             units.size(report["bytes"]),
             units.size(report["wasted_bytes"]),
             units.microseconds(report["est_us"]),
@@ -44,34 +46,34 @@ def one(report: Report, title: str) -> str:
     parts = [heading(report, title)]
     for program in report["programs"]:
         name = f"{program['name']}\n" if len(report["programs"]) > 1 else ""
-        parts.append(name + launches(program, report["findings"]))
+        parts.append(name + launches(program, report))
     parts.append(findings(report))
     parts.extend(_remarks(report))
     return "\n\n".join(part for part in parts if part)
 
 
 def heading(report: Report, title: str) -> str:
-    opaque = sum(e["count"] for e in report["extern"])
     wasted = report["wasted_bytes"]
     part = wasted / report["bytes"] if report["bytes"] else 0.0
-    sizes = _sizes(report)
+    rules = Counter(finding["rule"] for finding in report["findings"])
+    by_rule = ", ".join(f"{count} {rule}" for rule, count in rules.items())
     lines = [
-        f"{title}, for {report['target']}" + (f", {sizes}" if sizes else ""),
-        f"  {units.count(len(report['kernels']), 'generated kernel')}, {units.count(opaque, 'opaque call')}, "
+        ", ".join(filter(None, [f"{title}, for {report['target']}", sizes(report)])),
+        f"  {units.count(len(report['kernels']), 'generated kernel')}, "
+        f"{units.count(opaque_calls(report), 'opaque call')}, "
         f"{units.size(report['bytes'])} through DRAM, about {units.microseconds(report['est_us'])} us"
         " (every launch, and its bytes at copy speed)",
         f"  {units.count(len(report['findings']), 'finding')}"
-        + (f": {_by_rule(report)}; {units.size(wasted)} wasted ({units.share(part)})" if report["findings"] else ""),
+        + (f": {by_rule}; {units.size(wasted)} wasted ({units.share(part)})" if by_rule else ""),
     ]
     return "\n".join(lines)
 
 
-def launches(program: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
-    """Every launch in order: what it is, what it moves."""
+def launches(program: Mapping[str, Any], report: Report) -> str:
+    """Every launch in order: what it is, and what it moves."""
     rows = []
     for launch in program["launches"]:
-        here = (program["number"], launch["position"])
-        rules = [f["rule"] for f in found if (f["program"], f["position"]) == here]
+        rules = [finding["rule"] for finding in findings_at(report, program["number"], launch["position"])]
         moved = units.size(launch["bytes_read"]), units.size(launch["bytes_written"])
         name, time = shorten(launch["name"], _NAME_WIDTH), units.microseconds(launch["est_us"])
         rows.append([str(launch["position"]), name, launch["kind"], *moved, time, ", ".join(dict.fromkeys(rules))])
@@ -80,10 +82,7 @@ def launches(program: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> 
 
 def findings(report: Report) -> str:
     """Each finding with what to do about it; those that say the same about several launches together."""
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for finding in report["findings"]:
-        groups.setdefault((finding["rule"], finding["kernel"], finding["message"]), []).append(finding)
-    return "\n\n".join(_finding(group) for group in groups.values())
+    return "\n\n".join(_finding(group) for group in grouped(report["findings"], "rule", "kernel", "message"))
 
 
 def _finding(group: Sequence[Mapping[str, Any]]) -> str:
@@ -112,12 +111,46 @@ def _remarks(report: Report) -> list[str]:
     return parts
 
 
-def _by_rule(report: Report) -> str:
-    counts: dict[str, int] = {}
-    for finding in report["findings"]:
-        counts[finding["rule"]] = counts.get(finding["rule"], 0) + 1
-    return ", ".join(f"{count} {rule}" for rule, count in counts.items())
-
-
-def _sizes(report: Report) -> str:
+def sizes(report: Report) -> str:
+    """The symbolic sizes that a report is evaluated at."""
     return ", ".join(f"{name} = {size}" for name, size in report["sizes"].items())
+
+
+def opaque_calls(report: Report) -> int:
+    return sum(extern["count"] for extern in report["extern"])
+
+
+def findings_at(report: Report, program: int, position: int) -> list[Mapping[str, Any]]:
+    """The findings about one launch."""
+    return [f for f in report["findings"] if (f["program"], f["position"]) == (program, position)]
+
+
+def grouped(found: Sequence[Mapping[str, Any]], *keys: str) -> list[list[Mapping[str, Any]]]:
+    """Findings together that are equal in `keys`, such as those that say the same about several launches."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for finding in found:
+        groups.setdefault(tuple(finding[key] for key in keys), []).append(finding)
+    return list(groups.values())
+
+
+def github_annotations(reports: Sequence[Report]) -> str:
+    """Workflow commands that GitHub shows on a pull request: one per finding, at the user's source line if known.
+
+    The syntax is documented at docs.github.com, "Workflow commands for GitHub Actions".
+    """
+    lines = []
+    for finding in (finding for report in reports for finding in report["findings"]):
+        place = finding["origins"][0] if finding["origins"] else finding
+        where = {"file": place["file"], "line": place["line"], "title": f"{finding['rule']}: {finding['kernel']}"}
+        properties = ",".join(f"{name}={_property(str(value))}" for name, value in where.items() if value)
+        text = f"{finding['message']}. Fix: {finding['fix']}"
+        lines.append(f"::{_GITHUB_LEVELS[finding['severity']]} {properties}::{_data(text)}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")

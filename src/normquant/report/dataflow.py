@@ -1,4 +1,4 @@
-"""Where the boxes and edges of a data-flow go: launches in layers from top to bottom, edges as smooth lines.
+"""Layout of a data-flow graph: launches as boxes in layers from top to bottom, edges as smooth lines.
 
 A launch is one layer below the last of the launches that it reads from. An edge that spans layers bends around the
 boxes in between: it has an invisible point in each. The order in a layer follows the neighbours' middle, swept down and
@@ -14,18 +14,18 @@ BOX_WIDTH, BOX_HEIGHT = 264, 58
 LAYER_GAP, BOX_GAP, POINT_WIDTH = 64, 36, 26
 MARGIN, LABEL_WIDTH = 28, 56
 PORT_GAP = 34
-_STIFF = 8  # how much harder an edge that passes layers is to bend than a box is to move
+_STIFF = 8  # weight of keeping a long edge straight, where keeping a box near its neighbours has weight 1
 _SWEEPS = 8
 
 
 @dataclass
 class Point:
-    """A box, or the place where an edge passes a layer."""
+    """A box, or the point where an edge passes through a layer."""
 
     layer: int
     width: int
     launch: int | None = None
-    x: float = 0.0  # of the middle
+    x: float = 0.0  # of its centre
     above: list["Point"] = field(default_factory=list)
     below: list["Point"] = field(default_factory=list)
 
@@ -48,7 +48,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Layout:
-    """Middles of boxes by launch, the edges, and the size of the drawing."""
+    """The centres of boxes by launch, the edges, and the size of the drawing."""
 
     boxes: dict[int, tuple[float, float]]
     lines: tuple[Line, ...]
@@ -77,14 +77,14 @@ def layout(launches: Sequence[Mapping[str, Any]], edges: Sequence[Mapping[str, A
 
 
 def _ports(lines: Sequence[Line]) -> tuple[Line, ...]:
-    """Where every edge touches its boxes: side by side, in the order in which they come and go."""
+    """The lines with the places where they touch their boxes: side by side, in the order of their other ends."""
     leaves = _along([(n, line.points[0], line.points[1]) for n, line in enumerate(lines)])
     enters = _along([(n, line.points[-1], line.points[-2]) for n, line in enumerate(lines)])
     return tuple(replace(line, leaves=leaves[n], enters=enters[n]) for n, line in enumerate(lines))
 
 
 def _along(ends: Sequence[tuple[int, Point, Point]]) -> dict[int, float]:
-    """Line number -> its place on the box's side; `ends` are (line number, box, the point on the other side)."""
+    """Line number -> where it meets the box; `ends` are (line number, box, next point of the line)."""
     by_box: dict[int, list[tuple[int, Point, Point]]] = {}
     for end in ends:
         by_box.setdefault(id(end[1]), []).append(end)
@@ -98,7 +98,7 @@ def _along(ends: Sequence[tuple[int, Point, Point]]) -> dict[int, float]:
 
 
 def top(layer: int) -> float:
-    """The upper edge of a layer's boxes."""
+    """The y of the upper edge of a layer's boxes."""
     return LAYER_GAP + layer * (BOX_HEIGHT + LAYER_GAP)
 
 
@@ -119,7 +119,7 @@ def _depths(count: int, edges: Sequence[Mapping[str, Any]]) -> list[int]:
     for edge in edges:
         sources.setdefault(edge["to"], []).append(edge["from"])
     depth = [0] * count
-    for launch in range(count):  # launches are in program order: what one reads from comes before it
+    for launch in range(count):  # in program order, so that producers come before their consumers
         depth[launch] = max((depth[s] + 1 for s in sources.get(launch, ()) if s < launch), default=0)
     return depth
 
@@ -158,7 +158,7 @@ def _middle(neighbours: Sequence[Point], otherwise: float) -> float:
 
 
 def _spread(layers: Sequence[list[Point]]) -> None:
-    """Give every point a place: as near to the middle of its neighbours as its layer allows."""
+    """Place every point as near to the mean of its neighbours as its layer allows."""
     for layer in layers:
         _pack(layer, [p.x * BOX_WIDTH for p in layer])
     for sweep in range(_SWEEPS * 3):
@@ -167,7 +167,7 @@ def _spread(layers: Sequence[list[Point]]) -> None:
 
 
 def _wanted(point: Point) -> float:
-    """Where a point would be if it were alone: straight edges matter more than centred boxes."""
+    """Where a point would be if it were alone in its layer: straight edges matter more than centred boxes."""
     neighbours = [*point.above, *point.below]
     weights = [_STIFF if point.launch is None and p.launch is None else 1 for p in neighbours]
     total = sum(weights)
@@ -176,7 +176,7 @@ def _wanted(point: Point) -> float:
 
 @dataclass
 class _Block:
-    """Points that touch: their places follow from one."""
+    """Adjacent points without a gap, which are placed together."""
 
     pull: float  # weight * wanted start of the block, summed over its points
     weight: float
@@ -189,7 +189,7 @@ class _Block:
 
 
 def _pack(layer: Sequence[Point], wanted: Sequence[float]) -> None:
-    """Place a layer's points near where they want to be, without overlap and in order, by joining what collides."""
+    """Place a layer's points near `wanted`, in order and without overlap, by joining those that collide."""
     blocks: list[_Block] = []
     for point, want in zip(layer, wanted, strict=True):
         weight = 1.0 if point.launch is not None else _STIFF

@@ -16,7 +16,7 @@ _LAUNCHES_DRAWN = 400
 
 
 def svg(program: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
-    """The drawing. `found` are the findings of this program. Everything that comes from the input is escaped."""
+    """The drawing, with the findings `found` of this program. Everything that comes from the input is escaped."""
     launches = program["launches"][:_LAUNCHES_DRAWN]
     edges = [e for e in program["edges"] if e["to"] < len(launches)]
     placed = dataflow.layout(launches, edges)
@@ -101,7 +101,7 @@ def _box(
 
 
 def kind_class(launch: Mapping[str, Any]) -> str:
-    """The colour group of a launch."""
+    """The CSS class that gives a launch its colour."""
     kind = launch["kind"]
     if kind == "extern":
         return "opaque"
@@ -121,7 +121,7 @@ def _returned(launch: Mapping[str, Any], program: Mapping[str, Any]) -> list[Map
 
 
 def _stub(x: float, y: float, edges: Sequence[Mapping[str, Any]], scale: float, *, down: bool) -> str:
-    """A short line for what comes from, or goes to, outside of the program."""
+    """A short line for program inputs or results."""
     total = sum(edge["bytes"] for edge in edges)
     if not edges:
         return ""

@@ -1,7 +1,7 @@
-"""A CUDA device guard that does nothing, so that fake CUDA tensors exist in a process without CUDA.
+"""A no-op CUDA device guard, so that fake CUDA tensors can exist in a process without CUDA.
 
-PyTorch's dispatcher asks for a guard of each device type that it meets. CUDA builds can install a no-op one; a CPU-only
-build ships none, and registering one takes a line of C++. It is compiled once per torch version.
+PyTorch's dispatcher needs a guard for each device type that it meets. CUDA builds can install a no-op one; a CPU-only
+build has none, and registering one takes a line of C++. It is compiled once per torch version.
 """
 
 import ctypes

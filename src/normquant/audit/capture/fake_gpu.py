@@ -1,6 +1,6 @@
-"""Make this process believe, for a while, that it has a given GPU: enough for code generation, nothing is ever run.
+"""Makes this process see a GPU that it does not have: enough to generate code for it, not to run anything.
 
-Everything replaced is put back when the context ends, however it ends.
+Everything that is replaced is restored when the context ends, however it ends.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normquant.audit.capture import device_guard as deviceguard
+from normquant.audit.capture import device_guard
 from normquant.audit.targets import Target, Unavailable
 
 
@@ -20,7 +20,7 @@ from normquant.audit.targets import Target, Unavailable
 def fake_gpu(target: Target) -> Iterator[None]:
     """Within: torch, Inductor and Triton see one idle GPU of kind `target`. Needs triton, not CUDA."""
     _require_triton()
-    deviceguard.ensure()
+    device_guard.ensure()
     with contextlib.ExitStack() as stack:
         stack.callback(_clear_device_caches)
         _patch_torch(stack, target)
@@ -42,44 +42,37 @@ def _always(value: Any) -> Any:
 
 
 def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Replace an attribute until the stack closes; names that this torch version lacks are not created."""
+    """Replace an attribute until the stack closes, if this torch version has it."""
     if hasattr(owner, name):
         stack.enter_context(mock.patch.object(owner, name, value))
 
 
+def _device_answers(target: Target) -> dict[str, Any]:
+    """What both torch.cuda and Inductor's device interface return for the same questions."""
+    return {
+        "is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": target.properties(),
+        "is_bf16_supported": True, "synchronize": None,
+    }  # fmt: skip
+
+
 def _patch_torch(stack: contextlib.ExitStack, target: Target) -> None:
-    properties = target.properties()
-    answers: dict[str, Any] = {
-        "is_available": True,
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_properties": properties,
-        "get_device_capability": target.capability,
-        "get_device_name": target.device_name,
-        "get_arch_list": [f"sm_{target.compute_capability}"],
-        "is_initialized": False,
-        "is_bf16_supported": True,
-        "is_tf32_supported": True,
-        "is_current_stream_capturing": False,
-        "synchronize": None,
-        "set_device": None,
-        "_exchange_device": 0,
-        "_maybe_exchange_device": 0,
-        "_lazy_init": None,
-        "set_rng_state": None,
-    }
+    import torch._subclasses.fake_tensor as fake_tensor
+
+    answers = _device_answers(target) | {
+        "get_device_capability": target.capability, "get_device_name": target.device_name,
+        "get_arch_list": [f"sm_{target.compute_capability}"], "is_initialized": False, "is_tf32_supported": True,
+        "is_current_stream_capturing": False, "set_device": None, "_exchange_device": 0, "_maybe_exchange_device": 0,
+        "_lazy_init": None, "set_rng_state": None,
+    }  # fmt: skip
     for name, answer in answers.items():
         _replace(stack, torch.cuda, name, _always(answer))
     _replace(stack, torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.empty(0))
     _replace(stack, torch.version, "cuda", torch.version.cuda or "13.0")
-
-    import torch._subclasses.fake_tensor as fake_tensor
-
     _replace(stack, fake_tensor, "init_gpu_context", _always(None))
 
 
 class _OnCpu(TorchDispatchMode):
-    """Makes every tensor on the CPU that would be made on a GPU."""
+    """Creates on the CPU every tensor that would be created on a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def cpu(value: Any) -> Any:
@@ -103,30 +96,21 @@ def _patch_inductor(stack: contextlib.ExitStack, target: Target) -> None:
     from torch._inductor.fx_passes import joint_graph
     from torch._inductor.runtime import triton_helpers
 
-    properties = target.properties()
-    answers: dict[str, Any] = {
-        "is_available": True,
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_properties": properties,
-        "get_compute_capability": target.compute_capability,
-        "is_triton_capable": True,
+    answers = _device_answers(target) | {
+        "get_compute_capability": target.compute_capability, "is_triton_capable": True, "get_raw_stream": 0,
         "raise_if_triton_unavailable": None,
-        "is_bf16_supported": True,
-        "synchronize": None,
-        "get_raw_stream": 0,
-    }
+    }  # fmt: skip
     for name, answer in answers.items():
         _replace(stack, CudaInterface, name, staticmethod(_always(answer)))
-    _replace(stack, CudaInterface.Worker, "current_device", staticmethod(_always(0)))
-    _replace(stack, CudaInterface.Worker, "get_device_properties", staticmethod(_always(properties)))
+    for name in ("current_device", "get_device_properties"):
+        _replace(stack, CudaInterface.Worker, name, staticmethod(_always(answers[name])))
     _replace(stack, triton_helpers, "set_driver_to_gpu", _always(None))
-    # Constant folding computes with real tensors of one element, on the graph's device; their device does not matter.
+    # Constant folding computes with real tensors of one element on the graph's device; any device gives the result.
     folder = joint_graph.UniformValueConstantFolder
     for name in ("__init__", "run"):
         _replace(stack, folder, name, _run_on_cpu(getattr(folder, name)))
-    # Inductor traces its attention and matmul-padding patterns on real GPU tensors, once per process. They are left
-    # out here, and through the module's name, so that the once-per-process mark is not set for a later real compile.
+    # Inductor traces its attention and matmul-padding patterns on real GPU tensors, once per process. They are skipped
+    # by replacing the function, not by calling it, so that a later real compile still traces them.
     _replace(stack, joint_graph, "lazy_init", _always(None))
 
 
@@ -135,7 +119,7 @@ def _patch_triton(stack: contextlib.ExitStack, target: Target) -> None:
     from triton.backends.compiler import GPUTarget
 
     class NoDriver:
-        """Answers what the compiler asks of a driver; there is nothing to launch on."""
+        """Answers what the compiler asks of a driver; nothing can be launched."""
 
         get_current_target = staticmethod(_always(GPUTarget("cuda", target.compute_capability, 32)))
         get_current_device = staticmethod(_always(0))
@@ -147,7 +131,7 @@ def _patch_triton(stack: contextlib.ExitStack, target: Target) -> None:
 
 
 def _clear_device_caches() -> None:
-    """Forget memoised answers about the device, the real ones before and the fake ones after."""
+    """Clear cached answers about the device: the real ones before, the fake ones after."""
     import torch.utils._triton as triton_queries
     from torch._inductor.runtime.hints import DeviceProperties
 

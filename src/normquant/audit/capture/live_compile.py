@@ -1,7 +1,7 @@
-"""A live compile, stopped where the code would be compiled for the GPU: what Inductor generates for a target.
+"""A live compile, stopped before the generated code would be compiled for the GPU.
 
 Nothing runs on a GPU and no GPU memory is allocated: inputs are fake tensors, and where the target is not this
-machine's GPU, `fakegpu` stands in for it.
+machine's GPU, `fake_gpu` stands in for it.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from unittest import mock
 import torch
 
 from normquant.audit import targets
-from normquant.audit.capture import scheduler as nodes
+from normquant.audit.capture import scheduler
 from normquant.audit.capture.fake_gpu import fake_gpu
-from normquant.audit.program import Program
+from normquant.audit.program import GeneratedCode, Program
 
-# A cache hit would skip the code generation that is to be seen; a pool of compile workers would wait for a GPU.
+# A cache hit would skip the code generation; a pool of compile workers would wait for a GPU.
 _UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "compile_threads": 1}
 
 _IS_CPU_BUILD = torch.version.cuda is None  # asked before a fake GPU changes the answer
@@ -27,16 +27,8 @@ _IS_CPU_BUILD = torch.version.cuda is None  # asked before a fake GPU changes th
 MakeInputs = Callable[[], tuple[Any, ...]] | tuple[Any, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Captured:
-    """One graph as Inductor generated it: the code, and the program as its scheduler saw it."""
-
-    source: str
-    scheduled: Program
-
-
 class _Generated(Exception):
-    """Raised once the code is there, to leave the compile before a GPU would be needed."""
+    """Raised once the code is generated, to leave the compile before it needs a GPU."""
 
 
 def capture(
@@ -45,10 +37,10 @@ def capture(
     target: str = "h100",
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
-) -> list[Captured]:
+) -> list[GeneratedCode]:
     """Compile `fn` for `target` and return what was generated, one entry per graph (graph breaks make several).
 
-    Errors of the compile itself, and of `make_inputs`, are raised as they are.
+    Errors of the compile and of `make_inputs` are raised unchanged.
     """
     from torch._functorch import config as functorch_config
     from torch._inductor import config
@@ -57,7 +49,7 @@ def capture(
 
     chosen = targets.resolve(target)
     patches = {**_UNCACHED, **_config_patches(options)}
-    captured: list[Captured] = []
+    captured: list[GeneratedCode] = []
     with contextlib.ExitStack() as stack:
         if target != targets.HERE:
             stack.enter_context(fake_gpu(chosen))
@@ -97,13 +89,13 @@ def _inputs(make_inputs: MakeInputs) -> tuple[Any, ...]:
 
 
 def like_on_gpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor on the target's GPU with this one's shape, strides and dtype."""
+    """A fake tensor on the target's GPU with the shape, strides and dtype of `tensor`."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
 
 
 @contextlib.contextmanager
 def _on_gpu(module: torch.nn.Module) -> Iterator[None]:
-    """Within: every parameter and buffer of `module` is a fake tensor on the GPU; its own are put back after."""
+    """Within: the parameters and buffers of `module` are fake tensors on the GPU; its own are restored afterwards."""
     kept = [(owner, dict(owner._parameters), dict(owner._buffers)) for owner in module.modules()]
     try:
         to_gpu(module)
@@ -115,7 +107,7 @@ def _on_gpu(module: torch.nn.Module) -> Iterator[None]:
 
 
 def to_gpu(module: torch.nn.Module) -> None:
-    """Replace every parameter and buffer by a fake tensor on the GPU; shared ones stay shared. Needs a fake mode."""
+    """Replace parameters and buffers by fake tensors on the GPU; shared ones stay shared. Needs a fake mode."""
     made: dict[int, torch.Tensor] = {}
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
@@ -127,7 +119,9 @@ def to_gpu(module: torch.nn.Module) -> None:
                 owner._buffers[name] = made.setdefault(id(buffer), like_on_gpu(buffer))
 
 
-def _backend(captured: list[Captured], graph_module: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
+def _backend(
+    captured: list[GeneratedCode], graph_module: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any
+) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     compile_inner = functools.partial(_inner_compile, captured, _notes(graph_module))
@@ -135,7 +129,7 @@ def _backend(captured: list[Captured], graph_module: torch.fx.GraphModule, examp
 
 
 def _notes(graph_module: torch.fx.GraphModule) -> tuple[str, ...]:
-    """Where the code is known to differ from what a GPU would get."""
+    """How the code is known to differ from the code for a real GPU."""
     called = {node.target for node in graph_module.graph.nodes if node.op == "call_function"}
     if _IS_CPU_BUILD and torch.nn.functional.scaled_dot_product_attention in called:
         return (
@@ -146,27 +140,27 @@ def _notes(graph_module: torch.fx.GraphModule) -> tuple[str, ...]:
 
 
 def _inner_compile(
-    captured: list[Captured], notes: tuple[str, ...], graph_module: Any, example_inputs: Any, **kwargs: Any
+    captured: list[GeneratedCode], notes: tuple[str, ...], graph_module: Any, example_inputs: Any, **kwargs: Any
 ) -> Any:
-    """Generate the code, keep it, and hand back the graph itself, which then runs on fake tensors.
+    """Generate the code, keep it, and return the graph itself, to be run on fake tensors.
 
-    Running it gives the code after a graph break its inputs, so that every graph of the function is seen.
+    Its results are the inputs of the code after a graph break, so that every graph of the function is seen.
     """
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.graph import GraphLowering
 
     runnable = copy.copy(graph_module)
     runnable.graph = copy.deepcopy(graph_module.graph)
-    recorder = _Recorder()
+    recorder = _CompileRecorder()
     with recorder.listening(), mock.patch.object(GraphLowering, "compile_to_module", recorder.generate):
         try:
             compile_fx_inner(graph_module, example_inputs, **kwargs)
         except Exception as error:
             if not _ended_on_purpose(error):
                 raise
-    if recorder.captured is not None:  # None: a graph without any computation is never generated
-        scheduled = dataclasses.replace(recorder.captured.scheduled, notes=notes)
-        captured.append(dataclasses.replace(recorder.captured, scheduled=scheduled))
+    if recorder.scheduled is not None:  # None: no code is generated for a graph without any computation
+        scheduled = dataclasses.replace(recorder.scheduled, notes=notes)
+        captured.append(GeneratedCode(f"graph {len(captured)}", recorder.source, scheduled))
 
     def run(inputs: list[Any]) -> Any:
         return runnable(*inputs)
@@ -183,13 +177,14 @@ def _ended_on_purpose(error: BaseException | None) -> bool:
     return False
 
 
-class _Recorder:
-    """Listens to one compile: which kernel a node went to, why pairs were not fused, and the code."""
+class _CompileRecorder:
+    """Records one compile: the kernel of each scheduler node, why pairs were not fused, and the code."""
 
     def __init__(self) -> None:
         self.kernel_names: dict[str, str] = {}
         self.reasons: list[tuple[str, str, str]] = []
-        self.captured: Captured | None = None
+        self.source = ""
+        self.scheduled: Program | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -198,28 +193,29 @@ class _Recorder:
 
         define, why = TritonScheduling.define_kernel, WhyNoFuse.__call__
 
-        def define_and_note(scheduling: Any, source: str, schedule: Any, *args: Any) -> str:
+        def define_and_record(scheduling: Any, source: str, schedule: Any, *args: Any) -> str:
             name = define(scheduling, source, schedule, *args)
             for node in schedule:
                 members = node.get_nodes() if hasattr(node, "get_nodes") else ()
                 self.kernel_names.update({member.get_name(): name for member in members})
             return name
 
-        def why_and_note(reason: Any, text: str, *args: Any) -> None:
+        def why_and_record(reason: Any, text: str, *args: Any) -> None:
             why(reason, text, *args)
             self.reasons.append((reason.name1, reason.name2, " ".join((text % args if args else text).split())))
 
-        with mock.patch.object(TritonScheduling, "define_kernel", define_and_note):
-            with mock.patch.object(WhyNoFuse, "__call__", why_and_note):
+        with mock.patch.object(TritonScheduling, "define_kernel", define_and_record):
+            with mock.patch.object(WhyNoFuse, "__call__", why_and_record):
                 yield
 
     @property
     def generate(self) -> Callable[[Any], Any]:
+        """What replaces `GraphLowering.compile_to_module`."""
+
         def compile_to_module(graph: Any) -> Any:
             wrapper, _ = graph.codegen()
-            source = wrapper.value if hasattr(wrapper, "value") else str(wrapper)
-            program = nodes.read_program(graph, self.kernel_names, self.reasons)
-            self.captured = Captured(source, program)
+            self.source = wrapper.value if hasattr(wrapper, "value") else str(wrapper)
+            self.scheduled = scheduler.read_program(graph, self.kernel_names, self.reasons)
             raise _Generated
 
         return compile_to_module

@@ -1,4 +1,4 @@
-"""What to compile, from the command line: a callable by its name, and its inputs by their form."""
+"""What to compile, from the command line: a callable by name with inputs by shape, or a Hugging Face config file."""
 
 import importlib
 import os
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from normquant.audit.capture import hugging_face as hf
 from normquant.audit.capture.live_compile import like_on_gpu, to_gpu
 
 _NAMED = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
@@ -24,12 +23,12 @@ Compiled = tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]
 
 
 def is_named(what: str) -> bool:
-    """Whether `what` has the form module:callable."""
+    """Whether `what` is spelled module:callable."""
     return bool(_NAMED.match(what))
 
 
 def named(what: str) -> Any:
-    """The object at module:callable; modules of the working directory are found, too."""
+    """The object at module:callable; modules in the working directory are found, too."""
     module_name, _, attribute = what.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -41,12 +40,12 @@ def named(what: str) -> Any:
     return held
 
 
-def compiled(what: str, arguments: Sequence[str]) -> Compiled:
-    """The function to compile and the builder of its inputs.
+def named_callable(what: str, arguments: Sequence[str]) -> Compiled:
+    """The function to compile, and a function that builds its inputs where tensors are fake.
 
-    With arguments, `what` is the function or module itself and every argument makes one input. Without, it is called
-    with nothing, where tensors are fake, and gives (function or module, inputs); inputs may be a callable that makes
-    them. A module and its inputs may be made on the CPU.
+    With arguments, `what` is the function or module itself, and each argument makes one input. Without, it is called
+    without arguments and returns (function or module, inputs); inputs may be a callable that makes them. A module and
+    its inputs may be made on the CPU.
     """
     held = named(what)
     if not callable(held):
@@ -61,7 +60,7 @@ def compiled(what: str, arguments: Sequence[str]) -> Compiled:
             raise ValueError(f"{what}() must give (function or module, inputs), or inputs must be given with --arg")
         inputs = made[1]() if callable(made[1]) else made[1]
         inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-        if isinstance(made[0], torch.nn.Module):  # as `audit` does with a module made on the CPU
+        if isinstance(made[0], torch.nn.Module):  # as `audit` treats a module made on the CPU
             to_gpu(made[0])
             inputs = torch.utils._pytree.tree_map_only(torch.Tensor, like_on_gpu, tuple(inputs))
         return (made[0], *inputs)
@@ -73,9 +72,52 @@ def _apply(function: Callable[..., Any], *inputs: Any) -> Any:
     return function(*inputs)
 
 
-def hugging_face(config: str, tokens: int, layers: int | None) -> Compiled:
-    """The model of a config file, to compile for one sequence."""
-    return hf.logits, hf.builder(config, tokens, layers)
+def hugging_face(config_path: str | os.PathLike[str], tokens: int, layers: int | None = None) -> Compiled:
+    """(model, token ids [1, tokens] int64) to logits, from a config file alone: no weights are read or downloaded.
+
+    Args:
+        config_path: a config.json, or the folder that holds it.
+        layers: build only this many layers; all when None.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: the file is not a model's config.
+    """
+    config = _read_config(config_path)
+    config.use_cache = False
+    if layers is not None:
+        config.num_hidden_layers = layers
+
+    def build() -> tuple[Any, ...]:
+        from transformers import AutoModelForCausalLM
+
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)  # weights are made in it: a fake module cannot be converted afterwards
+        try:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        finally:
+            torch.set_default_dtype(dtype)
+        to_gpu(model)  # transformers makes real tensors on the default device to look at it
+        return model, torch.zeros(1, tokens, dtype=torch.int64, device="cuda")
+
+    return _logits, build
+
+
+def _read_config(path: str | os.PathLike[str]) -> Any:
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ImportError("auditing a model by its config needs transformers: pip install 'normquant[hf]'") from error
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a transformers config file ({reason})") from None
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What is compiled: token ids [1, tokens] int64 to logits [1, tokens, vocabulary]."""
+    return model(input_ids=ids).logits
 
 
 def _maker(argument: str) -> Callable[[], Any]:

@@ -1,14 +1,14 @@
-"""Inductor's scheduler nodes, read into a `Program`.
+"""Reads Inductor's scheduler nodes into a `Program`.
 
-Runs inside a compile, after the code was generated: `V.graph` is the graph being compiled, and the scheduler holds its
-nodes in launch order.
+Runs inside a compile, after code generation: `V.graph` is the graph being compiled, and its scheduler has the nodes in
+launch order.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from normquant.audit.program import Access, Buffer, Extern, Kernel, Launch, Origin, Program
+from normquant.audit.program import Access, Buffer, Extern, Kernel, Origin, Program, ProgramLaunch
 
 Reasons = Iterable[tuple[str, str, str]]  # a node, another, why they were not fused
 
@@ -22,8 +22,8 @@ def read_program(graph: Any, kernel_names: Mapping[str, str], reasons: Reasons) 
     `kernel_names` maps a scheduler node's name to the generated kernel that holds it; `reasons` lists pairs of nodes
     that were not fused, and why.
     """
-    nodes = [node for node in graph.scheduler.nodes if _launches(node)]
-    launches: list[Launch] = []
+    nodes = [node for node in graph.scheduler.nodes if _is_launch(node)]
+    launches: list[ProgramLaunch] = []
     owner = {name: kernel_names.get(name, node.get_name()) for node in nodes for name in _member_names(node)}
     parts, why = _parts(graph.scheduler.nodes), _between_kernels(reasons, owner)
     for node in nodes:
@@ -34,7 +34,7 @@ def read_program(graph: Any, kernel_names: Mapping[str, str], reasons: Reasons) 
 
 
 def _between_kernels(reasons: Reasons, owner: Mapping[str, str]) -> dict[str, dict[str, list[str]]]:
-    """Why kernels were not fused: kernel -> other kernel -> reasons. A fused node's name lists its members'."""
+    """Why kernels were not fused: kernel -> other kernel -> reasons. A fused node's name joins its members' names."""
 
     def kernel(name: str) -> str | None:
         owners = {owner[part] for part in (name, *name.split("_")) if part in owner}
@@ -51,17 +51,17 @@ def _between_kernels(reasons: Reasons, owner: Mapping[str, str]) -> dict[str, di
     return found
 
 
-def _launches(node: Any) -> bool:
+def _is_launch(node: Any) -> bool:
     from torch._inductor import ir, scheduler
 
     if isinstance(node, scheduler.NopKernelSchedulerNode):
         return False
-    # the i-th output of a call is a name, not a call
+    # one of the outputs of a call is a name, not a call
     return not isinstance(getattr(node, "node", None), ir.MultiOutput)
 
 
 def _parts(nodes: Iterable[Any]) -> dict[str, list[Access]]:
-    """The outputs of calls that have several: the name of the call's buffer -> its parts."""
+    """The outputs of calls that have several, by the name of the call's buffer."""
     from torch._inductor import ir
 
     found: dict[str, list[Access]] = {}
@@ -95,12 +95,12 @@ def _kernel(position: int, node: Any, owner: Mapping[str, str], why: Mapping[str
         writes=_accesses(node, writes=True),
         origins=_origins(members),
         aten=_aten(members),
-        why_not_fused=tuple((other, "; ".join(_telling(reasons))) for other, reasons in why.get(name, {}).items()),
+        why_not_fused=tuple((other, "; ".join(_specific(reasons))) for other, reasons in why.get(name, {}).items()),
     )
 
 
-def _telling(reasons: list[str]) -> list[str]:
-    """Without those that are true of almost every pair at some point of the search, if others are left."""
+def _specific(reasons: list[str]) -> list[str]:
+    """The reasons that do not hold for almost every pair at some point of the search; all, when there are no others."""
     return [reason for reason in reasons if not reason.startswith(_GENERAL_REASONS)] or reasons
 
 
@@ -118,7 +118,7 @@ def _extern(position: int, node: Any, parts: Mapping[str, list[Access]]) -> Exte
 
 
 def extern_name(operation: Any) -> str:
-    """`namespace.operator` of a call that Inductor did not generate."""
+    """`namespace.operator` of an opaque call."""
     overload = getattr(operation, "op_overload", None)
     if overload is not None:
         namespace, _, rest = str(overload).partition(".")
@@ -158,32 +158,21 @@ def _aten(members: Iterable[Any]) -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".default") for name in names))
 
 
-def _dtype_name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _buffers(graph: Any, launches: Iterable[Launch], outputs: tuple[str, ...]) -> dict[str, Buffer]:
+def _buffers(graph: Any, launches: Iterable[ProgramLaunch], outputs: tuple[str, ...]) -> dict[str, Buffer]:
     names = {access.buffer for launch in launches for access in (*launch.reads, *launch.writes)}
     return {name: _buffer(graph, name, outputs) for name in sorted(names)}
 
 
 def _buffer(graph: Any, name: str, outputs: tuple[str, ...]) -> Buffer:
-    role = "intermediate"
-    if name in graph.graph_inputs:
-        role = "input"
-    elif name in graph.constants:
-        role = "constant"
-    elif name in outputs:
-        role = "output"
+    named = {"input": graph.graph_inputs, "constant": graph.constants, "output": outputs}
+    role = next((role for role, names in named.items() if name in names), "intermediate")
     held = graph.try_get_buffer(name)
     layout = held.maybe_get_layout() if hasattr(held, "maybe_get_layout") else None
     size, stride = getattr(layout, "size", ()), getattr(layout, "stride", ())
     if layout is None or not hasattr(layout, "dtype") or not hasattr(layout, "size"):  # several outputs, or no tensor
         return Buffer(name, "", (), (), 0, role, name)
-    dtype = _dtype_name(layout.dtype)
-    numel = _numel(size)
-    texts = tuple(str(s) for s in size), tuple(str(s) for s in stride)
-    return Buffer(name, dtype, *texts, numel * layout.dtype.itemsize, role, name)
+    dtype, texts = str(layout.dtype).removeprefix("torch."), [tuple(map(str, sizes)) for sizes in (size, stride)]
+    return Buffer(name, dtype, texts[0], texts[1], _numel(size) * layout.dtype.itemsize, role, name)
 
 
 def _numel(size: Iterable[Any]) -> int:

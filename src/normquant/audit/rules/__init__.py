@@ -1,51 +1,45 @@
-"""All rules, and the check of a program against them.
+"""All rules, and the check of programs against them.
 
-A rule is one function from a program's data flow to drafts of findings; it has an id, a severity and a page,
+A rule is a function from a program's data flow to drafts of findings, with an id, a severity and a page,
 docs/rules/<id>.md. The ids are stable: they are what `--fail-on` takes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from normquant.audit.findings import ERROR, NOTE, WARNING, Draft, Finding
 from normquant.audit.program import Program
-from normquant.audit.rules import copies, scales, traffic
+from normquant.audit.result import ERROR, NOTE, WARNING, Draft, Finding
+from normquant.audit.rules import needless_copies, scales, traffic
 from normquant.audit.rules.data_flow import Flow
 from normquant.audit.targets import Target
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A check. `find` gets the program's data flow and all programs that were audited with it."""
+    """A check. `find` takes a program's data flow, and all the programs that are audited together."""
 
     id: str
     severity: str
-    summary: str
     find: Callable[[Flow, Sequence[Program]], Iterator[Draft]]
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("identity", ERROR, "a kernel that copies a buffer unchanged", copies.identity),
-    Rule("cast-round-trip", ERROR, "data converted to another dtype and back", copies.cast_round_trip),
-    Rule("layout-copy", ERROR, "a kernel that only changes a buffer's layout", copies.layout_copy),
-    Rule("mutated-input-copy", ERROR, "an input copied for an op that writes in place", copies.mutated_input_copy),
-    Rule("dropped-ue8m0", ERROR, "power-of-two scales in one place, not in another", scales.dropped_ue8m0),
-    Rule("misaligned-scales", WARNING, "scales in a layout that the GEMM copies first", scales.misaligned_scales),
-    Rule(
-        "opaque-boundary",
-        WARNING,
-        "a buffer in DRAM only because its consumer is opaque",
-        traffic.opaque_boundary,
-    ),
-    Rule("fp32-spill", WARNING, "16-bit data that crosses DRAM as fp32", traffic.fp32_spill),
-    Rule("unfused-neighbours", WARNING, "two kernels over the same rows", traffic.unfused_neighbours),
-    Rule("reread", NOTE, "the same data loaded twice", traffic.reread),
+    Rule("identity", ERROR, needless_copies.identity),
+    Rule("cast-round-trip", ERROR, needless_copies.cast_round_trip),
+    Rule("layout-copy", ERROR, needless_copies.layout_copy),
+    Rule("mutated-input-copy", ERROR, needless_copies.mutated_input_copy),
+    Rule("dropped-ue8m0", ERROR, scales.dropped_ue8m0),
+    Rule("misaligned-scales", WARNING, scales.misaligned_scales),
+    Rule("opaque-boundary", WARNING, traffic.opaque_boundary),
+    Rule("fp32-spill", WARNING, traffic.fp32_spill),
+    Rule("unfused-neighbours", WARNING, traffic.unfused_neighbours),
+    Rule("reread", NOTE, traffic.reread),
 )
 RULE_IDS: tuple[str, ...] = tuple(rule.id for rule in RULES)
 
 
 def check(programs: Sequence[Program], target: Target) -> tuple[Finding, ...]:
-    """All findings of all rules over programs that belong together, in launch order."""
+    """The findings of all rules in programs that belong together, in launch order."""
     found: list[Finding] = []
     for number, program in enumerate(programs):
         flow = Flow(program)

@@ -1,19 +1,18 @@
 """Rules about the scales of FP8 block quantization."""
 
-import ast
 from collections.abc import Iterator, Mapping, Sequence
 
-from normquant.audit.findings import Draft
-from normquant.audit.program import Extern, Launch, Program, View
+from normquant.audit import operators, size_expressions
+from normquant.audit.program import Extern, Program, ProgramLaunch, View
+from normquant.audit.result import Draft
 from normquant.audit.rules.data_flow import Flow
-from normquant.audit.source import operators, sizes
 
 _ALIGNMENT = 4  # rows: DeepGEMM reads fp32 scales through TMA, which takes columns that start at multiples of 16 bytes
-_TRIED_ROWS = (1, 2, 3, 5, 6, 7, 9, 4, 8, 64)  # small sizes of every remainder, among them those of decode batches
+_TRIED_ROWS = (1, 2, 3, 5, 6, 7, 9, 4, 8, 64)  # every remainder modulo 4; small, as decode batches are
 
 
 def dropped_ue8m0(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
-    """Quantizations without power-of-two scales in a program, or beside programs, that has some with."""
+    """Quantizations with any fp32 scale, where others in the model round their scales to powers of two."""
     asked = next((call for program in programs for call in program.externs if _ue8m0(call)), None)
     if asked is None:
         return
@@ -54,7 +53,7 @@ def misaligned_scales(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft
             )
 
 
-def _writer(flow: Flow, call: Extern, buffer: str) -> Launch:
+def _writer(flow: Flow, call: Extern, buffer: str) -> ProgramLaunch:
     for edge in flow.into.get(call.position, ()):
         if edge.buffer == buffer and edge.producer is not None:
             return flow.program.launches[edge.producer]
@@ -62,7 +61,7 @@ def _writer(flow: Flow, call: Extern, buffer: str) -> Launch:
 
 
 def _misaligned_rows(view: View) -> int | None:
-    """A number of rows for which the layout is not the one wanted; None when there is none."""
+    """A number of rows for which the scales are misaligned; None when there is none."""
     symbols = {name for text in (*view.shape, *view.stride) for name in _names(text)}
     for rows in _TRIED_ROWS if symbols else (0,):
         if _is_misaligned(view, dict.fromkeys(symbols, rows)):
@@ -71,7 +70,7 @@ def _misaligned_rows(view: View) -> int | None:
 
 
 def _is_misaligned(view: View, values: Mapping[str, int]) -> bool:
-    """Whether [rows, groups] scales are anything but column-major with aligned columns."""
+    """Whether [rows, groups] scales are not column-major with aligned columns."""
     if len(view.shape) != 2 or len(view.stride) != 2:
         return False
     rows, groups = (_size(text, values) for text in view.shape)
@@ -83,14 +82,13 @@ def _is_misaligned(view: View, values: Mapping[str, int]) -> bool:
 
 
 def _size(text: str, values: Mapping[str, int]) -> int | None:
+    node = size_expressions.parse(text)
     try:
-        return sizes.evaluate(ast.parse(text, mode="eval").body, values)
-    except (SyntaxError, ValueError):
+        return size_expressions.evaluate(node, values) if node is not None else None
+    except size_expressions.UnknownSize:
         return None
 
 
 def _names(text: str) -> set[str]:
-    try:
-        return sizes.names(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError):
-        return set()
+    node = size_expressions.parse(text)
+    return size_expressions.names(node) if node is not None else set()

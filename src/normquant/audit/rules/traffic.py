@@ -1,18 +1,18 @@
-"""Rules about data that crosses DRAM more often than it has to."""
+"""Rules about data that crosses DRAM more often than it needs to."""
 
 import itertools
 from collections.abc import Iterator, Sequence
 
-from normquant.audit.findings import Draft
-from normquant.audit.program import DTYPE_BYTES, Access, Edge, Extern, Kernel, Launch, Program
+from normquant.audit import operators
+from normquant.audit.program import DTYPE_BYTES, Access, Edge, Extern, Kernel, Program, ProgramLaunch
+from normquant.audit.result import Draft
 from normquant.audit.rules.data_flow import Flow
-from normquant.audit.source import operators
 
-_MAIN_SHARE = 0.5  # of what an operator reads: the tensor that it works on, not its weights and scales
+_MAIN_SHARE = 0.5  # of the bytes that an operator reads: its main input, as opposed to weights and scales
 
 
 def opaque_boundary(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
-    """A row-wise producer whose result goes through DRAM because the row-wise operator that reads it is opaque."""
+    """A row-wise result that goes through DRAM because the row-wise operator that reads it is opaque."""
     launches = flow.program.launches
     for edge in flow.edges:
         consumer = launches[edge.consumer]
@@ -20,7 +20,7 @@ def opaque_boundary(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
             continue
         producer = launches[edge.producer]
         main = edge.bytes >= _MAIN_SHARE * consumer.bytes_read
-        if not main or not flow.could_join(producer) or flow.separated(edge.producer, edge.consumer):
+        if not main or not flow.is_fusible(producer) or flow.separated(edge.producer, edge.consumer):
             continue
         both = flow.sole_reader(edge)
         yield Draft(
@@ -35,7 +35,7 @@ def opaque_boundary(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
 
 
 def unfused_neighbours(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
-    """Two generated kernels over the same rows with nothing that has to run between them."""
+    """Two generated kernels over the same rows, with nothing that must run between them."""
     seen: set[tuple[int, int]] = set()
     for edge in flow.edges:
         pair = _pair(flow, edge)
@@ -65,16 +65,16 @@ def _pair(flow: Flow, edge: Edge) -> tuple[Kernel, Kernel] | None:
     return (first, second) if isinstance(first, Kernel) and isinstance(second, Kernel) else None
 
 
-def _same_rows(flow: Flow, first: Launch, second: Launch) -> bool:
+def _same_rows(flow: Flow, first: ProgramLaunch, second: ProgramLaunch) -> bool:
     if not isinstance(first, Kernel) or not isinstance(second, Kernel):
         return False
     if first.branch != second.branch or _is_split_reduction(first, second):
         return False
-    return bool(first.rows) and first.rows == second.rows and flow.could_join(first) and flow.could_join(second)
+    return bool(first.rows) and first.rows == second.rows and flow.is_fusible(first) and flow.is_fusible(second)
 
 
 def _is_split_reduction(first: Kernel, second: Kernel) -> bool:
-    """Two stages of one reduction: the second needs all of the first."""
+    """Whether these are two stages of one reduction, where the second needs all of the first."""
     return bool(first.aten) and first.aten == second.aten and "reduction" in first.kind and "reduction" in second.kind
 
 
@@ -92,7 +92,7 @@ def _unfused(pair: tuple[Kernel, Kernel], size: int, what: str) -> Draft:
 
 
 def reread(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
-    """A kernel that loads the same data in several passes, or two neighbours over the same rows that both load it."""
+    """A kernel that loads data in several passes, or two neighbours over the same rows that load the same data."""
     for kernel in flow.program.kernels:
         for access in kernel.reads:
             if access.loads > 1 and access.bytes >= _MAIN_SHARE * max(a.bytes for a in kernel.reads):
@@ -113,7 +113,7 @@ def _read_by_both(flow: Flow, first: Edge, second: Edge) -> Iterator[Draft]:
     buffer = flow.program.buffers.get(first.buffer)
     if a is b or buffer is None or not (isinstance(a, Kernel) or isinstance(b, Kernel)):
         return
-    joinable = flow.could_join(a) and flow.could_join(b) and not flow.separated(a.position, b.position)
+    joinable = flow.is_fusible(a) and flow.is_fusible(b) and not flow.separated(a.position, b.position)
     if not joinable or (isinstance(a, Kernel) and isinstance(b, Kernel) and a.rows != b.rows):
         return
     overlap = min(first.bytes + second.bytes - buffer.bytes, first.bytes, second.bytes)
@@ -128,7 +128,7 @@ def _read_by_both(flow: Flow, first: Edge, second: Edge) -> Iterator[Draft]:
 
 
 def fp32_spill(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
-    """An intermediate result written as fp32 by a kernel that reads 16-bit data, for kernels that write 16-bit data."""
+    """An fp32 intermediate between a kernel that reads 16-bit data and kernels that write 16-bit data."""
     for kernel in flow.program.kernels:
         for access in kernel.writes:
             edges = flow.readers.get((flow.program.storage(access.buffer), kernel.position), [])
@@ -163,5 +163,5 @@ def _count(flow: Flow, access: Access) -> int:
     return access.bytes // _width(flow, access)
 
 
-def _writes_narrow(flow: Flow, launch: Launch, count: int) -> bool:
+def _writes_narrow(flow: Flow, launch: ProgramLaunch, count: int) -> bool:
     return isinstance(launch, Kernel) and any(_width(flow, a) <= 2 and _count(flow, a) >= count for a in launch.writes)

@@ -6,22 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from normquant.audit.program import GeneratedCode
+from normquant.audit.source.wrapper_code import is_generated
+
 _LARGEST_FILE = 64 << 20  # bytes
 _LOG_LINE = re.compile(r"^.*?\[__output_code\] ?")
 _LOG_PREFIX = re.compile(r"^[VDIWE]\d{4} [\d:.]+ \d+ \S+:\d+\] (\[[^\]]*\] )*")
-_MARKS = ("async_compile", "extern_kernels", "AOT ID")
 
 
 class Unusable(ValueError):
-    """A path with nothing in it that can be audited."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """The text of one generated module, and where it is."""
-
-    name: str
-    text: str
+    """Nothing that can be audited."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,7 @@ class Skipped:
     reason: str
 
 
-def find(path: str | os.PathLike[str]) -> tuple[list[Source], list[Skipped]]:
+def find(path: str | os.PathLike[str]) -> tuple[list[GeneratedCode], list[Skipped]]:
     """Every generated module at `path`; Unusable when there is none."""
     root = Path(path)
     if not root.exists():
@@ -42,22 +36,22 @@ def find(path: str | os.PathLike[str]) -> tuple[list[Source], list[Skipped]]:
     text = _read(root)
     if isinstance(text, Skipped):
         raise Unusable(f"{text.name}: {text.reason}")
-    sources = _split_log(str(root), text) if "[__output_code]" in text else [Source(str(root), text)]
-    if not sources:
+    codes = _split_log(str(root), text) if "[__output_code]" in text else [GeneratedCode(str(root), text)]
+    if not codes:
         raise Unusable(f"{root}: a log without generated code; set TORCH_LOGS=output_code")
-    return sources, []
+    return codes, []
 
 
-def _in_directory(root: Path) -> tuple[list[Source], list[Skipped]]:
-    sources: list[Source] = []
+def _in_directory(root: Path) -> tuple[list[GeneratedCode], list[Skipped]]:
+    codes: list[GeneratedCode] = []
     skipped: list[Skipped] = []
     for file in _python_files(root):
         text = _read(file)
         if isinstance(text, Skipped):
             skipped.append(text)
-        elif any(mark in text for mark in _MARKS):
-            sources.append(Source(str(file), text))
-    if not sources:
+        elif is_generated(text):
+            codes.append(GeneratedCode(str(file), text))
+    if not codes:
         unread = (
             f"; {len(skipped)} could not be read, the first: {skipped[0].name}: {skipped[0].reason}" if skipped else ""
         )
@@ -65,7 +59,7 @@ def _in_directory(root: Path) -> tuple[list[Source], list[Skipped]]:
             f"{root}: no generated Python code in any of its .py files{unread}. Caches that only hold binary artifacts "
             "are not read: compile with TORCH_LOGS=output_code, or with the cache off, and audit what that writes"
         )
-    return sources, skipped
+    return codes, skipped
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -92,7 +86,7 @@ def _read(file: Path) -> str | Skipped:
         return Skipped(str(file), "not UTF-8 text")
 
 
-def _split_log(name: str, text: str) -> list[Source]:
+def _split_log(name: str, text: str) -> list[GeneratedCode]:
     """The modules in a log of TORCH_LOGS=output_code, which prefixes every line."""
     modules: list[list[str]] = []
     for line in text.splitlines():
@@ -108,5 +102,5 @@ def _split_log(name: str, text: str) -> list[Source]:
             modules.append([content.removeprefix("Output code:").strip()])
         elif modules:
             modules[-1].append(content)
-    joined = ["\n".join(lines) for lines in modules]
-    return [Source(f"{name}, graph {i}", code) for i, code in enumerate(joined) if any(mark in code for mark in _MARKS)]
+    codes = (GeneratedCode(f"{name}, graph {i}", "\n".join(lines)) for i, lines in enumerate(modules))
+    return [code for code in codes if is_generated(code.text)]

@@ -1,9 +1,10 @@
-"""What the comments in generated code say: shapes, constants, and where a launch comes from."""
+"""What comments in generated code say: shapes, constants, and where a launch comes from."""
 
 import ast
 import re
 from collections.abc import Iterator, Sequence
 
+from normquant.audit import size_expressions
 from normquant.audit.source.generated_module import Size, Tensor
 
 _FRAGMENT = re.compile(r'^#\s+%(\w+) : Tensor "(\w+)\[([^\]]*)\]\[([^\]]*)\]')
@@ -18,7 +19,7 @@ _FX_DTYPES = {
 
 
 def constants(lines: Sequence[str]) -> Iterator[Tensor]:
-    """The tensors that are part of the compiled program, such as frozen weights."""
+    """The tensors that belong to the compiled program, such as frozen weights."""
     for line in lines:
         found = _CONSTANT.match(line) if " = None " in line else None
         if found:
@@ -27,7 +28,7 @@ def constants(lines: Sequence[str]) -> Iterator[Tensor]:
 
 
 def above(lines: Sequence[str], line: int) -> tuple[tuple[str, ...], tuple[tuple[str, int, str], ...]]:
-    """What is said above a call in `line` (from 1): its graph operations, and the user's (file, line, code)."""
+    """The comments above a call in `line` (from 1): its graph operations, and the user's (file, line, code)."""
     aten: tuple[str, ...] = ()
     origins: list[tuple[str, int, str]] = []
     for index in range(min(line - 2, len(lines) - 1), max(-1, line - 14), -1):
@@ -44,21 +45,17 @@ def above(lines: Sequence[str], line: int) -> tuple[tuple[str, ...], tuple[tuple
 
 
 def elements(node: ast.expr) -> Size | None:
+    """The items of a tuple or list."""
     return tuple(node.elts) if isinstance(node, (ast.Tuple, ast.List)) else None
 
 
 def _sizes(text: str) -> Size | None:
-    try:
-        parsed = ast.parse(
-            f"({text},)" if text.strip() and not text.rstrip().endswith(",") else f"({text})", mode="eval"
-        )
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    return elements(parsed.body)
+    parsed = size_expressions.parse(f"[{text}]")
+    return elements(parsed) if parsed is not None else None
 
 
 def shapes(lines: Sequence[str]) -> Iterator[tuple[str, tuple[str, Size | None, Size | None]]]:
-    """Name -> shape, from the graph fragments that Inductor writes above each kernel."""
+    """(name, (dtype, size, stride)), from the graph fragments that Inductor writes above each kernel."""
     seen: set[str] = set()
     for line in lines:
         found = _FRAGMENT.match(line) if line.startswith("#   %") else None

@@ -1,8 +1,8 @@
 """How many different elements an index expression reaches.
 
-A generated kernel counts with one number per loop (`xindex`, `r0_index`) and takes it apart with // and %. Every part
-is a digit in a mixed radix: the interval [low, high) of its loop, of which it has high / low values. An index reaches
-as many elements as the digits in it have values, which is exact for indices that do not fold two digits together.
+A generated kernel has one counter per loop (`xindex`, `r0_index`) and decomposes it with // and %. Each part is a digit
+in a mixed radix: the interval [low, high) of its loop, with high / low values. An index reaches as many elements as its
+digits have combinations, which is exact for indices that do not add two digits to the same place.
 """
 
 import itertools
@@ -29,9 +29,13 @@ class Digit:
         return Digit(self.loop, self.low, min(self.high, self.low * by))
 
 
+Terms = tuple[tuple[Digit, int], ...]  # (digit, coefficient): a linear index without its constant
+Segment = tuple[str, int, int, int]  # (loop, low, high, coefficient)
+
+
 @dataclass(frozen=True)
 class Bound:
-    """A condition under which a load happens: low <= digit < high."""
+    """A condition on a load or a store: low <= digit < high."""
 
     digit: Digit
     low: int
@@ -39,7 +43,7 @@ class Bound:
 
 
 def distinct(digits: Iterable[Digit], bounds: Iterable[Bound] = ()) -> int:
-    """How many values the digits take together, under the bounds."""
+    """How many combinations of values the digits take within the bounds."""
     loops: dict[str, set[Digit]] = {}
     for digit in digits:
         loops.setdefault(digit.loop, set()).add(digit)
@@ -58,13 +62,13 @@ def _narrow(limits: dict[Digit, int], bound: Bound) -> None:
 
 
 def _of_loop(parts: set[Digit], limits: Mapping[Digit, int]) -> int:
-    """Values of digits of one loop: every elementary interval that a digit covers counts once."""
+    """Combinations of the digits of one loop: every elementary interval that a digit covers counts once."""
     edges = sorted({edge for d in (*parts, *limits) for edge in (d.low, d.high)})
     covered = [(a, b) for a, b in itertools.pairwise(edges) if any(d.low <= a and b <= d.high for d in parts)]
     total = 1
     for digit, size in limits.items():
         inside = [(a, b) for a, b in covered if digit.low <= a and b <= digit.high]
-        if inside and inside[0][0] == digit.low and inside[-1][1] == digit.high:  # all of it is in the index
+        if inside and inside[0][0] == digit.low and inside[-1][1] == digit.high:  # the whole digit is in the index
             total *= size
             covered = [pair for pair in covered if pair not in inside]
     for low, high in covered:
@@ -73,9 +77,41 @@ def _of_loop(parts: set[Digit], limits: Mapping[Digit, int]) -> int:
 
 
 def merge(bounds: Iterable[Bound]) -> tuple[Bound, ...]:
-    """The bounds with those of one digit intersected."""
+    """One bound per digit: the intersection of its bounds."""
     found: dict[Digit, Bound] = {}
     for bound in bounds:
         held = found.get(bound.digit, bound)
         found[bound.digit] = Bound(bound.digit, max(held.low, bound.low), min(held.high, bound.high))
     return tuple(found.values())
+
+
+def segments(terms: Terms, cut_at: Mapping[str, set[int]] | None = None) -> frozenset[Segment]:
+    """A linear index over elementary intervals.
+
+    Two indices that are the same function have the same segments when both are cut at the same edges of every loop.
+    """
+    found: dict[tuple[str, int, int], int] = {}
+    for digit, coefficient in terms:
+        inner = {cut for cut in (cut_at or {}).get(digit.loop, ()) if digit.low < cut < digit.high}
+        for low, high in itertools.pairwise(sorted({digit.low, digit.high, *inner})):
+            part = (digit.loop, low, high)
+            found[part] = found.get(part, 0) + coefficient * (low // digit.low)
+    return frozenset((*part, coefficient) for part, coefficient in found.items() if coefficient)
+
+
+def cuts(*indices: Terms) -> dict[str, set[int]]:
+    """Every edge of every digit in linear indices, by loop."""
+    found: dict[str, set[int]] = {}
+    for digit, _ in itertools.chain(*indices):
+        found.setdefault(digit.loop, set()).update((digit.low, digit.high))
+    return found
+
+
+def only_permutes(parts: frozenset[Segment]) -> bool:
+    """Whether different values of the loop counters reach different elements, all upwards: no flip, no overlap."""
+    reach = 0
+    for _, low, high, coefficient in sorted(parts, key=lambda part: part[3]):
+        if coefficient <= reach:
+            return False
+        reach += coefficient * (-(-high // low) - 1)
+    return True

@@ -1,4 +1,4 @@
-"""A generated Triton kernel's text, read: its parameters, and what it loads and stores. Nothing is executed."""
+"""Reads the text of a Triton kernel: its parameters, and what it loads and stores. Nothing is executed."""
 
 import ast
 import functools
@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from normquant.audit.source import kernel_values
-from normquant.audit.source.kernel_values import UNKNOWN, Site, Stored, Uses, Value
-from normquant.audit.source.sizes import UnknownSize, evaluate
+from normquant.audit.size_expressions import UnknownSize, evaluate
+from normquant.audit.source import symbolic_values
+from normquant.audit.source.symbolic_values import UNKNOWN, MemoryOp, MemoryOps, StoredValue, SymbolicValue
 
-_LOOP = re.compile(r"^([xyz]|r\d*_?)index(_\d+)?$")
-_LOOP_MASK = re.compile(r"^([xyz]|r\d*_?)mask(_\d+)?$")
+_LOOP = re.compile(r"^(reduced_)?([xyz]|r\d*_?)index(_\d+)?$")  # reduced: one per group of a nested reduction
+_LOOP_MASK = re.compile(r"^(([xyz]|r\d*_?)mask(_\d+)?|reduced_([xyz]|r\d*_?)index_mask)$")
 _POINTER_DTYPES = {
     "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64", "i1": "bool", "u1": "bool",
     "i8": "int8", "u8": "uint8", "i16": "int16", "u16": "uint16", "i32": "int32", "u32": "uint32", "i64": "int64",
@@ -22,7 +22,7 @@ _VALUE_DTYPES = {
     "float8e4nv": "float8_e4m3fn", "float8e5": "float8_e5m2", "int1": "bool", "float8e4b8": "float8_e4m3fnuz",
     "float8e5b16": "float8_e5m2fnuz",
 }  # fmt: skip
-_SAME_DATA = frozenset({"broadcast_to", "expand_dims", "reshape", "view"})  # calls that hand their first argument on
+_SAME_DATA = frozenset({"broadcast_to", "expand_dims", "reshape", "view"})  # calls that return their first argument
 
 
 class NotAKernel(ValueError):
@@ -31,7 +31,7 @@ class NotAKernel(ValueError):
 
 @dataclass(frozen=True)
 class KernelCode:
-    """A kernel as written: `pointers` maps its pointer parameters to dtypes, in order of the signature."""
+    """A kernel as written. `pointers` maps its pointer parameters to dtypes, in the order of the signature."""
 
     name: str
     kind: str
@@ -39,10 +39,10 @@ class KernelCode:
     pointers: dict[str, str]
     mutated: tuple[str, ...]
     source: str
-    generated: bool  # written by Inductor, whose names for loops and masks can be relied on
+    generated: bool  # by Inductor, so that its names for loops and masks can be relied on
 
 
-@functools.lru_cache(maxsize=64)  # a parsed kernel is a hundred times its text: only the recent ones are kept
+@functools.lru_cache(maxsize=64)  # a parsed kernel takes a hundred times its text: only recent ones are kept
 def _function(source: str) -> ast.FunctionDef:
     try:
         tree = ast.parse(source)
@@ -95,22 +95,22 @@ def _literal(node: ast.expr | None) -> object:
         return None
 
 
-def read_uses(code: KernelCode, numbers: Mapping[str, int]) -> Uses:
+def read_memory_ops(code: KernelCode, numbers: Mapping[str, int]) -> MemoryOps:
     """What the kernel loads and stores when its integer parameters have the values `numbers`."""
-    reader = _Reader(code, numbers)
+    reader = _KernelReader(code, numbers)
     reader.block(_function(code.source).body)
-    return reader.uses
+    return reader.ops
 
 
-class _Reader:
+class _KernelReader:
     """Reads a kernel's body once, in order; a loop's body counts as one pass."""
 
     def __init__(self, code: KernelCode, numbers: Mapping[str, int]) -> None:
         self.code = code
         self.numbers = dict(numbers)
-        self.names: dict[str, Value] = {name: Value(pointer=name, linear=()) for name in code.pointers}
-        self.names.update({name: kernel_values.number(value) for name, value in numbers.items()})
-        self.uses = Uses()
+        self.names: dict[str, SymbolicValue] = {name: SymbolicValue(pointer=name, linear=()) for name in code.pointers}
+        self.names.update({name: symbolic_values.number(value) for name, value in numbers.items()})
+        self.ops = MemoryOps()
         self.section = 0
         self.sections = 0
         self.member: str | None = None
@@ -133,27 +133,28 @@ class _Reader:
                 self.assign(name, value)
             case ast.Assign(targets=targets, value=value):
                 self.value(value)
-                for target in targets:
-                    for part in ast.walk(target):
-                        if isinstance(part, ast.Name):
-                            self.names[part.id] = UNKNOWN
+                names = (part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name))
+                self.names.update(dict.fromkeys(names, UNKNOWN))
             case ast.AugAssign(target=ast.Name(id=name), op=op, value=value):
                 self.names[name] = self.binary(op, self.names.get(name, UNKNOWN), self.value(value))
             case ast.Expr(value=value):
                 self.value(value)
             case ast.For(body=body) | ast.While(body=body):
-                outer, self.sections = self.section, self.sections + 1
-                self.section = self.sections
-                self.block(body)
-                self.section = outer
+                self.loop(body)
             case ast.If(test=test, body=body, orelse=orelse):
                 self.branch(test, body)
                 self.block(orelse)
             case ast.With(body=body):
                 self.block(body)
 
+    def loop(self, body: list[ast.stmt]) -> None:
+        outer, self.sections = self.section, self.sections + 1
+        self.section = self.sections
+        self.block(body)
+        self.section = outer
+
     def branch(self, test: ast.expr, body: list[ast.stmt]) -> None:
-        """One kernel of several that share a launch: each has its own loop sizes, numbered where they are symbolic."""
+        """Read a branch; one that is a kernel of several in a launch has its own loop sizes."""
         outer, self.member = self.member, _combo_member(test)
         if self.member is not None:
             for name in [name for name in self.names if name.endswith("numel")]:
@@ -164,9 +165,10 @@ class _Reader:
     def assign(self, name: str, node: ast.expr) -> None:
         counted = _LOOP.match(name)
         if counted and self.code.generated:
-            self.names[name] = self.counter(counted.group(1), node)
+            whole = self.counter(counted.group(2), node)
+            self.names[name] = self.per_group(counted.group(2), whole) if counted.group(1) else whole
         elif _LOOP_MASK.match(name) and self.code.generated:
-            self.names[name] = Value(bounds=())
+            self.names[name] = SymbolicValue(bounds=())
         elif name.endswith("numel"):
             self.names[name] = self.size(node)
         else:
@@ -175,70 +177,77 @@ class _Reader:
         if known is not None:
             self.numbers[name] = known
 
-    def counter(self, loop: str, node: ast.expr) -> Value:
-        if isinstance(node, ast.Name) or loop == "r":  # rindex: the loops of a reduction as one
+    def counter(self, loop: str, node: ast.expr) -> SymbolicValue:
+        if isinstance(node, ast.Name) or loop == "r":  # rindex: the loops of a reduction combined
             return self.value(node)
-        for name in (f"{loop}numel", f"{loop}numel_{self.member}"):
+        for name in (f"{loop}numel", f"{loop}numel_{self.member}"):  # numbered where they are symbolic
             size = self.names.get(name, UNKNOWN).number
             if size is not None:
-                return kernel_values.loop(loop, size)
+                return symbolic_values.loop(loop, size)
         raise UnknownSize(f"{loop}numel")
 
-    def size(self, node: ast.expr) -> Value:
+    def per_group(self, loop: str, whole: SymbolicValue) -> SymbolicValue:
+        """The counter of a loop's groups, over which a nested reduction reduces."""
+        name = f"nested_{loop.removesuffix('_').upper()}_LOCAL_REDUCTION_SIZE"
+        if self.names.get(name, UNKNOWN).number is None:
+            raise UnknownSize(name)
+        return symbolic_values.divide(whole, self.names[name])
+
+    def size(self, node: ast.expr) -> SymbolicValue:
         try:
-            return kernel_values.number(evaluate(node, self.numbers))
+            return symbolic_values.number(evaluate(node, self.numbers))
         except UnknownSize:
             return UNKNOWN
 
-    def value(self, node: ast.expr) -> Value:
+    def value(self, node: ast.expr) -> SymbolicValue:
         match node:
             case ast.Constant(value=bool()):
                 return UNKNOWN
             case ast.Constant(value=int() as number):
-                return kernel_values.number(number)
+                return symbolic_values.number(number)
             case ast.Name(id=name):
                 return self.names.get(name, UNKNOWN)
             case ast.BinOp(left=left, op=op, right=right):
                 return self.binary(op, self.value(left), self.value(right))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return kernel_values.multiply(self.value(operand), kernel_values.number(-1))
+                return symbolic_values.multiply(self.value(operand), symbolic_values.number(-1))
             case ast.Compare(left=left, ops=[op], comparators=[right]):
                 return self.condition(op, self.value(left), self.value(right))
             case ast.Subscript(value=inner):
                 return self.value(inner)
             case ast.Call():
                 return self.call(node)
-        return kernel_values.combined(
+        return symbolic_values.combined(
             self.value(part) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)
         )
 
-    def binary(self, op: ast.operator, left: Value, right: Value) -> Value:
+    def binary(self, op: ast.operator, left: SymbolicValue, right: SymbolicValue) -> SymbolicValue:
         if left.pointer or right.pointer:
             return _moved(left, right) if isinstance(op, ast.Add) else replace(UNKNOWN, pointer=left.pointer)
         match op:
             case ast.Add():
-                return kernel_values.add(left, right)
+                return symbolic_values.add(left, right)
             case ast.Sub():
-                return kernel_values.add(left, right, -1)
+                return symbolic_values.add(left, right, -1)
             case ast.Mult():
-                return kernel_values.multiply(left, right)
+                return symbolic_values.multiply(left, right)
             case ast.FloorDiv():
-                return kernel_values.divide(left, right)
+                return symbolic_values.divide(left, right)
             case ast.Mod():
-                return kernel_values.modulo(left, right)
+                return symbolic_values.modulo(left, right)
             case ast.BitAnd():
-                return kernel_values.both(left, right)
-        return kernel_values.combined((left, right))
+                return symbolic_values.both(left, right)
+        return symbolic_values.combined((left, right))
 
-    def condition(self, op: ast.cmpop, left: Value, right: Value) -> Value:
+    def condition(self, op: ast.cmpop, left: SymbolicValue, right: SymbolicValue) -> SymbolicValue:
         match op:
             case ast.Lt() | ast.LtE():
-                return kernel_values.compare(left, right, False, isinstance(op, ast.LtE))
+                return symbolic_values.compare(left, right, False, isinstance(op, ast.LtE))
             case ast.GtE() | ast.Gt():
-                return kernel_values.compare(left, right, True, isinstance(op, ast.Gt))
-        return Value(bounds=(), opaque=True)
+                return symbolic_values.compare(left, right, True, isinstance(op, ast.Gt))
+        return SymbolicValue(bounds=(), opaque=True)
 
-    def call(self, node: ast.Call) -> Value:
+    def call(self, node: ast.Call) -> SymbolicValue:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         owner = self.value(node.func.value) if isinstance(node.func, ast.Attribute) else UNKNOWN
         if name == "load" or name.startswith("atomic_") or name == "store":
@@ -251,18 +260,18 @@ class _Reader:
         if name in _SAME_DATA:
             return owner if owner != UNKNOWN else (arguments[0] if arguments else UNKNOWN)
         pointed = next((a.pointer for a in (owner, *arguments) if a.pointer), None)
-        if pointed is not None:  # a block pointer, a descriptor: the same memory, an index that is not followed
-            return Value(pointer=pointed)
-        return kernel_values.combined((owner, *arguments))
+        if pointed is not None:  # a block pointer or a descriptor: the index is not followed
+            return SymbolicValue(pointer=pointed)
+        return symbolic_values.combined((owner, *arguments))
 
-    def converted(self, owner: Value, node: ast.Call) -> Value:
-        straight = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Call)
+    def converted(self, owner: SymbolicValue, node: ast.Call) -> SymbolicValue:
+        of_load = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Call)
         target = _dtype(node.args[0]) if node.args else ""
-        if owner.loaded is not None and not straight:  # straight after the load it is Triton's own widening
+        if owner.loaded is not None and not of_load:  # directly on the load it is Inductor's own widening
             return replace(owner, casts=(*owner.casts, target))
         return owner
 
-    def access(self, name: str, owner: Value, node: ast.Call) -> Value:
+    def access(self, name: str, owner: SymbolicValue, node: ast.Call) -> SymbolicValue:
         arguments = list(node.args)
         mask = next((k.value for k in node.keywords if k.arg == "mask"), None)
         at = owner if owner.pointer else self.value(arguments.pop(0)) if arguments else UNKNOWN
@@ -273,25 +282,27 @@ class _Reader:
             stored = self.value(arguments.pop() if owner.pointer else arguments.pop(0))
         if mask is None and arguments and not owner.pointer:
             mask = arguments[0]
-        site = self.site(at, mask)
+        op = self.memory_op(at, mask)
         if name == "load":
-            self.uses.loads.append(site)
-            return Value(digits=site.index.digits, loaded=site, indirect=True)
-        self.uses.stores.append(Stored(site, stored, atomic=name != "store"))
+            self.ops.loads.append(op)
+            return SymbolicValue(digits=op.index.digits, loaded=op, indirect=True)
+        self.ops.stores.append(StoredValue(op, stored, atomic=name != "store"))
         return UNKNOWN
 
-    def site(self, at: Value, mask: ast.expr | None) -> Site:
-        held = self.value(mask) if mask is not None else Value(bounds=())
+    def memory_op(self, at: SymbolicValue, mask: ast.expr | None) -> MemoryOp:
+        held = self.value(mask) if mask is not None else SymbolicValue(bounds=())
         trivial = mask is None or (isinstance(mask, ast.Constant) and mask.value is None)
         masked = not trivial and (held.bounds is None or held.opaque or bool(held.bounds))
-        order = len(self.uses.loads) + len(self.uses.stores)
+        order = len(self.ops.loads) + len(self.ops.stores)
         index = replace(at, pointer=None)
-        return Site(str(at.pointer), index, held.bounds or (), masked, self.section, order)
+        return MemoryOp(str(at.pointer), index, held.bounds or (), masked, self.section, order)
 
 
 def _members_of_one_body(statement: ast.stmt) -> list[ast.If]:
-    """The branches that choose pointers and sizes for the code that follows: from torch 2.14 on, those kernels of a
-    foreach that do the same to different tensors share one body."""
+    """The branches that choose pointers and sizes for the code that follows.
+
+    From torch 2.14 on, kernels of a foreach that do the same to different tensors share one body.
+    """
     found: list[ast.If] = []
     while isinstance(statement, ast.If) and _combo_member(statement.test) is not None:
         found.append(statement)
@@ -312,11 +323,11 @@ def _combo_member(test: ast.expr) -> str | None:
     return None
 
 
-def _moved(left: Value, right: Value) -> Value:
+def _moved(left: SymbolicValue, right: SymbolicValue) -> SymbolicValue:
     """A pointer plus an index."""
     base, offset = (left, right) if left.pointer else (right, left)
     bare = replace(base, pointer=None)
-    return replace(kernel_values.add(bare, offset), pointer=base.pointer)
+    return replace(symbolic_values.add(bare, offset), pointer=base.pointer)
 
 
 def _dtype(node: ast.expr) -> str:

@@ -1,16 +1,17 @@
-"""The module that Inductor generates, read: its kernels' text, and the calls that its `call` function makes, in order.
+"""Reads a module that Inductor generated: the text of its kernels, and in order the calls that `call` makes.
 
 Sizes stay expressions. The code is parsed, never executed.
 """
 
 import ast
 
+from normquant.audit.program import GeneratedCode
 from normquant.audit.source import comments
-from normquant.audit.source.bindings import Names, dotted, is_symbol
-from normquant.audit.source.generated_module import Call, Module, NotGenerated, Tensor
+from normquant.audit.source.generated_module import Call, GeneratedModule, NotGenerated, Tensor, is_symbol
+from normquant.audit.source.wrapper_scope import Scope, dotted
 
-_ASSERTS_FORM = frozenset({"assert_size_stride", "assert_size_stride_grouped", "assert_tensor_metadata"})
-_IGNORED = _ASSERTS_FORM | frozenset({
+_ASSERTIONS = frozenset({"assert_size_stride", "assert_size_stride_grouped", "assert_tensor_metadata"})
+_IGNORED = _ASSERTIONS | frozenset({
     "assert_alignment", "get_raw_stream", "set_device", "clear", "start_graph", "end_graph",
     "run_intermediate_hooks", "check_deferred_runtime_asserts", "synchronize", "copy_if_misaligned", "append", "print",
     "_check", "record_stream", "wait_stream", "device", "range", "len", "item",
@@ -18,28 +19,33 @@ _IGNORED = _ASSERTS_FORM | frozenset({
 _ENTRY_POINTS = ("call", "inductor_entry", "forward")
 _DEEPEST_CALL = 16
 _MOST_CALLS = 200_000
-_MOST_STATEMENTS = 500_000  # functions that call each other many times over are no generated code
+_MOST_STATEMENTS = 500_000  # counted per call: hostile functions could call each other exponentially often
 
 
-def read_module(text: str, name: str) -> Module:
+def read_module(code: GeneratedCode) -> GeneratedModule:
     """Read one generated module; NotGenerated when the text is something else."""
-    if "async_compile" not in text and "extern_kernels" not in text and "AOT ID" not in text:
+    if not is_generated(code.text):
         raise NotGenerated("not code that Inductor generated")
     try:
-        tree = ast.parse(text)
+        tree = ast.parse(code.text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error) or type(error).__name__
         raise NotGenerated(f"cannot be parsed as Python ({reason})") from None
-    module = Module(name)
-    reader = _Reader(module, tree, text.splitlines())
+    module = GeneratedModule(code)
+    reader = _WrapperReader(module, tree, code.text.splitlines())
     if reader.entry is None:
         raise NotGenerated("no call() function: not code that Inductor generated, or cut short")
     reader.read()
     return module
 
 
+def is_generated(text: str) -> bool:
+    """Whether a text contains what every module that Inductor writes contains."""
+    return "async_compile" in text or "extern_kernels" in text or "AOT ID" in text
+
+
 def operator_name(path: str) -> str:
-    """`namespace.operator` of the path that a call is written with."""
+    """`namespace.operator`, from the path that a call spells."""
     path = path.removeprefix("torch.ops.")
     if path.startswith("extern_kernels."):
         return f"aten.{path.removeprefix('extern_kernels.').removesuffix('_out')}"
@@ -47,16 +53,18 @@ def operator_name(path: str) -> str:
     return ".".join(parts[:2]) if len(parts) > 2 else path
 
 
-class _Reader:
-    def __init__(self, module: Module, tree: ast.Module, lines: list[str]) -> None:
+class _WrapperReader:
+    """Follows the statements of `call` and of the functions that it calls."""
+
+    def __init__(self, module: GeneratedModule, tree: ast.Module, lines: list[str]) -> None:
         self.module = module
         self.lines = lines
         self.functions: dict[str, ast.FunctionDef] = {}
         self.entry: ast.FunctionDef | None = None
-        self.names = Names(module, lines)
+        self.scope = Scope(module, lines)
         self.depth = 0
         self.statements = 0
-        self.returns = False  # whether the entry point does
+        self.returns = False  # whether the entry point has returned
         self.branch = ""
         self.branches = 0
         for statement in tree.body:
@@ -92,13 +100,13 @@ class _Reader:
         self.examples()
         for tensor in comments.constants(self.lines):
             self.module.constants.append(tensor.buffer)
-            self.names.set_tensor(tensor)
+            self.scope.set_tensor(tensor)
         self.function(self.entry)
         if not self.returns:
             raise NotGenerated("call() does not return: cut short")
 
     def examples(self) -> None:
-        """The sizes and dtypes of the inputs that the module's own benchmark would make."""
+        """Read the sizes and dtypes of the inputs that the module's own benchmark makes."""
         function = self.functions.get("get_args") or self.functions.get("benchmark_compiled_module")
         for statement in function.body if function else ():
             match statement:
@@ -112,16 +120,16 @@ class _Reader:
                     self.module.tensors[name] = Tensor(name, name, dtype.removeprefix("torch."), *sizes)
 
     def function(self, function: ast.FunctionDef, arguments: list[ast.expr] | None = None) -> list[ast.expr]:
-        """Read a function's body; `arguments` is what its one list parameter holds. Gives back what it returns."""
+        """Read a function's body; `arguments` are the items of its one list parameter. Returns what it returns."""
         if self.depth >= _DEEPEST_CALL:
             raise NotGenerated("functions that call each other too deeply")
         self.depth += 1
-        given = [self.names.resolve(argument) for argument in arguments] if arguments is not None else None
+        given = [self.scope.resolve(argument) for argument in arguments] if arguments is not None else None
         returned: list[ast.expr] = []
         self.block(function.body, given, returned)
         self.depth -= 1
         if self.depth == 0:
-            self.module.outputs = [t.buffer for t in map(self.names.resolve, returned) if isinstance(t, Tensor)]
+            self.module.outputs = [t.buffer for t in map(self.scope.resolve, returned) if isinstance(t, Tensor)]
         return returned
 
     def block(self, body: list[ast.stmt], given: list[Tensor | ast.expr] | None, returned: list[ast.expr]) -> None:
@@ -133,17 +141,12 @@ class _Reader:
                 case ast.With(body=inner) | ast.For(body=inner):
                     self.block(inner, given, returned)
                 case ast.While(body=inner):
-                    self.note("a loop whose number of turns depends on data is counted once")
+                    self.module.note("a loop whose number of iterations depends on data is counted once")
                     self.block(inner, given, returned)
                 case ast.Try(body=inner, finalbody=final):
                     self.block([*inner, *final], given, returned)
-                case ast.If(body=inner, orelse=other):
-                    self.note("both sides of a branch that depends on data are counted")
-                    outer, self.branches = self.branch, self.branches + 1
-                    for side, body_of in (("a", inner), ("b", other)):
-                        self.branch = f"{outer}{self.branches}{side}"
-                        self.block(body_of, given, returned)
-                    self.branch = outer
+                case ast.If():
+                    self.both_sides(statement, given, returned)
                 case ast.Return(value=value):
                     self.returns = self.returns or self.depth == 1
                     returned[:] = value.elts if isinstance(value, (ast.Tuple, ast.List)) else [value] if value else []
@@ -152,14 +155,18 @@ class _Reader:
                 case ast.Expr(value=ast.Call() as call):
                     self.call(call, statement.lineno, None)
 
-    def note(self, text: str) -> None:
-        if text not in self.module.notes:
-            self.module.notes.append(text)
+    def both_sides(self, choice: ast.If, given: list[Tensor | ast.expr] | None, returned: list[ast.expr]) -> None:
+        self.module.note("both sides of a branch that depends on data are counted")
+        outer, self.branches = self.branch, self.branches + 1
+        for side, body in (("a", choice.body), ("b", choice.orelse)):
+            self.branch = f"{outer}{self.branches}{side}"
+            self.block(body, given, returned)
+        self.branch = outer
 
     def assign(self, target: ast.expr, value: ast.expr, line: int, given: list[Tensor | ast.expr] | None) -> None:
         match target, value:
             case ((ast.Tuple(elts=parts) | ast.List(elts=parts)), ast.Name(id=source)) if source.endswith("args"):
-                self.names.parameters([p.id for p in parts if isinstance(p, ast.Name)], given)
+                self.scope.parameters([p.id for p in parts if isinstance(p, ast.Name)], given)
             case ((ast.Tuple(elts=parts) | ast.List(elts=parts)), ast.Call() as call):
                 results = self.call(call, line, [p.id for p in parts if isinstance(p, ast.Name)])
                 self.bind_results(parts, results)
@@ -169,39 +176,39 @@ class _Reader:
     def bind(self, name: str, value: ast.expr, line: int) -> None:
         match value:
             case ast.Name(id=source) if is_symbol(name):
-                self.names.set_symbol(name, source)
+                self.scope.set_symbol(name, source)
             case ast.Subscript(value=ast.Name(id=whole), slice=ast.Constant(value=int() as index)) if is_symbol(name):
-                self.names.set_symbol_of(name, whole, index)
+                self.scope.set_symbol_of(name, whole, index)
             case ast.Name() | ast.Subscript():
-                self.names.alias(name, value, reused=self.lines[line - 1].rstrip().endswith("# reuse"))
+                self.scope.alias(name, value, reused=self.lines[line - 1].rstrip().endswith("# reuse"))
             case ast.List(elts=parts):
-                self.names.lists[name] = parts
+                self.scope.lists[name] = parts
             case ast.Call(func=ast.Attribute(value=ast.Name(id=whole), attr="size" | "stride" as attribute), args=[]):
-                self.names.set_sizes(name, whole, attribute)
+                self.scope.set_sizes(name, whole, attribute)
             case ast.Call(func=func) if dotted(func).rpartition(".")[2] == "copy_if_misaligned":
                 return
             case ast.Call(func=func) as call:
-                tensor = self.names.allocation(name, dotted(func).rpartition(".")[2], call)
+                tensor = self.scope.allocation(name, dotted(func).rpartition(".")[2], call)
                 if tensor is not None:
-                    self.names.set_tensor(tensor)
+                    self.scope.set_tensor(tensor)
                     return
                 self.bind_results([ast.Name(name)], self.call(call, line, [name]), whole=name)
             case ast.BinOp() | ast.UnaryOp() | ast.Constant():
-                self.names.set_size(name, value)
+                self.scope.set_size(name, value)
 
     def bind_results(self, targets: list[ast.expr], results: list[ast.expr] | None, whole: str = "") -> None:
         if results is None:
             return
         if whole:
-            self.names.lists[whole] = results
+            self.scope.lists[whole] = results
             return
         for target, result in zip(targets, results, strict=False):
-            held = self.names.resolve(result)
+            held = self.scope.resolve(result)
             if isinstance(target, ast.Name) and isinstance(held, Tensor):
-                self.names.names[target.id] = held
+                self.scope.names[target.id] = held
 
     def call(self, call: ast.Call, line: int, results: list[str] | None) -> list[ast.expr] | None:
-        """Note what a call launches. Gives back the returned expressions when it is a function of this module."""
+        """Record what a call launches. For a function of this module, returns the expressions that it returns."""
         if len(self.module.calls) >= _MOST_CALLS:
             raise NotGenerated(f"more than {_MOST_CALLS} launches")
         path = dotted(call.func)
@@ -215,19 +222,19 @@ class _Reader:
             self.add(path, path, call, line, ())
         elif path and method not in _IGNORED and path not in _IGNORED:
             self.extern(path, call, line, results)
-        elif method in _ASSERTS_FORM:
+        elif method in _ASSERTIONS:
             self.asserted(call)
         return None
 
     def asserted(self, call: ast.Call) -> None:
-        """The forms of tensors: of one, or from torch 2.14 on of several in one call, each argument a tuple."""
+        """Sizes and strides of a tensor, or from torch 2.14 on of several, each argument a tuple."""
         match call.args:
             case [ast.Name(id=name), size, stride, *_]:
-                self.names.asserted(name, size, stride)
+                self.scope.asserted(name, size, stride)
             case [ast.Tuple(elts=tensors), ast.Tuple(elts=sizes), ast.Tuple(elts=strides), *_]:
                 for tensor, size, stride in zip(tensors, sizes, strides, strict=False):
                     if isinstance(tensor, ast.Name):
-                        self.names.asserted(tensor.id, size, stride)
+                        self.scope.asserted(tensor.id, size, stride)
 
     def subgraph(self, func: ast.expr, path: str) -> ast.FunctionDef | None:
         match func:
@@ -238,21 +245,21 @@ class _Reader:
     def list_argument(self, call: ast.Call) -> list[ast.expr]:
         match call.args:
             case [ast.Name(id=name)]:
-                return self.names.lists.get(name, [])
+                return self.scope.lists.get(name, [])
             case [ast.List(elts=parts)]:
                 return parts
         return list(call.args)
 
     def extern(self, path: str, call: ast.Call, line: int, results: list[str] | None) -> None:
-        arguments = [self.names.resolve(argument) for argument in call.args]
+        arguments = [self.scope.resolve(argument) for argument in call.args]
         outs = [k.value for k in call.keywords if k.arg in ("out", "out0", "out1", "outs")]
         held = [
-            self.names.resolve(o)
+            self.scope.resolve(o)
             for out in outs
             for o in (out.elts if isinstance(out, (ast.Tuple, ast.List)) else [out])
         ]
         written = [tensor for tensor in held if isinstance(tensor, Tensor)]
-        written += [self.names.result(name) for name in results or ()]
+        written += [self.scope.result(name) for name in results or ()]
         named = path.startswith(("torch.ops.", "aten.", "extern_kernels.", "inductor_ops.", "_quantized."))
         if not named and not any(isinstance(a, Tensor) for a in [*arguments, *written]):
             return
@@ -262,6 +269,6 @@ class _Reader:
         flat: list[ast.expr] = []
         for argument in (*call.args, *(k.value for k in call.keywords if k.arg not in ("out", "stream", "grid"))):
             flat.extend(argument.elts if isinstance(argument, (ast.List, ast.Tuple)) else [argument])
-        resolved = tuple(self.names.argument(argument) for argument in flat)
+        resolved = tuple(self.scope.argument(argument) for argument in flat)
         aten, origins = comments.above(self.lines, line)
         self.module.calls.append(Call(name, kernel, resolved, out, line, aten, origins, self.branch))

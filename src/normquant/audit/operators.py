@@ -1,7 +1,7 @@
-"""What is known of operators whose code is not generated: from their name, and for a few from their public schema.
+"""What is known of opaque operators: from their names, and for some from their public schemas.
 
-A call in generated code says which tensors go in, not which are written. A tensor that was just allocated is an output;
-for one that already holds something, only the operator's schema tells.
+A call in generated code shows which tensors are passed, not which are written. A tensor that was just allocated is an
+output; for one that already holds data, only the operator's schema tells.
 """
 
 import re
@@ -15,13 +15,13 @@ _NOT_ROW_WISE = re.compile(
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator's form. Numbers are argument positions."""
+    """What a schema says of an operator. Numbers are argument positions."""
 
     mutates: tuple[int, ...] = ()
     quantizes: bool = False
-    ue8m0: int | None = None  # the argument that asks for power-of-two scales; None: it cannot be asked
+    ue8m0: int | None = None  # the argument that asks for power-of-two scales; None where there is none
     always_ue8m0: bool = False
-    takes_scales: tuple[int, ...] = ()  # scales that must be column-major with rows padded to 16 bytes, or are copied
+    takes_scales: tuple[int, ...] = ()  # scales that are copied unless column-major with columns padded to 16 bytes
 
 
 # vLLM's csrc/torch_bindings.cpp and its Python custom ops, and SGLang's kernels, as published.
@@ -49,7 +49,7 @@ _UNKNOWN = Operator()
 
 
 def operator(name: str) -> Operator:
-    """What is known of the operator `namespace.name`; an empty form when nothing is."""
+    """What is known of the operator `namespace.name`; the defaults when nothing is."""
     return _KNOWN.get(name, _UNKNOWN)
 
 
@@ -58,16 +58,16 @@ def is_known(name: str) -> bool:
 
 
 def is_row_wise(name: str) -> bool:
-    """Whether the operator's name says that each row of its output depends on that row of its input alone.
+    """Whether, by its name, each row of an operator's output depends on that row of its input alone.
 
-    Such an operator moves bytes and little else, and a generated kernel beside it could have done its work.
+    Such an operator does little but move bytes, and a generated kernel next to it could do its work.
     """
     short = name.rpartition(".")[2]
     return bool(_ROW_WISE.search(short)) and not _NOT_ROW_WISE.search(short)
 
 
 def uses_ue8m0(name: str, arguments: tuple[str, ...]) -> bool | None:
-    """Whether a call quantizes with power-of-two scales; None when it is no quantization known here."""
+    """Whether a call quantizes with power-of-two scales; None when it is not a known quantization."""
     known = operator(name)
     if known.always_ue8m0:
         return True

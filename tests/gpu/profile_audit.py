@@ -1,6 +1,6 @@
-"""The auditor's bytes and times beside a profiler's. Needs a CUDA GPU and Nsight Compute (ncu); run as a script:
+"""Compares the auditor's bytes and times with a profiler's. Needs a CUDA GPU and Nsight Compute (ncu); run as a script:
 
-    python -m tests.audit.profiled
+    PYTHONPATH=tests python -m gpu.profile_audit
 
 Every graph is compiled and run at a size that the L2 cache does not hold; ncu reads the DRAM counters of each kernel.
 `same`: the code generated for this GPU and, with `target="h100"`, without looking at it move the same bytes.
@@ -74,7 +74,7 @@ def run(names: list[str]) -> None:
 def measured() -> list[dict[str, float]]:
     """ncu's counters of every kernel that `run` launched, in order: bytes read, bytes written, ns."""
     command = ["ncu", "--csv", "--profile-from-start", "off", "--clock-control", "none", "--metrics", METRICS]
-    command += [sys.executable, "-m", "tests.audit.profiled", "--run"]
+    command += [sys.executable, "-m", "gpu.profile_audit", "--run"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     start = done.stdout.find('"ID"')
     if start < 0:

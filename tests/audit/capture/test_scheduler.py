@@ -1,30 +1,17 @@
-"""No rule about needless copies finds anything in graphs that have none."""
+"""Bytes from the text of the kernels, beside those that Inductor's scheduler counts."""
 
 from __future__ import annotations
 
 import pytest
 from shared.clean_graphs import GRAPHS, compiled
 
-COPIES = ("identity", "cast-round-trip", "layout-copy", "mutated-input-copy")
-# Where the scheduler's own count is the coarser one; that the code's is right is counted by hand in test_bytes.py.
+# Where the scheduler's own count is the coarser one; that the code's is right is counted by hand in test_evaluate.py.
 COUNTED_COARSELY = {
     "attention_block": "the slices of q and k are two views of one buffer, counted as three",
     "group_norm": "the reduction's own result counts as read",
     "in_place_add": "the reduction's own result counts as read",
     "kv_cache_update": "the whole cache counts as read and written, of which a few rows are written",
 }
-
-
-def test_there_are_at_least_thirty() -> None:
-    assert len(GRAPHS) >= 30
-
-
-@pytest.mark.parametrize("name", GRAPHS)
-def test_no_copy_is_found(name: str) -> None:
-    _, report = compiled(name)
-    assert report.launches, "nothing was generated"
-    assert [(f.rule, f.kernel, f.message) for f in report.findings if f.rule in COPIES] == []
-    assert report.to_dict()["notes"] == [], "everything in the generated code is understood"
 
 
 def counts(name: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, int, int]]]:

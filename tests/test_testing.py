@@ -1,4 +1,4 @@
-"""The helper for a user's own tests."""
+"""`assert_generated`, for a model's own tests."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Integer expressions in generated code, evaluated without executing anything.
 
-Only what Inductor writes for sizes is understood: integers, names, + - * // % **, unary signs, min and max.
+Only what Inductor writes for sizes is supported: integers, names, + - * // % **, unary signs, min, max and rounding.
 """
 
 import ast
 from collections.abc import Mapping
 
-_LARGEST = 1 << 62  # beyond any address; keeps hostile input from growing numbers without end
+LARGEST = 1 << 62  # beyond any address; keeps hostile input from growing numbers without end
 _LARGEST_EXPONENT = 8
 
 
@@ -14,14 +14,22 @@ class UnknownSize(ValueError):
     """An expression that cannot be evaluated: an unknown name, or something that is not a size."""
 
 
+def parse(text: str) -> ast.expr | None:
+    """The expression in `text`; None when it is not one in Python's syntax."""
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
 def evaluate(node: ast.expr, values: Mapping[str, int]) -> int:
-    """The value of a size expression; UnknownSize when a name has no value or the form is not understood."""
+    """The value of a size expression; UnknownSize when a name has no value or the syntax is not supported."""
     match node:
         case ast.Constant(value=bool()):
             raise UnknownSize("a truth value is not a size")
         case ast.Constant(value=int() as number):
             return _bounded(number)
-        case ast.Constant(value=float() as number) if number.is_integer() and abs(number) < _LARGEST:
+        case ast.Constant(value=float() as number) if number.is_integer() and abs(number) < LARGEST:
             return int(number)
         case ast.Name(id=name):
             if name not in values:
@@ -74,7 +82,7 @@ def _nonzero(number: int) -> int:
 
 
 def _bounded(number: int) -> int:
-    if abs(number) > _LARGEST:
+    if abs(number) > LARGEST:
         raise UnknownSize("a number too large for a size")
     return number
 

@@ -1,19 +1,13 @@
-"""What the names in a generated function stand for, while it is read: tensors, sizes, lists."""
+"""What the names in a generated function stand for while it is read: tensors, sizes, lists."""
 
 import ast
 import re
 
 from normquant.audit.source import comments
-from normquant.audit.source.generated_module import Module, Size, Tensor
+from normquant.audit.source.generated_module import GeneratedModule, Size, Tensor
 
-_SYMBOL = re.compile(r"^(s|u|f|zf|zuf|ps|ks|ws)\d+$")
-_HEAVIEST = 400  # parts of a size expression; a longer one stays a name without a value
+_HEAVIEST = 400  # nodes of a size expression; a larger one stays a name without a value
 _ALLOCATES = re.compile(r"^_?empty_strided\w*$")
-
-
-def is_symbol(name: str) -> bool:
-    """Whether a name is one that Inductor gives to a size."""
-    return bool(_SYMBOL.match(name))
 
 
 def dotted(node: ast.expr) -> str:
@@ -27,30 +21,30 @@ def dotted(node: ast.expr) -> str:
     return ".".join([node.id, *reversed(parts)])
 
 
-class Names:
+class Scope:
     """The names in scope. What becomes known of tensors is kept in the module."""
 
-    def __init__(self, module: Module, lines: list[str]) -> None:
+    def __init__(self, module: GeneratedModule, lines: list[str]) -> None:
         self.module = module
         self.lines = lines
         self.names: dict[str, Tensor | ast.expr] = {}
         self.lists: dict[str, list[ast.expr]] = {}
         self.weights: dict[str, int] = {}
-        self.examples: dict[str, Tensor] = {}  # inputs as the module's own benchmark would make them, sizes as numbers
+        self.examples: dict[str, Tensor] = {}  # inputs as the module's own benchmark makes them, with sizes as numbers
         self.shapes_in_comments = dict(comments.shapes(lines))
 
     def set_tensor(self, tensor: Tensor) -> None:
         self.names[tensor.buffer] = self.module.tensors[tensor.buffer] = tensor
 
     def result(self, name: str) -> Tensor:
-        """A name for what a call gives back; its form is known from comments, or from an assertion that follows."""
+        """Name the result of a call; its shape is known from comments, or from an assertion that follows."""
         dtype, size, stride = self.shapes_in_comments.get(name, ("", None, None))
         tensor = Tensor(name, name, dtype, size, stride)
         self.set_tensor(tensor)
         return tensor
 
     def set_symbol(self, name: str, source: str) -> None:
-        """A size under its own name: `s72 = arg1_1`."""
+        """Name a size that is passed as an input: `s72 = arg1_1`."""
         if source in self.module.hints:
             self.module.hints[name] = self.module.hints[source]
         elif source in self.module.inputs:
@@ -59,20 +53,20 @@ class Names:
         self.names[name] = self.names[source] = ast.Name(name)
 
     def set_sizes(self, name: str, tensor: str, attribute: str) -> None:
-        """All sizes of an input, or all its strides, under a name: `arg1_1_size = arg1_1.size()`."""
+        """Name all sizes of an input, or all its strides: `arg1_1_size = arg1_1.size()`."""
         example = self.examples.get(tensor)
         if example is not None:
             self.lists[name] = list((example.size if attribute == "size" else example.stride) or ())
 
     def set_symbol_of(self, name: str, whole: str, index: int) -> None:
-        """One of them under a name of its own: `s22 = arg1_1_size[0]`. Its value is that of the example input."""
+        """Name one of them: `s22 = arg1_1_size[0]`. Its value is that of the example input."""
         sizes = self.lists.get(whole, [])
         if index < len(sizes) and isinstance(example := sizes[index], ast.Constant) and isinstance(example.value, int):
             self.module.hints[name] = example.value
         self.names[name] = ast.Name(name)
 
     def parameters(self, names: list[str], given: list[Tensor | ast.expr] | None) -> None:
-        """The arguments of a function: `given` for a subgraph, else the program's inputs."""
+        """Name the arguments of a function: `given` for a subgraph, else the program's inputs."""
         for position, name in enumerate(names):
             if given is not None:
                 if position < len(given):
@@ -89,13 +83,13 @@ class Names:
             self.set_tensor(tensor)
 
     def set_size(self, name: str, value: ast.expr) -> None:
-        """A size that is computed from others: written out wherever it is used, if it is not too long for that."""
+        """Name a size that is computed from others; it is expanded wherever it is used, unless it is too large."""
         weight = sum(self.weights.get(part.id, 1) if isinstance(part, ast.Name) else 1 for part in ast.walk(value))
         self.weights[name] = weight
         self.names[name] = self.substituted(value) if weight <= _HEAVIEST else ast.Name(name)
 
     def alias(self, name: str, value: ast.expr, reused: bool) -> None:
-        """The same memory under a new name: `buf2 = buf1`, `buf1 = buf0[0]`."""
+        """Give memory a new name: `buf2 = buf1`, `buf1 = buf0[0]`."""
         held = self.resolve(value)
         if not isinstance(held, Tensor):
             if isinstance(value, ast.Subscript):
@@ -112,7 +106,7 @@ class Names:
         self.set_tensor(tensor)
 
     def part(self, name: str, value: ast.Subscript) -> None:
-        """One of several results of a call or a subgraph."""
+        """Name one of several results of a call or a subgraph."""
         match value:
             case ast.Subscript(value=ast.Name(id=whole), slice=ast.Constant(value=int() as index)):
                 parts = self.lists.get(whole, [])
@@ -120,6 +114,7 @@ class Names:
                     self.names[name] = held
 
     def allocation(self, name: str, maker: str, call: ast.Call) -> Tensor | None:
+        """The tensor that a call of Inductor's allocates; None for any other call."""
         if _ALLOCATES.match(maker) and len(call.args) >= 2:
             kinds = [*call.args[2:], *(k.value for k in call.keywords if k.arg == "dtype")]
             dtype = next((d for d in map(dotted, kinds) if d.startswith("torch.")), "")
@@ -147,7 +142,7 @@ class Names:
         return tuple(self.substituted(element) for element in elements) if elements is not None else None
 
     def substituted(self, node: ast.expr) -> ast.expr:
-        """A size expression with the names that stand for other sizes written out."""
+        """A size expression with the names of computed sizes expanded."""
         if isinstance(node, ast.Name):
             held = self.names.get(node.id)
             return held if isinstance(held, ast.expr) else node
@@ -165,10 +160,7 @@ class Names:
             case ast.Subscript(value=ast.Name(id=name)):
                 held = self.names.get(name)
                 return held if isinstance(held, Tensor) else node
-            case ast.Call(func=func) if dotted(func).rpartition(".")[2] in (
-                "reinterpret_tensor",
-                "_reinterpret_tensor",
-            ):
+            case ast.Call(func=func) if dotted(func).endswith("reinterpret_tensor"):
                 return self.view(node) or node
             case ast.Call(func=ast.Attribute(value=inner)) if not node.args:  # buf0.view(...), buf0.item()
                 held = self.resolve(inner)
@@ -176,12 +168,13 @@ class Names:
         return node
 
     def asserted(self, name: str, size: ast.expr, stride: ast.expr) -> None:
-        """`assert_size_stride(buf2, (64, 512), (512, 1))` says the form of a call's result."""
+        """`assert_size_stride(buf2, (64, 512), (512, 1))` gives the shape of a call's result."""
         held = self.names.get(name)
         if isinstance(held, Tensor):
             tensor = Tensor(held.buffer, held.storage, held.dtype, self.size(size), self.size(stride))
             self.names[name] = self.module.tensors[name] = tensor
 
     def argument(self, node: ast.expr) -> Tensor | ast.expr:
+        """What is passed for an argument: a tensor, or an expression with sizes expanded."""
         held = self.resolve(node)
         return held if isinstance(held, Tensor) else self.substituted(held)

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from normquant.audit.findings import Draft
 from normquant.audit.program import COPY_LAYOUT, COPY_SAME, Copy, Extern, Kernel, Program
+from normquant.audit.result import Draft
 from normquant.audit.rules.data_flow import Flow
 
-# dtypes that hold every value of the first one, so that going there and back changes nothing
+# dtype -> the dtypes that represent each of its values exactly: a cast to one of them and back changes nothing
 _HOLDS: dict[str, frozenset[str]] = {
     "float8_e4m3fn": frozenset({"bfloat16", "float16", "float32", "float64"}),
     "float8_e5m2": frozenset({"bfloat16", "float16", "float32", "float64"}),
@@ -22,13 +22,13 @@ _HOLDS: dict[str, frozenset[str]] = {
 
 
 def identity(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
-    """A kernel that stores every element where it loaded it, in the dtype that it had."""
+    """A kernel that stores every element where it loaded it, with the same dtype."""
     for kernel, copy in _needless(flow, COPY_SAME):
         if _mutator(flow, kernel, copy) is None:
             yield Draft(
                 kernel,
                 kernel.bytes,
-                _what_is_copied(flow, copy) + _on_the_way(copy),
+                _what_is_copied(flow, copy) + _casts(copy),
                 "let the consumer read the source: after your own graph pass run Inductor's no-op removal, and use a "
                 "functional op where an in-place one asked for the copy",
                 copy.destination,
@@ -48,7 +48,7 @@ def layout_copy(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
         yield Draft(
             kernel,
             kernel.bytes,
-            f"only changes the layout of {copy.source} into {copy.destination}{_on_the_way(copy)}",
+            f"only changes the layout of {copy.source} into {copy.destination}{_casts(copy)}",
             "write the wanted strides where the data is made, or let the consumer take any strides "
             "(torch.Tag.flexible_layout on its operator)",
             copy.destination,
@@ -60,24 +60,24 @@ def cast_round_trip(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
     """bf16 -> fp32 -> bf16 with nothing in between, in one kernel or across two."""
     for kind in (COPY_SAME, COPY_LAYOUT):
         for kernel, copy in _needless(flow, kind):
-            if _on_the_way(copy):
+            if _casts(copy):
                 yield _round_trip(kernel, copy, kernel.bytes, 1, " -> ".join(_steps(copy.dtypes)))
-    for kernel, copy in _alone(flow.program):
+    for kernel, copy in _pure_copies(flow.program):
         for edge in flow.into.get(kernel.position, ()):
             first = flow.program.launches[edge.producer] if edge.producer is not None else None
-            there = _only_copy(first) if isinstance(first, Kernel) else None
-            if there is None or first is None or there.dtypes[-1] != copy.dtypes[0]:
+            earlier = _only_copy(first) if isinstance(first, Kernel) else None
+            if earlier is None or first is None or earlier.dtypes[-1] != copy.dtypes[0]:
                 continue
-            if _lossless((there.dtypes[0], there.dtypes[-1], copy.dtypes[-1])):
+            if _lossless((earlier.dtypes[0], earlier.dtypes[-1], copy.dtypes[-1])):
                 both = flow.sole_reader(edge)
                 spent = kernel.bytes + (first.bytes if both else 0)
-                dtypes = (there.dtypes[0], *copy.dtypes)
+                dtypes = (earlier.dtypes[0], *copy.dtypes)
                 yield _round_trip(kernel, copy, spent, 1 + both, f"{' -> '.join(_steps(dtypes))} with {first.name}")
 
 
 def mutated_input_copy(flow: Flow, programs: Sequence[Program]) -> Iterator[Draft]:
     """A copy of a graph input, made because an opaque operator writes into it."""
-    for kernel, copy in _plain(flow.program, COPY_SAME):
+    for kernel, copy in _unchanged(flow.program, COPY_SAME):
         op = _mutator(flow, kernel, copy)
         if op is not None:
             shape = ", ".join(flow.program.buffers[copy.source].shape)
@@ -102,8 +102,8 @@ def _round_trip(kernel: Kernel, copy: Copy, size: int, launches: int, steps: str
     )
 
 
-def _alone(program: Program) -> Iterator[tuple[Kernel, Copy]]:
-    """Kernels that are one copy and nothing else."""
+def _pure_copies(program: Program) -> Iterator[tuple[Kernel, Copy]]:
+    """Kernels that do one copy and nothing else."""
     for kernel in program.kernels:
         copy = _only_copy(kernel)
         if copy is not None and kernel.bytes:
@@ -114,26 +114,26 @@ def _only_copy(kernel: Kernel) -> Copy | None:
     return kernel.copies[0] if kernel.is_copy and len(kernel.copies) == 1 else None
 
 
-def _plain(program: Program, kind: str) -> Iterator[tuple[Kernel, Copy]]:
-    """Those whose data comes out as it went in."""
-    for kernel, copy in _alone(program):
+def _unchanged(program: Program, kind: str) -> Iterator[tuple[Kernel, Copy]]:
+    """Pure copies that leave every value as it was."""
+    for kernel, copy in _pure_copies(program):
         if copy.kind == kind and copy.dtypes[0] == copy.dtypes[-1] and _lossless(copy.dtypes):
             yield kernel, copy
 
 
 def _needless(flow: Flow, kind: str) -> Iterator[tuple[Kernel, Copy]]:
-    """Those that the program did not ask for by what it takes and returns."""
-    for kernel, copy in _plain(flow.program, kind):
+    """Unchanged copies that the program's own inputs and results do not require."""
+    for kernel, copy in _unchanged(flow.program, kind):
         source, destination = flow.program.role(copy.source), flow.program.role(copy.destination)
         if destination == "input":  # an update of an input, such as a KV cache
             continue
         if destination == "output" and source in ("input", "constant", "output") and not _mutator(flow, kernel, copy):
-            continue  # two results, or a result and an input, that may not share memory
+            continue  # results may share memory neither with each other nor with an input
         yield kernel, copy
 
 
 def _mutator(flow: Flow, kernel: Kernel, copy: Copy) -> Extern | None:
-    """The operator that writes into the copy of an input."""
+    """The operator that writes into a copy of an input."""
     if flow.program.role(copy.source) != "input":
         return None
     storage = flow.program.storage(copy.destination)
@@ -153,6 +153,6 @@ def _steps(dtypes: Sequence[str]) -> list[str]:
     return [dtype for index, dtype in enumerate(dtypes) if index == 0 or dtype != dtypes[index - 1]]
 
 
-def _on_the_way(copy: Copy) -> str:
+def _casts(copy: Copy) -> str:
     steps = _steps(copy.dtypes)
     return f", through {' -> '.join(steps)}" if len(steps) > 1 else ""

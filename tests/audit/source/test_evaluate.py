@@ -10,7 +10,6 @@ from normquant.audit import audit
 
 M, K = 64, 7168
 SLICED = 2112  # columns of a fused projection, of which a norm reads 1536
-
 # graph -> (bytes read, bytes written) of each launch, counted by hand: elements * size of each tensor that has to move
 BY_HAND: dict[str, list[tuple[int, int]]] = {
     "add": [(2 * M * 512 * 2, M * 512 * 2)],
@@ -39,8 +38,6 @@ BY_HAND: dict[str, list[tuple[int, int]]] = {
     "sum_all": [(4096 * 4096 * 2, 512 * 4), (512 * 4, 2)],
     "foreach_mul": [((64 + 128 + 1024) * 2, (64 + 128 + 1024) * 2)],
 }  # fmt: skip
-
-
 SPLIT_EARLIER = {"add_norm_quant", "attention_block", "group_norm"}  # which kernels there are depends on the version
 BEFORE_2_13 = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 
