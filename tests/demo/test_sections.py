@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from normquant.bench.timing import Timing
+from normquant.compile.verify import Check, Checks, Tally
 from normquant.demo import page, text
-from normquant.demo.differences import Tally
-from normquant.demo.exactness import Check, Checks
 from normquant.demo.gpu import OnGpu, Times
 from normquant.demo.layer import SMALL
 from normquant.demo.outcome import OnCpu

@@ -79,19 +79,19 @@ def demonstrate(progress: Progress) -> Any:
 def on_cpu(dims: Any, tokens: int, progress: Progress) -> Any:
     """The small layer on the CPU, as a `demo.result.OnCpu`."""
     from normquant.compile import inductor_options
-    from normquant.demo.exactness import check_sites, outputs, relative_error
-    from normquant.demo.layer import build, float64_twin, forward, inputs
+    from normquant.compile.recording import record
+    from normquant.compile.verify import check_sites
+    from normquant.demo.layer import build, float64_twin, forward, inputs, relative_error
     from normquant.demo.outcome import OnCpu
-    from normquant.demo.recorder import record
 
     progress("running a small layer on the CPU, fused and unfused")
     layer, tensors = build(dims, "cpu"), inputs(dims, tokens, "cpu")
-    recording = record(forward, (layer, *tensors), inductor_options("always"))  # "auto" fuses only on a GPU
-    checks = check_sites(recording)
+    recorded = record(forward, (layer, *tensors), inductor_options("always"))  # "auto" fuses only on a GPU
+    checks = check_sites(recorded.only)
     progress("running it in float64")
     with torch.no_grad():
         exact = forward(float64_twin(layer), *(t.double() for t in tensors))
-    errors = [relative_error(output, exact) for output in outputs(recording)]
+    errors = [relative_error(output, exact) for output in (recorded.before, recorded.after)]
     return OnCpu(dims, tokens, checks, *errors)
 
 

@@ -6,16 +6,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch.fx import Graph
+
 from normquant.audit.program import Launch, Program
 from normquant.audit.result import AuditReport
+from normquant.compile.fusions.candidate import module_path
+from normquant.compile.recording import PASS, Recorder
 from normquant.demo.layer import Dims, build_fake, fake_inputs, forward
-from normquant.demo.recorder import PASS, Recorder, norm_weights
 
 MATRIX_PRODUCTS = ("normquant.block_fp8_linear", "aten.bmm", "aten.mm", "aten.addmm", "aten.baddbmm")
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormLaunches:
     """One norm of the layer: its module, its width K, and what is launched from its input to the matrix products."""
 
     name: str
@@ -33,7 +36,7 @@ class Compiled:
     """One compile of the layer. fusion: normquant's FusionReport, None for the stock compile."""
 
     report: AuditReport
-    norms: tuple[Norm, ...]
+    norms: tuple[NormLaunches, ...]
     fusion: Any = None
 
     @property
@@ -73,12 +76,21 @@ def compile_layer(
     return Compiled(report, find_norms(report.programs[0], norm_weights(recorder.before.graph)), fusion())
 
 
+def norm_weights(graph: Graph) -> dict[str, str]:
+    """Name of each input that is a norm's weight [K] -> the norm's module in the layer."""
+    return {
+        node.name: module_path(next(iter(node.users))).removeprefix("layer.")
+        for node in graph.nodes
+        if node.op == "placeholder" and node.users and getattr(node.meta.get("val"), "dim", lambda: 0)() == 1
+    }
+
+
 def is_matrix_product(launch: Launch) -> bool:
     """Whether a launch is a GEMM that Inductor calls."""
     return launch.name.startswith(MATRIX_PRODUCTS)
 
 
-def find_norms(program: Program, weights: dict[str, str]) -> tuple[Norm, ...]:
+def find_norms(program: Program, weights: dict[str, str]) -> tuple[NormLaunches, ...]:
     """For each norm, by its weight among the program's inputs: the launches around it, between the matrix products.
 
     These are the kernel that reads the weight, what computes that kernel's inputs, and what of its outputs' further
@@ -93,7 +105,7 @@ def find_norms(program: Program, weights: dict[str, str]) -> tuple[Norm, ...]:
         after = _reach(own, feeds, products) & into_products
         positions = sorted({*own, *_reach(own, fed_by, products), *after})
         k = int(program.buffers[weight].shape[0])
-        norms.append(Norm(name, k, tuple(program.launches[p] for p in positions)))
+        norms.append(NormLaunches(name, k, tuple(program.launches[p] for p in positions)))
     return tuple(norms)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from normquant.audit.result import launch_us
 from normquant.bench.timing import Timing
+from normquant.compile.verify import Check, Checks, total
 from normquant.demo.codegen import Compiled, is_matrix_product
-from normquant.demo.exactness import Check, Checks, total
 from normquant.demo.gpu import OnGpu
 from normquant.demo.layer import Dims
 
@@ -100,7 +100,7 @@ def _checks(checks: Sequence[Check]) -> dict[str, Any]:
     found = total(checks)
     sites = [
         {
-            "name": check.name,
+            "name": site_name(check),
             "op": check.op,
             "fp8": asdict(check.values),
             "scales": asdict(check.scales),
