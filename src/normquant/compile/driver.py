@@ -104,10 +104,7 @@ class _Record:
             return None
 
     def add(self, found: Candidate | Rejection, site: Site) -> None:
-        if site.strategy != "stock":
-            self.rewritten += 1
-        elif isinstance(found, Candidate) and found.listed:
-            return
+        self.rewritten += site.strategy != "stock"
         if found.lone is None:
             self.sites.append(site)
         elif site.fused:
@@ -119,15 +116,18 @@ class _Record:
 
 def _rewrite_all(graph: Graph, find: Fusion, rules: Rules, done: _Record) -> None:
     for found in find(graph):
-        done.add(found, found.site if isinstance(found, Rejection) else _decide(graph, found, rules, done.strict))
+        site = found.site if isinstance(found, Rejection) else _decide(graph, found, rules, done.strict)
+        if site is not None:
+            done.add(found, site)
 
 
-def _decide(graph: Graph, candidate: Candidate, rules: Rules, strict: bool) -> Site:
-    """Rewrite a site as the policy wants it; returns its record. After a failure the graph is the graph before."""
+def _decide(graph: Graph, candidate: Candidate, rules: Rules, strict: bool) -> Site | None:
+    """Rewrite a site as the policy wants it; returns its record, if one is due. After a failure the graph is the graph
+    before."""
     decision = rules.decide(candidate.site.name, candidate.facts)
     rewrite = candidate.rewrites.get(decision.strategy)
     if rewrite is None:
-        return candidate.record("stock", "" if candidate.remark else decision.reason)
+        return None if candidate.listed else candidate.record("stock", "" if candidate.remark else decision.reason)
     new = Builder(graph)
     try:
         made = rewrite(new)

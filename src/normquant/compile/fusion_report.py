@@ -47,7 +47,8 @@ class Site:
     def __str__(self) -> str:
         shape = f" [{self.m}, {self.k}] {self.dtype}" if self.k else ""
         what = f" {op_text(self.op, self.spec)}" if self.op else ""
-        saved = f"; saves {self.kernels_saved} kernels, {self.bytes_saved:,} bytes" if self.fused else ""
+        saves = self.kernels_saved or self.bytes_saved
+        saved = f"; saves {self.kernels_saved} kernels, {self.bytes_saved:,} bytes" if saves else ""
         return f"{self.strategy:<6} {self.name}{shape}{what}: {self.reason}{saved} ({self.where})"
 
 

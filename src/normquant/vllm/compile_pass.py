@@ -54,9 +54,7 @@ class VllmNormQuantPass(InductorPass):
         linear = linear_kernels(graph)
         report = self.fusion.rewrite(graph)
         if report.error:
-            what = (
-                "left a graph as it was" if report.given_up.startswith("compiled") else "fused a part of a graph only"
-            )
+            what = "failed in a part of a graph" if report.sites else "left a graph as it was"
             log.warning("normquant %s: %s", what, report.error)
         log.debug("%s", report)
         self._warm_up(graph)

@@ -152,10 +152,8 @@ def test_inductor_makes_no_kernel_for_the_op() -> None:
     torch._dynamo.reset()
     torch._dynamo.mark_dynamic(args[0], 0)
     torch._dynamo.mark_dynamic(args[-1], 0)
-    compiled = torch.compile(
-        lambda *args: latents()(*args)[:4],
-        options={"post_grad_custom_post_pass": traced_graphs.Pass(latent_norm_quant.find)},
-    )
+    options = {"post_grad_custom_post_pass": traced_graphs.Pass(latent_norm_quant.find)}
+    compiled = torch.compile(lambda *args: latents()(*args)[:4], options=options)
     with torch.no_grad(), torch._inductor.config.patch(enable_auto_functionalized_v2=False):
         result, (code,) = run_and_get_code(compiled, *args)
     body = code.partition("def call(")[2]

@@ -44,7 +44,7 @@ class Candidate:
     stays: its record where it stays, if that is another one; a reason is put behind the one that it has.
     remark: said of the site in front of every other reason, and alone where the policy leaves it as it is.
     lone: its quantization, where no norm is in front of that. listed: whether another fusion has recorded the site, so
-    that a second record is due only when it is rewritten.
+    that no record is due where the policy leaves it as it is.
     """
 
     site: Site
