@@ -12,7 +12,7 @@ import pytest
 
 from normquant.cli.entry import main
 from normquant.cli.vllm_report import default_root
-from normquant.compile.report import FusionReport, Site
+from normquant.compile.fusion_report import FusionReport, Site
 from normquant.vllm.graph_records import FILE, GraphRecord, append, read
 
 ADD = Site("layers.3.input_layernorm", "m.py:1", "fused", "policy auto", "add_rms_norm_quant", "e4m3", "s0", 7168)

@@ -14,7 +14,7 @@ import torch
 from shared.pass_harness import exact, share_of_the_pass
 
 import normquant as nq
-from normquant.compile import clear, driver, explain, inductor_options, last_report, reports
+from normquant.compile import clear, explain, inductor_options, last_report, reports
 from normquant.linear import BlockFP8Linear
 from normquant.spec import QuantSpec
 
@@ -148,7 +148,7 @@ def test_an_exception_in_the_pass_breaks_no_compile_unless_strict() -> None:
     def broken(*args, **kwargs):
         raise RuntimeError("a defect")
 
-    with mock.patch.object(driver, "find", broken):
+    with mock.patch("normquant.compile.fusions.norm_quant.find_sites", broken):
         check(inductor_options("always"))
         assert "compiled as it was: RuntimeError: a defect" in explain()
         torch._dynamo.reset()

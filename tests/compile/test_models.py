@@ -7,7 +7,7 @@ import torch
 from shared.pass_harness import assert_same, exact, run_with_pass, share_of_the_pass
 
 from normquant.compile import explain, inductor_options, last_report
-from normquant.compile.verify import verify
+from normquant.compile.verify import total, verify
 from normquant.linear import BlockFP8Linear
 from normquant.spec import QuantSpec
 
@@ -48,7 +48,7 @@ def test_every_site_of_a_tiny_layer_is_fused_and_exact(name: str) -> None:
     x = exact(1, 6, 512)
     found = verify(layer, x, kwargs=kwargs)
     assert {site.name: site.op for site in found.sites} == SITES[name]
-    assert found.exact, [(site.name, site.differ, site.compared) for site in found.sites]
+    assert found.exact, [(site.name, site.all.differ, site.all.compared) for site in found.sites]
     assert_same(found.fused, found.unfused)
     (report,) = found.reports
     assert {QuantSpec.decode(site.spec).rounding for site in report.sites} == {ROUNDING.get(name, "twice")}
@@ -59,7 +59,7 @@ def test_a_site_is_exact_on_any_input_given_the_same_sum_of_squares() -> None:
     """Where the order of the sum matters, only values at a rounding border differ: a handful of thousands."""
     layer, kwargs = tiny("deepseek_v3")
     found = verify(layer, torch.randn(1, 6, 512, dtype=BF16), kwargs=kwargs)
-    assert sum(site.differ for site in found.sites) <= 1e-3 * sum(site.compared for site in found.sites)
+    assert total(found.sites).differ <= 1e-3 * total(found.sites).compared
 
 
 @pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "marked"])
@@ -92,7 +92,7 @@ def test_a_mixture_of_experts_reads_the_norm_beside_its_quantization() -> None:
     found = verify(layer, exact(1, 6, 512), kwargs=kwargs)
     ops = {site.name: site.op for site in found.sites}
     assert ops == SITES["deepseek_v3"] | {"post_attention_layernorm": "add_rms_norm_quant_with_norm"}
-    assert found.exact and all(site.others for site in found.sites if "with_norm" in site.op)
+    assert found.exact and all(site.others.compared for site in found.sites if "with_norm" in site.op)
     assert_same(found.fused, found.unfused)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from normquant.bench.timing import Timing
+from normquant.compile.verify import Check, Checks, Tally
 from normquant.demo.deepseek_layer import SMALL
 from normquant.demo.demonstration import OnCpu
-from normquant.demo.differences import Tally
-from normquant.demo.exactness import Check, Checks
 from normquant.demo.gpu_timing import OnGpu, Times
 from normquant.demo.sections import same_values, timed
 

@@ -10,18 +10,25 @@ from shared.pass_harness import interpreting
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
-from normquant.compile import Site
+from normquant.compile import Site, driver
+from normquant.compile.fusions.candidate import Fusion
 from normquant.compile.policy import Rules
 
 
-class Pass(CustomGraphPass):
-    """A rewrite that always fuses, as a pass of Inductor; its graphs are not cached."""
+def rewrite(graph: Graph, fusion: Fusion, policy: Any = "always") -> tuple[Site, ...]:
+    """What a fusion alone makes of a graph. policy: its name, or `Rules`."""
+    rules = policy if isinstance(policy, Rules) else Rules(policy)
+    return driver.run(graph, rules, strict=True, fusions=(fusion,)).sites
 
-    def __init__(self, rewrite: Callable[[Graph, Rules], tuple[Site, ...]]) -> None:
-        self.rewrite = rewrite
+
+class Pass(CustomGraphPass):
+    """A fusion that always fuses, as a pass of Inductor; its graphs are not cached."""
+
+    def __init__(self, fusion: Fusion) -> None:
+        self.fusion = fusion
 
     def __call__(self, graph: Graph) -> None:
-        self.rewrite(graph, Rules("always"))
+        rewrite(graph, self.fusion)
 
     def uuid(self) -> None:
         return None

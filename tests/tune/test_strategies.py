@@ -9,7 +9,7 @@ from normquant import QuantSpec
 from normquant.bench.cases import Case, Inputs
 from normquant.bench.timing import Timing
 from normquant.compile import clear, last_report
-from normquant.compile.measured import Table
+from normquant.compile.measured import StrategyTable
 from normquant.tune import strategies
 
 
@@ -57,7 +57,7 @@ def test_a_table_is_written_as_the_policy_reads_it(tmp_path):
     strategies.write(path, (9, 0), "normquant tune --strategies", first)
     other = Case("rms_norm_quant", 16, 1024)
     strategies.write(path, (9, 0), "again", [strategies.entry(other, 1, us(2.0, 1.0))])
-    table = Table.load(str(path))
+    table = StrategyTable.load(str(path))
     assert (table.capability, table.source) == ((9, 0), "again")
     assert [(e.first, e.last) for e in table.entries if e.k == 512] == [(1, 1), (2, 16), (17, strategies.LAST)]
     assert table.fastest("rms_norm_quant", 512, 10**6)[0] == "fused"

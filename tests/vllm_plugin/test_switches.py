@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from normquant.vllm.plugin import why_unsupported
 from normquant.vllm.switches import Switches, read_switches
-from normquant.vllm.versions import why_unsupported
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from normquant.compile.find.linear_ops import remark
-from normquant.vllm.graph_records import FILE, GraphRecord, find, read
+from normquant.compile.fusion_report import op_text
+from normquant.vllm.graph_records import FILE, GraphRecord, find, read, remark
 
 INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -81,7 +81,7 @@ def text(records: Iterable[GraphRecord]) -> str:
 
 def _kind(site: Mapping[str, Any]) -> tuple[str, ...]:
     """strategy, layer type, what is done, why: everything that the sites of one line have in common."""
-    what = f"{site['op']}({site['spec']})" if site["op"] else ""
+    what = op_text(site["op"], site["spec"]) if site["op"] else ""
     shape = f"K={site['k']} {site['dtype']}" if site["k"] else ""
     return site["strategy"], INDEX.sub("*", site["name"]), shape, what, site["reason"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from normquant.compile.report import FusionReport, Site, clear, explain, last_report, reports
+from normquant.compile.fusion_report import FusionReport, Site, clear, explain, last_report, reports
 
 __all__ = ["FusionReport", "Site", "clear", "explain", "inductor_options", "last_report", "reports"]
 

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from normquant import ops, spec
-from normquant.compile import report
-from normquant.compile.edit.cleanup import clean
-from normquant.compile.edit.decompose import decompose
-from normquant.compile.find.graph import Unsupported, dtype, value
-from normquant.compile.find.norm_ops import is_norm_op
-from normquant.compile.find.quant_ops import is_quant, quantized
-from normquant.compile.find.sites import Match, Rejected, anchor_of, find
-from normquant.compile.fusions.norm_quant import Rewriter, fused_op, in_memory, op_spec
-from normquant.compile.policy import Facts, Rules
-from normquant.compile.report import FusionReport, Site
-from normquant.ops import _bytes
-
-SOURCES = (
-    *sorted(map(str, Path(__file__).parent.rglob("*.[pj][ys]*"))),
-    spec.__file__,
-    *sorted(map(str, Path(ops.__file__).parent.glob("*.py"))),
+from normquant import ops, reference, spec, specs
+from normquant.compile import fusion_report
+from normquant.compile.edit.build import Builder
+from normquant.compile.edit.cleanup import clean, keep_outputs_apart, output_owners
+from normquant.compile.find.graph import Unsupported
+from normquant.compile.fusion_report import FusionReport, Site
+from normquant.compile.fusions import (
+    group_quant,
+    latent_norm_quant,
+    norm_quant,
+    rope_last,
+    silu_mul_quant,
+    vllm_fused_ops,
 )
-FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+from normquant.compile.fusions.candidate import Candidate, Fusion, Rejection
+from normquant.compile.policy import Rules
+
+FUSIONS: tuple[Fusion, ...] = (norm_quant.find,)
+# Gated products and latents first: what they take is not left over for a norm or a quantization alone.
+VLLM_FUSIONS: tuple[Fusion, ...] = (
+    vllm_fused_ops.find,
+    silu_mul_quant.find,
+    latent_norm_quant.find,
+    rope_last.find,
+    norm_quant.find,
+    group_quant.find,
+)
+SOURCES = (  # whatever decides what the pass makes of a graph
+    *sorted(map(str, Path(__file__).parent.rglob("*.py"))),
+    *sorted(map(str, Path(__file__).parent.rglob("*.json"))),
+    *sorted(map(str, Path(ops.__file__).parent.rglob("*.py"))),
+    *(module.__file__ for module in (reference, spec, specs)),
+)
 
 
 class NormQuantPass(CustomGraphPass):
@@ -37,159 +52,97 @@ class NormQuantPass(CustomGraphPass):
     strict: let an exception of the pass end the compile; else the graph is compiled as it was and the report says why.
     """
 
-    def __init__(self, rules: Rules | None = None, strict: bool = False) -> None:
+    def __init__(self, rules: Rules | None = None, strict: bool = False, fusions: tuple[Fusion, ...] = FUSIONS) -> None:
         self.rules = rules or Rules()
         self.strict = strict
+        self.fusions = fusions
 
     def uuid(self) -> Any:
         """Changes with the sources of the pass and with every option, so that compile caches miss when they should."""
-        return get_hash_for_files(SOURCES, extra=repr((self.rules.key(), self.strict)))
+        names = [fusion.__module__ for fusion in self.fusions]
+        return get_hash_for_files(SOURCES, extra=repr((self.rules.key(), self.strict, names)))
 
     def __call__(self, graph: Graph) -> None:
+        self.rewrite(graph)
+
+    def rewrite(self, graph: Graph) -> FusionReport:
+        """Rewrite the graph and say what was done; `normquant.explain()` has the report as well."""
+        return fusion_report.add(run(graph, self.rules, self.strict, self.fusions))
+
+
+def run(graph: Graph, rules: Rules, strict: bool = False, fusions: Sequence[Fusion] = FUSIONS) -> FusionReport:
+    """Rewrite the graph and say what was done. A site whose rewrite fails stays as it was, unless strict."""
+    done, owners = _Record(strict), output_owners(graph)
+    for find in fusions:
+        before = done.rewritten
+        done.guard(partial(_rewrite_all, graph, find, rules, done))
+        if done.rewritten > before:
+            graph.eliminate_dead_code()
+    cleaned = done.guard(partial(_clean_up, graph, owners)) if done.rewritten else 0
+    error = "; ".join(dict.fromkeys(done.errors))
+    return FusionReport(0, rules.policy, tuple(done.sites), tuple(done.lone.values()), cleaned or 0, error)
+
+
+@dataclass
+class _Record:
+    """What was done so far. lone: of each quantization without a norm. rewritten: how many sites."""
+
+    strict: bool
+    sites: list[Site] = field(default_factory=list)
+    lone: dict[Node, Site] = field(default_factory=dict)
+    rewritten: int = 0
+    errors: list[str] = field(default_factory=list)
+
+    def guard(self, step: Callable[[], Any]) -> Any:
+        """What a step returns; None, and an error in the report, where it fails, unless strict."""
         try:
-            outcome = run(graph, self.rules, self.strict)
+            return step()
         except Exception as error:
             if self.strict:
                 raise
-            outcome = FusionReport(0, self.rules.policy, (), error=f"{type(error).__name__}: {error}")
-            graph.eliminate_dead_code()
-        report.add(outcome)
+            self.errors.append(f"{type(error).__name__}: {error}")
+            return None
+
+    def add(self, found: Candidate | Rejection, site: Site) -> None:
+        self.rewritten += site.strategy != "stock"
+        if found.lone is None:
+            self.sites.append(site)
+        elif site.fused:
+            self.lone.pop(found.lone, None)
+            self.sites.append(site)
+        else:
+            self.lone[found.lone] = site
 
 
-def run(graph: Graph, rules: Rules, strict: bool = False) -> FusionReport:
-    """Rewrite the graph and say what was done. A site whose rewrite fails stays as it was, unless strict."""
-    found = find(graph)
-    rewriter = Rewriter(graph)
-    sites = [_rejected_site(rejected) for rejected in found.rejected]
-    sites += [_treat(match, rewriter, rules, strict) for match in found.matches]
-    others = tuple(_treat_other(other, graph, rules) for other in found.others)
-    cleaned = 0
-    if any(site.strategy != "stock" for site in (*sites, *others)):
-        graph.eliminate_dead_code()
-        cleaned = clean(graph)
-        rewriter.keep_outputs_apart()
-    return FusionReport(0, rules.policy, tuple(sites), others, cleaned)
+def _rewrite_all(graph: Graph, find: Fusion, rules: Rules, done: _Record) -> None:
+    for found in find(graph):
+        site = found.site if isinstance(found, Rejection) else _decide(graph, found, rules, done.strict)
+        if site is not None:
+            done.add(found, site)
 
 
-def _treat_other(other: Rejected, graph: Graph, rules: Rules) -> Site:
-    """A quantization without a norm: there is nothing to fuse, but an opaque one can become aten operations."""
-    site = _rejected_site(other)
-    if not is_quant(other.anchor):
-        return site
-    x = value(quantized(other.anchor))
-    k = x.shape[-1]
-    facts = Facts(x.device, "group_quant", None, k if isinstance(k, int) else 0, False)
-    decision = rules.decide(site.name, facts)
-    if decision.strategy != "native":
-        return site
+def _decide(graph: Graph, candidate: Candidate, rules: Rules, strict: bool) -> Site | None:
+    """Rewrite a site as the policy wants it; returns its record, if one is due. After a failure the graph is the graph
+    before."""
+    decision = rules.decide(candidate.site.name, candidate.facts)
+    rewrite = candidate.rewrites.get(decision.strategy)
+    if rewrite is None:
+        return None if candidate.listed else candidate.record("stock", "" if candidate.remark else decision.reason)
+    new = Builder(graph)
     try:
-        decompose(graph, [other.anchor])
-    except Unsupported as reason:
-        return replace(site, reason=f"{site.reason}; {reason}")
-    return replace(site, strategy="native", reason=f"{site.reason}; {decision.reason}")
-
-
-def _treat(match: Match, rewriter: Rewriter, rules: Rules, strict: bool) -> Site:
-    norm = match.norm
-    name, where = site_name(match), source_line(anchor_of(match), norm.y)
-    x = value(norm.sources[0])
-    rows = x.numel() // norm.k
-    m = rows if isinstance(rows, int) else None
-    add = rewriter.adds(match)
-    facts: dict[str, Any] = {
-        "spec": op_spec(match, add).encode(),
-        "m": str(rows),
-        "k": norm.k,
-        "dtype": str(norm.dtype)[6:],
-    }
-    op_name = fused_op(match, add)._opname
-    opaque_norm = any(is_norm_op(node) for node in (norm.y, *norm.inner))
-    decision = rules.decide(name, Facts(x.device, op_name, m, norm.k, opaque_norm, _takes_extra_kernel(match)))
-    if decision.strategy == "stock":
-        return Site(name, where, "stock", decision.reason, **facts)
-    try:
-        if decision.strategy == "native":
-            return Site(name, where, "native", _make_native(match, rewriter, decision.reason), **facts)
-        rewriter.fuse(match)
-    except Unsupported as reason:
-        return Site(name, where, "stock", str(reason), **facts)
+        made = rewrite(new)
     except Exception as error:
+        new.erase()
+        if isinstance(error, Unsupported):
+            return candidate.record("stock", str(error))
         if strict:
             raise
-        return Site(name, where, "stock", f"the rewrite failed: {type(error).__name__}: {error}", **facts)
-    return Site(name, where, "fused", decision.reason, op=op_name, **facts, **_traffic(match, add, rows))
+        return candidate.record("stock", f"the rewrite failed: {type(error).__name__}: {error}")
+    made.commit(new.made)
+    return candidate.record(decision.strategy, decision.reason, made.note)
 
 
-def _takes_extra_kernel(match: Match) -> bool:
-    """Whether the weight is computed in the graph, and nothing opaque in the site has a kernel that goes in return."""
-    computed = match.norm.weight.op == "call_function" and not in_memory(match.norm.weight)
-    return computed and not any(is_quant(node) for node in match.inner)
-
-
-def _make_native(match: Match, rewriter: Rewriter, reason: str) -> str:
-    """Turn the opaque quantizations of a site into aten operations; returns the reason for the report."""
-    inside = {node for quant in match.quants for node in quant.inner if is_quant(node)}
-    ops = [node for node in rewriter.graph.nodes if node in inside]
-    if ops:
-        decompose(rewriter.graph, ops)
-    return f"{reason}; {'the quantization is aten operations now' if ops else 'it was aten operations already'}"
-
-
-def _traffic(match: Match, add: bool, rows: Any) -> dict[str, Any]:
-    """The bytes that one kernel has to move, and what that saves.
-
-    The comparison is with the norm as one generated kernel that writes its result, and a kernel for each quantization
-    that reads it.
-    """
-    norm, spec = match.norm, match.spec
-    m = rows if isinstance(rows, int) else hint(rows)
-    tensor = m * norm.k * norm.dtype.itemsize
-    read, written = _bytes.rms_norm_quant(
-        m, norm.k, spec, residual=add, normed=bool(match.norms), weight_bytes=dtype(norm.weight).itemsize
-    )
-    saved = tensor * (len(match.quants) + (0 if match.norms else 1)) + spec.bytes(m, norm.k) * (len(match.quants) - 1)
-    kernels = len(match.quants) - sum(map(match.copies_scale, match.quants))
-    return {"bytes_moved": read + written, "bytes_saved": saved, "kernels_saved": kernels}
-
-
-def hint(size: Any) -> int:
-    """The value that a symbolic size had while compiling, 1 where there is none."""
-    try:
-        return int(size.node.hint)
-    except Exception:  # unbacked sizes have no hint and raise
-        return 1
-
-
-def _rejected_site(rejected: Rejected) -> Site:
-    norm = rejected.norm
-    y = norm.y if norm else None
-    facts: dict[str, Any] = {"k": norm.k, "dtype": str(norm.dtype)[6:]} if norm else {}
-    name = module_path(y) if y is not None else module_path(rejected.anchor)
-    return Site(name or rejected.anchor.name, source_line(rejected.anchor, y), "stock", rejected.reason, **facts)
-
-
-def site_name(match: Match) -> str:
-    """The norm's module path, or the name of its node where no module made it."""
-    nodes = [match.norm.y, *match.norm.inner]
-    return next((path for path in map(module_path, nodes) if path), match.norm.y.name)
-
-
-def module_path(node: Node) -> str:
-    """`layers.3.input_layernorm` of the innermost module that made a node."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = re.sub(r"^[LG]\[['\"](\w+)['\"]\]", r"\1", str(list(stack.values())[-1][0]))  # dynamo's L['self'].layer
-    path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).replace("._modules.", ".")
-    return re.sub(r"^self(\.|$)", "", path)
-
-
-def source_line(*nodes: Node | None) -> str:
-    """ "file:line" of the user's code that made the first node that knows it."""
-    for node in nodes:
-        trace = node.meta.get("stack_trace") if node is not None else None
-        frames = FRAME.findall(trace or "")
-        outside = [frame for frame in frames if Path(frame[0]).parent.parent != Path(__file__).parent.parent.parent]
-        if outside:
-            return f"{outside[-1][0]}:{outside[-1][1]}"
-    return "?"
+def _clean_up(graph: Graph, owners: list[Node | None]) -> int:
+    cleaned = clean(graph)
+    keep_outputs_apart(graph, owners)
+    return cleaned

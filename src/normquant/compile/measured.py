@@ -34,13 +34,13 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Table:
+class StrategyTable:
     capability: tuple[int, int]
     source: str
     entries: tuple[Entry, ...]
 
     @staticmethod
-    def load(path: str) -> Table:
+    def load(path: str) -> StrategyTable:
         """Read a table. Raises ValueError when the file is no table, OSError when it cannot be read."""
         return parse(Path(path).read_text(encoding="utf-8"), path)
 
@@ -62,13 +62,13 @@ class Table:
         return choices.pop(), f"measured: {times}"
 
 
-def parse(text: str, name: str) -> Table:
+def parse(text: str, name: str) -> StrategyTable:
     """A table from its JSON text."""
     try:
         record = json.loads(text)
         major, minor = record["capability"].split(".")
         entries = tuple(_entry(entry) for entry in record["entries"])
-        return Table((int(major), int(minor)), str(record["source"]), entries)
+        return StrategyTable((int(major), int(minor)), str(record["source"]), entries)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{name} is not a table of measurements: {type(error).__name__}: {error}") from None
 
@@ -82,7 +82,7 @@ def _entry(record: dict[str, Any]) -> Entry:
 
 
 @cache
-def measured(capability: tuple[int, int]) -> Table | None:
+def measured(capability: tuple[int, int]) -> StrategyTable | None:
     """The package's table for a GPU, None where there is none."""
     file = files("normquant.compile") / "tables" / f"sm{capability[0]}{capability[1]}.json"
     return parse(file.read_text(encoding="utf-8"), file.name) if file.is_file() else None

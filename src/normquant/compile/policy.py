@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from normquant.compile.measured import Strategy, Table, measured
+from normquant.compile.measured import Strategy, StrategyTable, measured
 
 Policy = Literal["auto", "always", "never", "native", "opaque-norm"]
 BY_POLICY: dict[str, Strategy] = {
@@ -59,11 +59,11 @@ class Rules:
         for pattern, choice in self.sites.items():
             _accepted(f"sites[{pattern!r}]", choice, (*get_args(Strategy), *get_args(Policy)))
         if self.table is not None:
-            Table.load(self.table)  # a table that cannot be read is found now, not in the middle of a compile
+            StrategyTable.load(self.table)  # a table that cannot be read is found now, not in the middle of a compile
 
     def key(self) -> str:
         """Everything that decisions depend on besides the graph, the hardware and the package itself."""
-        content = Table.load(self.table) if self.table is not None else None
+        content = StrategyTable.load(self.table) if self.table is not None else None
         return repr((self.policy, sorted(self.sites.items()), content))
 
     def decide(self, name: str, facts: Facts) -> Decision:
@@ -91,7 +91,7 @@ class Rules:
             kind = "ROCm" if torch.version.hip else device.type
             return Decision("stock", f"policy auto: no measurements on {kind}; policy='always' fuses anyway")
         capability = torch.cuda.get_device_capability(device)
-        table = Table.load(self.table) if self.table is not None else measured(capability)
+        table = StrategyTable.load(self.table) if self.table is not None else measured(capability)
         lacks = f"on sm_{capability[0]}{capability[1]}"
         if table is not None and table.capability == capability:
             found = table.fastest(facts.op, facts.k, facts.m)

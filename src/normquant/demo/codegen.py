@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch.fx import Graph
+
 from normquant.audit.program import Program, ProgramLaunch
 from normquant.audit.result import AuditReport
+from normquant.compile.fusions.candidate import module_path
+from normquant.compile.recording import PASS, Recorder
 from normquant.demo.deepseek_layer import Dims, build_fake, fake_inputs, forward
-from normquant.demo.recorder import PASS, Recorder, norm_weights
 
 MATRIX_PRODUCTS = ("normquant.block_fp8_linear", "aten.bmm", "aten.mm", "aten.addmm", "aten.baddbmm")
 
@@ -71,6 +74,15 @@ def compile_layer(
     if recorder.before is None or len(report.programs) != 1:
         raise RuntimeError(f"the layer compiled to {len(report.programs)} graphs; 1 is expected")
     return Compiled(report, find_norms(report.programs[0], norm_weights(recorder.before.graph)), fusion())
+
+
+def norm_weights(graph: Graph) -> dict[str, str]:
+    """Name of each input that is a norm's weight [K] -> the norm's module in the layer."""
+    return {
+        node.name: module_path(next(iter(node.users))).removeprefix("layer.")
+        for node in graph.nodes
+        if node.op == "placeholder" and node.users and getattr(node.meta.get("val"), "dim", lambda: 0)() == 1
+    }
 
 
 def is_matrix_product(launch: ProgramLaunch) -> bool:

@@ -70,6 +70,11 @@ def float64_twin(layer: torch.nn.Module) -> torch.nn.Module:
     return twin.double()
 
 
+def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
+    """||output - exact|| / ||exact||, Frobenius, in float64."""
+    return float((output.double() - exact).norm() / exact.norm())
+
+
 def inputs(dims: Dims, tokens: int, device: str, seed: int = 0) -> Inputs:
     """One sequence: hidden states [1, M, hidden], cos and sin [1, M, rope], causal mask [1, 1, M, M]; bfloat16."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,11 +12,20 @@ import torch
 from normquant.audit.result import launch_us
 from normquant.bench.timing import Timing
 from normquant.compile import inductor_options, last_report
+from normquant.compile.recording import record
+from normquant.compile.verify import Check, Checks, check_sites, total
 from normquant.demo.codegen import Compiled, compile_layer, is_matrix_product
-from normquant.demo.deepseek_layer import R1_TP8, SMALL, Dims, build, float64_twin, forward, inputs
-from normquant.demo.exactness import Check, Checks, check_sites, outputs, relative_error, total
+from normquant.demo.deepseek_layer import (
+    R1_TP8,
+    SMALL,
+    Dims,
+    build,
+    float64_twin,
+    forward,
+    inputs,
+    relative_error,
+)
 from normquant.demo.gpu_timing import OnGpu, measure, why_not
-from normquant.demo.recorder import record
 
 RULES = ("identity", "layout-copy")
 TARGET = "h100"
@@ -98,12 +107,12 @@ def on_cpu(dims: Dims, tokens: int, progress: Progress) -> OnCpu:
     """The small layer on the CPU: fused beside unfused, and both beside float64."""
     progress("running a small layer on the CPU, fused and unfused")
     layer, tensors = build(dims, "cpu"), inputs(dims, tokens, "cpu")
-    recording = record(forward, (layer, *tensors), inductor_options("always"))  # "auto" fuses only on a GPU
-    checks = check_sites(recording)
+    recorded = record(forward, (layer, *tensors), inductor_options("always"))  # "auto" fuses only on a GPU
+    checks = check_sites(recorded.only)
     progress("running it in float64")
     with torch.no_grad():
         exact = forward(float64_twin(layer), *(t.double() for t in tensors))
-    errors = [relative_error(output, exact) for output in outputs(recording)]
+    errors = [relative_error(output, exact) for output in (recorded.before, recorded.after)]
     return OnCpu(dims, tokens, checks, *errors)
 
 
@@ -134,7 +143,13 @@ def _compiled(compiled: Compiled) -> dict[str, Any]:
 def _checks(checks: Sequence[Check]) -> dict[str, Any]:
     found = total(checks)
     sites = [
-        {"name": c.name, "op": c.op, "fp8": asdict(c.values), "scales": asdict(c.scales), "other": asdict(c.others)}
+        {
+            "name": site_name(c),
+            "op": c.op,
+            "fp8": asdict(c.values),
+            "scales": asdict(c.scales),
+            "other": asdict(c.others),
+        }
         for c in checks
     ]
     return {"compared": found.compared, "differ": found.differ, "sites": sites}

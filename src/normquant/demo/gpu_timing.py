@@ -11,9 +11,9 @@ import torch
 
 from normquant.bench import timing
 from normquant.bench.timing import Timing
+from normquant.compile.recording import record
+from normquant.compile.verify import Checks, check_sites
 from normquant.demo.deepseek_layer import Dims, build, forward, inputs
-from normquant.demo.exactness import Checks, check_sites
-from normquant.demo.recorder import record
 from normquant.linear import HOPPER
 
 TOKENS = (1, 16, 64, 1024)
@@ -75,7 +75,7 @@ def measure(
     name = torch.cuda.get_device_name(device)
     progress(f"comparing the fused ops with the replaced graph on the {name}, {CHECKED_TOKENS} tokens")
     layers = timing.modules_past_l2(lambda seed: build(dims, device, seed), device)
-    checks = check_sites(record(forward, (layers[0], *inputs(dims, CHECKED_TOKENS, device)), options()))
+    checks = check_sites(record(forward, (layers[0], *inputs(dims, CHECKED_TOKENS, device)), options()).only)
     times, found = [], {}
     for count in tokens:
         progress(f"timing the layer on {count} {'token' if count == 1 else 'tokens'}, stock and with normquant")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from normquant.audit.program import Extern, ProgramLaunch
 from normquant.bench.timing import Timing
+from normquant.compile.verify import ALLOWED, Checks, total
 from normquant.demo.codegen import Compiled, is_matrix_product
 from normquant.demo.deepseek_layer import R1_TP8
 from normquant.demo.demonstration import Demonstration, OnCpu, estimate_us, site_name
-from normquant.demo.exactness import ALLOWED, Checks, total
 from normquant.demo.gpu_timing import OnGpu
 from normquant.report import units
 
@@ -198,7 +198,7 @@ def _source(origins: Iterable) -> str:
 
 def _checks_table(checks: Checks) -> SectionTable:
     rows = [
-        (random.name, random.op, f"{random.all.compared:,}", str(random.all.differ), str(exact.all.differ))
+        (site_name(random), random.op, f"{random.all.compared:,}", str(random.all.differ), str(exact.all.differ))
         for random, exact in zip(checks.random, checks.exact, strict=True)
     ]
     both = total(checks.random), total(checks.exact)

@@ -5,28 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch.fx import Graph
 from vllm import __version__ as vllm_version
 from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 
-from normquant.compile import Site, reports
-from normquant.compile.driver import NormQuantPass
-from normquant.compile.find import columns, rotary
-from normquant.compile.find.linear_ops import linear_kernels, remark
-from normquant.compile.fusions import group_quant, latent_norm_quant, rope_last, silu_mul_quant, vllm_fused_ops
+from normquant.compile import FusionReport
+from normquant.compile.driver import VLLM_FUSIONS, NormQuantPass
 from normquant.compile.graph_warmup import warm_graph
-from normquant.compile.policy import Rules
 from normquant.version import VERSION
-from normquant.vllm.graph_records import GraphRecord, append
+from normquant.vllm.graph_records import GraphRecord, append, linear_kernels, remark
 from normquant.vllm.switches import Switches
-
-T = TypeVar("T")
 
 log = logging.getLogger("vllm.normquant")  # below "vllm", so that vLLM's own handlers show it
 
@@ -42,16 +34,6 @@ EARLIER = (
     "AllReduceFusionPass",
     "RocmAiterAllReduceFusionPass",
 )
-REWRITES = (
-    columns,
-    group_quant,
-    latent_norm_quant,
-    rope_last,
-    rotary,
-    silu_mul_quant,
-    vllm_fused_ops,
-)
-SOURCES = (__file__, *(str(module.__file__) for module in REWRITES))
 
 
 class VllmNormQuantPass(InductorPass):
@@ -61,62 +43,55 @@ class VllmNormQuantPass(InductorPass):
     """
 
     def __init__(self, switches: Switches, directory: Path | None) -> None:
-        self.fusion = NormQuantPass(switches.rules, switches.strict)
+        self.switches = switches
+        self.fusion = _fusion(switches)
         self.directory = directory
 
     def uuid(self) -> str:
-        return pass_key(self.fusion)
+        return pass_key(self.switches)
 
     def __call__(self, graph: Graph) -> None:
         linear = linear_kernels(graph)
-        taken = self._guarded(vllm_fused_ops.replace_fused_ops, graph)
-        gated = self._guarded(silu_mul_quant.fuse_silu_quant, graph)  # first: what it fuses is not left over later
-        latents = self._guarded(latent_norm_quant.fuse_latents, graph)
-        turned = self._guarded(rope_last.fuse_q_rope, graph)
-        self.fusion(graph)
-        report = reports()[-1]
-        lone = self._guarded(group_quant.replace_lone_quants, graph)
-        gone = {site.name for site in lone}
-        others = tuple(site for site in report.others if site.name not in gone)
-        report = replace(report, sites=(*latents, *turned, *report.sites, *taken, *gated, *lone), others=others)
+        report = self.fusion.rewrite(graph)
         if report.error:
-            log.warning("normquant left a graph as it was: %s", report.error)
+            what = "failed in a part of a graph" if report.sites else "left a graph as it was"
+            log.warning("normquant %s: %s", what, report.error)
         log.debug("%s", report)
         self._warm_up(graph)
         for kernel in filter(remark, linear):
             log.info("normquant: linear kernel %s %s", kernel, remark(kernel))
-        if self.directory is None or not (report.sites or report.others or report.error or linear):
-            return
+        if self.directory is not None and (report.sites or report.others or report.error or linear):
+            self._keep(report, linear, self.directory)
+
+    def _keep(self, report: FusionReport, linear: dict[str, int], directory: Path) -> None:
+        """Write the report beside vLLM's compile cache."""
         rows = str(get_pass_context().compile_range)
         try:
-            append(self.directory, GraphRecord(VERSION, vllm_version, rows, report.to_dict(), linear))
+            append(directory, GraphRecord(VERSION, vllm_version, rows, report.to_dict(), linear))
         except OSError as error:
             log.warning("normquant's report was not written: %s", error)
 
     def _warm_up(self, graph: Graph) -> None:
         """Have every size of batch compiled now, not by the first request that has it."""
         start = time.monotonic()
-        if count := self._attempt("warming up", lambda: warm_graph(graph)):
+        try:
+            count = warm_graph(graph)
+        except Exception as error:
+            if self.switches.strict:
+                raise
+            log.warning("normquant: warming up failed: %s: %s", type(error).__name__, error)
+            return
+        if count:
             log.info("normquant: %d kernels warmed up in %.1f s", count, time.monotonic() - start)
 
-    def _guarded(self, rewrite: Callable[[Graph, Rules], tuple[Site, ...]], graph: Graph) -> tuple[Site, ...]:
-        """What a rewrite did; nothing where it failed."""
-        return self._attempt(rewrite.__name__, lambda: rewrite(graph, self.fusion.rules)) or ()
 
-    def _attempt(self, name: str, step: Callable[[], T]) -> T | None:
-        """What a step returns; None, after a warning, where it failed, unless strict."""
-        try:
-            return step()
-        except Exception as error:
-            if self.fusion.strict:
-                raise
-            log.warning("normquant: %s failed: %s: %s", name, type(error).__name__, error)
-            return None
+def _fusion(switches: Switches) -> NormQuantPass:
+    return NormQuantPass(switches.rules, switches.strict, VLLM_FUSIONS)
 
 
-def pass_key(fusion: NormQuantPass) -> str:
+def pass_key(switches: Switches) -> str:
     """Changes with normquant's version, with the sources of its pass, and with every switch."""
-    return hashlib.sha256(f"normquant {VERSION} ".encode() + fusion.uuid() + get_hash_for_files(SOURCES)).hexdigest()
+    return hashlib.sha256(f"normquant {VERSION} ".encode() + _fusion(switches).uuid()).hexdigest()
 
 
 def position(passes: Sequence[Any]) -> int:

@@ -1,4 +1,5 @@
-"""What the pass did to vLLM's graphs, kept beside vLLM's compile cache: one JSON line for each graph.
+"""What the pass did to vLLM's graphs, kept beside vLLM's compile cache: one JSON line for each graph. It has the
+graph's block-FP8 linear kernels as well, some of which leave nothing to fuse.
 
 A server that loads its graphs from that cache compiles nothing, and the file still says what is in them.
 """
@@ -6,12 +7,27 @@ A server that loads its graphs from that cache compiles nothing, and the file st
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.fx import Graph
+
+from normquant.compile.find.quant_ops import DEEPGEMM, called
+
 FILE = "normquant.jsonl"
+SELF_QUANTIZING = "takes bf16 and quantizes inside: nothing to fuse in front of it"
+
+# name of vLLM's operation -> how a person calls the kernel, and what keeps it from being fused with
+KERNELS: Mapping[str, tuple[str, str]] = {
+    DEEPGEMM: ("DeepGEMM", ""),
+    "_C::cutlass_scaled_mm": ("Cutlass", ""),
+    "vllm::w8a8_triton_block_scaled_mm_func": ("Triton", ""),
+    "vllm::flashinfer_fp8_blockscale_gemm": ("FlashInfer", SELF_QUANTIZING),
+    "vllm::dynamic_flashinfer_deepgemm_blockscale_gemm": ("FlashInfer swapAB or DeepGEMM, by rows", SELF_QUANTIZING),
+}
 
 
 @dataclass(frozen=True)
@@ -55,3 +71,13 @@ def find(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     return sorted(root.rglob(FILE), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def linear_kernels(graph: Graph) -> dict[str, int]:
+    """Name of each known linear kernel -> how many calls of it the graph has."""
+    return dict(Counter(KERNELS[name][0] for name in map(called, graph.nodes) if name in KERNELS))
+
+
+def remark(kernel: str) -> str:
+    """What keeps a linear kernel, named as `linear_kernels` does, from being fused with; "" when nothing does."""
+    return next((note for name, note in KERNELS.values() if name == kernel), "")

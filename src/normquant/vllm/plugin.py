@@ -12,15 +12,16 @@ import functools
 import hashlib
 import logging
 import os
+import re
 from typing import Any
 
 from normquant.version import VERSION
 from normquant.vllm.switches import Switches, read_switches
-from normquant.vllm.versions import why_unsupported
 
 log = logging.getLogger("vllm.normquant")  # below "vllm", so that vLLM's own handlers show it
 
 MARK = "_normquant_wraps"  # on a wrapper of ours: the method of vLLM that it wraps
+OLDEST, NEWEST = (0, 26), (0, 33)  # the versions of vLLM that the plugin was made for
 _declined: set[str] = set()
 
 
@@ -48,10 +49,9 @@ def _hash_with_switches(original: Any, config: Any, *args: Any, **kwargs: Any) -
     switches = _switches(config)
     if not switches.enabled or not _install():
         return stock
-    from normquant.compile.driver import NormQuantPass
     from normquant.vllm.compile_pass import pass_key
 
-    key = pass_key(NormQuantPass(switches.rules, switches.strict))
+    key = pass_key(switches)
     return hashlib.sha256(f"{stock} {key}".encode()).hexdigest()[: len(stock)]
 
 
@@ -119,3 +119,21 @@ def _decline(reason: str, asked: bool) -> None:
     if reason not in _declined:
         _declined.add(reason)
         log.log(logging.WARNING if asked else logging.DEBUG, "normquant %s leaves vLLM as it is: %s", VERSION, reason)
+
+
+def why_unsupported(version: str) -> str | None:
+    """Why a vLLM of this version is left alone, None where it is one that the plugin knows.
+
+    version: as `vllm.__version__` says it: "0.32.0", "0.26.0+cu130", "0.33.1rc2.dev7+g0123456".
+    """
+    window = f"{_text(OLDEST)} to {_text(NEWEST)} are supported"
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None:
+        return f"vLLM's version {version!r} has no number; {window}"
+    if not OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
+        return f"vLLM is {version}; {window}"
+    return None
+
+
+def _text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from shared.pass_harness import assert_same, exact, run_with_pass, site_of_graph
 
 import normquant as nq
-from normquant.compile.edit.build import call
+from normquant.compile.edit.build import Builder
 from normquant.spec import QuantSpec
 
 M, K, EPS = 5, 256, 1e-6
@@ -262,13 +262,14 @@ def fused_norm(x, w, shape=(K,), eps: float | None = 1e-5):
     nodes = [graph.placeholder(name) for name in ("x", "w")]
     for node, t in zip(nodes, (x, w), strict=True):
         node.meta["val"] = mode.from_tensor(t)
-    y = call(graph, torch.ops.aten._fused_rms_norm.default, (nodes[0], list(shape), nodes[1], eps))
-    y = call(graph, operator.getitem, (y, 0))
-    rows = call(graph, torch.ops.aten.reshape.default, (y, [-1, K]))
+    new = Builder(graph)
+    y = new(torch.ops.aten._fused_rms_norm.default, nodes[0], list(shape), nodes[1], eps)
+    y = new(operator.getitem, y, 0)
+    rows = new(torch.ops.aten.reshape.default, y, [-1, K])
     if x.dtype not in (BF16, FP16):
-        rows = call(graph, torch.ops.prims.convert_element_type.default, (rows, BF16))
-    q = call(graph, torch.ops.normquant.group_quant.default, (rows, QuantSpec().encode()))
-    graph.output(tuple(call(graph, operator.getitem, (q, i)) for i in range(2)))
+        rows = new(torch.ops.prims.convert_element_type.default, rows, BF16)
+    q = new(torch.ops.normquant.group_quant.default, rows, QuantSpec().encode())
+    graph.output(tuple(new(operator.getitem, q, i) for i in range(2)))
     return torch.fx.GraphModule({}, graph)
 
 

@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 import torch
 from shared import traced_graphs, vllm_ops
-from shared.traced_graphs import assert_equal
+from shared.traced_graphs import assert_equal, rewrite
 
-from normquant.compile.fusions.group_quant import replace_lone_quants
-from normquant.compile.policy import Rules
+from normquant.compile.fusions import group_quant
 from normquant.spec import QuantSpec
 
 
 def run(fn: Any, x: torch.Tensor, policy: Any = "always", dynamic: bool = False) -> tuple:
-    return traced_graphs.run(lambda graph: replace_lone_quants(graph, Rules(policy)), fn, x, dynamic=dynamic)
+    return traced_graphs.run(lambda graph: rewrite(graph, group_quant.find, policy), fn, x, dynamic=dynamic)
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

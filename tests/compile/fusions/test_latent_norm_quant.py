@@ -37,12 +37,12 @@ from shared.latent_graphs import (
     to_halves,
     wrong_sign,
 )
-from shared.traced_graphs import assert_equal
+from shared.traced_graphs import assert_equal, rewrite
 from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph
 
 from normquant.compile import Site
-from normquant.compile.fusions.latent_norm_quant import fuse_latents
+from normquant.compile.fusions import latent_norm_quant
 from normquant.compile.policy import Rules
 from normquant.spec import QuantSpec
 
@@ -50,7 +50,7 @@ from normquant.spec import QuantSpec
 def run(fn: Any, args: tuple | None = None, policy: Any = "always", dynamic: bool = False) -> tuple:
     x, q_weight, kv_weight, cache, positions = args or inputs()
     return traced_graphs.run(
-        lambda graph: fuse_latents(graph, policy if isinstance(policy, Rules) else Rules(policy)),
+        lambda graph: rewrite(graph, latent_norm_quant.find, policy),
         lambda x, positions: fn(x, q_weight, kv_weight, cache, positions),
         x,
         positions,
@@ -152,9 +152,8 @@ def test_inductor_makes_no_kernel_for_the_op() -> None:
     torch._dynamo.reset()
     torch._dynamo.mark_dynamic(args[0], 0)
     torch._dynamo.mark_dynamic(args[-1], 0)
-    compiled = torch.compile(
-        lambda *args: latents()(*args)[:4], options={"post_grad_custom_post_pass": traced_graphs.Pass(fuse_latents)}
-    )
+    options = {"post_grad_custom_post_pass": traced_graphs.Pass(latent_norm_quant.find)}
+    compiled = torch.compile(lambda *args: latents()(*args)[:4], options=options)
     with torch.no_grad(), torch._inductor.config.patch(enable_auto_functionalized_v2=False):
         result, (code,) = run_and_get_code(compiled, *args)
     body = code.partition("def call(")[2]
@@ -309,15 +308,15 @@ def test_positions_that_depend_on_q_stay() -> None:
 
 
 def test_nothing_moves_across_a_change_in_place() -> None:
-    def rewrite(graph: Graph) -> tuple[Site, ...]:
+    def change(graph: Graph) -> tuple[Site, ...]:
         index = next(node for node in graph.nodes if node.target is torch.ops.aten.index.Tensor)
         with graph.inserting_before(index):
             graph.call_function(torch.ops.aten.add_.Tensor, (index.args[0], 1))
-        return fuse_latents(graph, Rules("always"))
+        return rewrite(graph, latent_norm_quant.find)
 
     x, q_weight, kv_weight, cache, positions = inputs()
     original = cache.clone()
-    result, (site,), left = traced_graphs.run(rewrite, latents(), x, q_weight, kv_weight, cache, positions)
+    result, (site,), left = traced_graphs.run(change, latents(), x, q_weight, kv_weight, cache, positions)
     assert "a tensor is changed in place between the three parts" in site.reason
     assert_untouched(left)
     assert_equal(result, latents()(x, q_weight, kv_weight, original + 1, positions))

@@ -20,15 +20,14 @@ from shared.latent_graphs import (
     wrong_sign,
 )
 from shared.pass_harness import exact
-from shared.traced_graphs import assert_equal
+from shared.traced_graphs import assert_equal, rewrite
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from normquant.compile import Site
-from normquant.compile.fusions.latent_norm_quant import fuse_latents
-from normquant.compile.fusions.rope_last import fuse_q_rope
+from normquant.compile.fusions import latent_norm_quant, rope_last
 from normquant.compile.policy import Rules
 from normquant.spec import QuantSpec
 
@@ -77,7 +76,7 @@ def inputs(m: int = M, dtype: torch.dtype = torch.bfloat16, cache: torch.dtype |
 def run(fn: Any, args: tuple | None = None, policy: Any = "always", dynamic: bool = True) -> tuple:
     x, weight, cache, positions = args or inputs()
     return traced_graphs.run(
-        lambda graph: fuse_q_rope(graph, policy if isinstance(policy, Rules) else Rules(policy)),
+        lambda graph: rewrite(graph, rope_last.find, policy),
         lambda x, positions: fn(x, weight, cache, positions),
         x,
         positions,
@@ -159,7 +158,7 @@ def test_vllms_graph() -> None:
         m = q.shape[0]
         fake = torch.empty(POSITIONS, R, dtype=cache.dtype), torch.empty(m, dtype=torch.int64)
         Noting(GraphModule({}, graph)).run(q, *fake, m)
-    (site,) = fuse_q_rope(graph, Rules("always"))
+    (site,) = rewrite(graph, rope_last.find)
     graph.lint()
     assert site.fused and site.m == str(m), site.reason
     ops = [node.target for node in graph.nodes if node.op == "call_function"]
@@ -206,11 +205,11 @@ def test_after_the_latents_no_rotation_is_left() -> None:
         q[..., 2 * latent_graphs.R :] = neighbours(q[..., 2 * latent_graphs.R :], cos, sin)
         return data, scale, kv_norm, k_pe, q
 
-    def rewrite(graph: Graph) -> tuple[Site, ...]:
-        return *fuse_latents(graph, Rules("always")), *fuse_q_rope(graph, Rules("always"))
+    def change(graph: Graph) -> tuple[Site, ...]:
+        return *rewrite(graph, latent_norm_quant.find), *rewrite(graph, rope_last.find)
 
     args = latent_graphs.inputs()
-    result, sites, left = traced_graphs.run(rewrite, fn, *args, dynamic=False)
+    result, sites, left = traced_graphs.run(change, fn, *args, dynamic=False)
     assert [site.op for site in sites] == ["latent_norm_quant", "rope_last"] and all(site.fused for site in sites)
     assert not {"aten.index.Tensor", "aten.mul.Tensor", "aten.sub.Tensor"} & set(left)
     assert_equal(result, fn(*args))
@@ -221,7 +220,7 @@ def test_inductor_makes_no_kernel_for_the_op() -> None:
     torch._dynamo.reset()
     torch._dynamo.mark_dynamic(args[0], 0)
     torch._dynamo.mark_dynamic(args[-1], 0)
-    compiled = torch.compile(attention(), options={"post_grad_custom_post_pass": traced_graphs.Pass(fuse_q_rope)})
+    compiled = torch.compile(attention(), options={"post_grad_custom_post_pass": traced_graphs.Pass(rope_last.find)})
     with torch.no_grad():
         result, (code,) = run_and_get_code(compiled, *args)
     body = code.partition("def call(")[2]
@@ -312,16 +311,16 @@ def test_what_the_op_lacks_stays(fn: Any, words: str) -> None:
 
 
 def test_nothing_moves_across_a_change_in_place() -> None:
-    def rewrite(graph: Graph) -> tuple[Site, ...]:
+    def change(graph: Graph) -> tuple[Site, ...]:
         product = next(node for node in graph.nodes if node.target is aten.mul.Tensor)
         cache = next(node for node in graph.nodes if node.target is aten.index.Tensor).args[0]
         with graph.inserting_before(product):
             graph.call_function(aten.add_.Tensor, (cache, 1))
-        return fuse_q_rope(graph, Rules("always"))
+        return rewrite(graph, rope_last.find)
 
     args = inputs()
     expected = attention()(*args)
-    result, (site,), left = traced_graphs.run(rewrite, attention(), *args)
+    result, (site,), left = traced_graphs.run(change, attention(), *args)
     assert "a tensor is changed in place while it is computed" in site.reason
     assert_untouched(left)
     assert_equal(result, expected)

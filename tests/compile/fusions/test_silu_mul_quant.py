@@ -8,17 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from shared import traced_graphs, vllm_ops
-from shared.traced_graphs import assert_equal
+from shared.traced_graphs import assert_equal, rewrite
 
-from normquant.compile.fusions.silu_mul_quant import fuse_silu_quant
-from normquant.compile.policy import Rules
+from normquant.compile.fusions import silu_mul_quant
 from normquant.spec import QuantSpec
 
 K = 256
 
 
 def run(fn: Any, x: torch.Tensor, policy: Any = "always", dynamic: bool = False) -> tuple:
-    return traced_graphs.run(lambda graph: fuse_silu_quant(graph, Rules(policy)), fn, x, dynamic=dynamic)
+    return traced_graphs.run(lambda graph: rewrite(graph, silu_mul_quant.find, policy), fn, x, dynamic=dynamic)
 
 
 def gate_up(m: int = 5, k: int = K, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -9,11 +9,10 @@ import pytest
 import torch
 from shared import traced_graphs, vllm_ops
 from shared.pass_harness import assert_same, exact, run_with_pass
-from shared.traced_graphs import assert_equal
+from shared.traced_graphs import assert_equal, rewrite
 from shared.vllm_cases import Case, cases, check, check_mixed_weight, some_cases
 
-from normquant.compile.fusions.group_quant import replace_lone_quants
-from normquant.compile.policy import Rules
+from normquant.compile.fusions import group_quant
 from normquant.specs import VLLM
 
 SIZES = {size: list(found) for size, found in groupby(cases(), lambda case: (case.tokens, case.hidden, case.small))}
@@ -61,9 +60,7 @@ def test_the_output_of_an_attention_with_heads(heads: tuple[int, int], layout: s
         return vllm_ops.per_token_group_fp8_quant((x * 2).reshape(-1, 256), layout=layout)
 
     x = exact(5, 256).view(5, *heads)
-    result, (site,), left = traced_graphs.run(
-        lambda graph: replace_lone_quants(graph, Rules("always")), fn, x, dynamic=dynamic
-    )
+    result, (site,), left = traced_graphs.run(lambda graph: rewrite(graph, group_quant.find), fn, x, dynamic=dynamic)
     assert (site.op, site.k) == ("group_quant", 256) and "its input is aten.mul" in site.reason
     assert "normquant.group_quant.default" in left and not [name for name in left if "auto_functionalized" in name]
     assert_equal(result, fn(x))

@@ -8,12 +8,11 @@ import pytest
 import torch
 from shared import traced_graphs
 from shared.pass_harness import exact
-from shared.traced_graphs import assert_equal
+from shared.traced_graphs import assert_equal, rewrite
 from shared.vllm_fused_stand_ins import SCALE_STRIDES, deepgemm, rms_norm_per_block_quant, silu_and_mul_per_block_quant
 from torch._inductor.utils import run_and_get_code
 
-from normquant.compile.fusions.vllm_fused_ops import replace_fused_ops
-from normquant.compile.policy import Rules
+from normquant.compile.fusions import vllm_fused_ops
 from normquant.spec import QuantSpec
 
 M, K = 5, 512
@@ -21,7 +20,7 @@ WEIGHT = exact(K, seed=2) + 0.5
 
 
 def run(fn: Any, *args: torch.Tensor, policy: Any = "always", dynamic: bool = False) -> tuple:
-    return traced_graphs.run(lambda graph: replace_fused_ops(graph, Rules(policy)), fn, *args, dynamic=dynamic)
+    return traced_graphs.run(lambda graph: rewrite(graph, vllm_fused_ops.find, policy), fn, *args, dynamic=dynamic)
 
 
 def ours(left: list[str]) -> list[str]:
@@ -123,7 +122,7 @@ def test_inductor_hands_the_aligned_scales_on_as_they_are() -> None:
     SCALE_STRIDES.clear()
     with torch.no_grad(), torch._inductor.config.patch(enable_auto_functionalized_v2=False):
         result, code = run_and_get_code(
-            torch.compile(fn, options={"post_grad_custom_post_pass": traced_graphs.Pass(replace_fused_ops)}), *args
+            torch.compile(fn, options={"post_grad_custom_post_pass": traced_graphs.Pass(vllm_fused_ops.find)}), *args
         )
     assert SCALE_STRIDES == [(1, 8)]
     assert "normquant.silu_mul_quant" in code[0] and "copy" not in code[0].partition("def call(")[2]

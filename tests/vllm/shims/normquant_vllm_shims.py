@@ -18,9 +18,9 @@ FP8_MAX = 448.0
 FAULTS = set(filter(None, os.environ.get("NORMQUANT_SHIM", "").split(",")))
 
 if "other_version" in FAULTS:  # on import, since vLLM imports every plugin before it calls the first
-    from normquant.vllm import versions
+    from normquant.vllm import plugin
 
-    versions.NEWEST = versions.OLDEST
+    plugin.NEWEST = plugin.OLDEST
 
 _C = torch.library.Library("_C", "FRAGMENT")
 _C.define(
@@ -70,18 +70,16 @@ def register() -> None:
         _quantize_with_the_op()
     if "failing_pass" in FAULTS:
         from normquant.compile import driver
-        from normquant.compile.fusions import group_quant, latent_norm_quant, rope_last, silu_mul_quant, vllm_fused_ops
 
-        driver.find = silu_mul_quant.fuse_silu_quant = group_quant.replace_lone_quants = _fail
-        vllm_fused_ops.replace_fused_ops = latent_norm_quant.fuse_latents = rope_last.fuse_q_rope = _fail
+        driver.VLLM_FUSIONS = tuple(functools.partial(_fail, i) for i in range(len(driver.VLLM_FUSIONS)))
     if "verify" in FAULTS:
         import normquant_vllm_verify
 
         normquant_vllm_verify.install(os.environ["NORMQUANT_SHIM_OUT"])
 
 
-def _fail(*args: Any) -> Any:
-    raise RuntimeError("planted by a test")
+def _fail(fusion: int, *args: Any) -> Any:
+    raise RuntimeError(f"planted by a test in fusion {fusion}")
 
 
 def _keep_compile_passes() -> None:

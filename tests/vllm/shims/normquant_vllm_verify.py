@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from normquant.compile import driver, verify
-from normquant.compile.driver import site_name
+from normquant.compile import driver
 from normquant.compile.find.found import Match
 from normquant.compile.find.sites import find
 from normquant.compile.fusions import latent_norm_quant
-from normquant.compile.fusions.norm_quant import Rewriter
+from normquant.compile.fusions.norm_quant import NormQuantRewriter, fused_op, norm_name, op_spec
+from normquant.compile.verify import Check, compare
 
 ROWS = 5
 
@@ -32,20 +32,17 @@ def install(out: str) -> None:
     if getattr(original, "verifies", False):
         return
 
-    fuse_latents = latent_norm_quant.fuse_latents
-
     def run(graph: Graph, *args: Any) -> Any:
         copy = copied(graph)
-        write(out, (compare(copy, match) for match in find(copy).matches))
+        found = latent_norm_quant.find_latents(copy)
+        latents = [each for each in found if isinstance(each, latent_norm_quant.Latents)]
+        taken = [each.q.norm.y for each in latents]
+        write(out, (compare_latents(each) for each in latents))
+        write(out, (compare_norm(match) for match in find(copy).matches if match.norm.y not in taken))
         return original(graph, *args)
 
-    def run_latents(graph: Graph, *args: Any) -> Any:
-        found = latent_norm_quant.find_latents(copied(graph))
-        write(out, (compare_latents(latents) for latents in found if isinstance(latents, latent_norm_quant.Latents)))
-        return fuse_latents(graph, *args)
-
     run.verifies = True  # type: ignore[attr-defined]
-    driver.run, latent_norm_quant.fuse_latents = run, run_latents
+    driver.run = run
 
 
 def copied(graph: Graph) -> Graph:
@@ -54,24 +51,26 @@ def copied(graph: Graph) -> Graph:
     return copy
 
 
-def write(out: str, comparisons: Iterable[verify.SiteComparison]) -> None:
+def write(out: str, checks: Iterable[Check]) -> None:
     with unset_fake_temporarily(), torch.no_grad(), Path(out, "sites.jsonl").open("a") as file:
-        for comparison in comparisons:
-            file.write(json.dumps(asdict(comparison)) + "\n")
+        for check in checks:
+            file.write(json.dumps(asdict(check)) + "\n")
 
 
-def compare(graph: Graph, match: Match) -> verify.SiteComparison:
-    add = Rewriter(graph).adds(match)
-    addition, k = match.norm.addition, match.norm.k
-    inputs = (addition.x, addition.residual) if add and addition else match.norm.sources
-    values: dict[Node, Any] = {node: exact(ROWS, k, seed=i) for i, node in enumerate(inputs)}
-    values[match.norm.weight] = exact(k, seed=len(inputs)) + 0.5
-    for node in verify._wanted(match):
-        evaluate(node, values)
-    return verify._compare(match, add, values)
+def compare_norm(match: Match) -> Check:
+    add, norm = NormQuantRewriter().adds(match), match.norm
+    addition, k = norm.addition, norm.k
+    sources = (addition.x, addition.residual) if add and addition else norm.sources
+    values: dict[Node, Any] = {node: exact(ROWS, k, seed=i) for i, node in enumerate(sources)}
+    values[norm.weight] = exact(k, seed=len(sources)) + 0.5
+    inputs = [*values.values()]
+    data, scale, *rest = fused_op(match, add)(*inputs, norm.eps, norm.weight_offset, op_spec(match, add).encode())
+    read = [(node, made) for quant in match.quants for node, made in ((quant.data, data), (quant.scale, scale))]
+    read += [(node, rest[-1]) for node in match.norms] + [(node, rest[0]) for node in match.sums if add]
+    return compare(norm_name(match), "", ((evaluate(node, values), made) for node, made in read if node is not None))
 
 
-def compare_latents(found: latent_norm_quant.Latents) -> verify.SiteComparison:
+def compare_latents(found: latent_norm_quant.Latents) -> Check:
     q, kv, k_pe = found.q.norm, found.kv, found.k_pe
     angles = torch.randn(k_pe.cache.meta["val"].shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     width = found.base.meta["val"].shape[-1]
@@ -87,10 +86,9 @@ def compare_latents(found: latent_norm_quant.Latents) -> verify.SiteComparison:
     op = torch.ops.normquant.latent_norm_quant
     given = op(x, q_weight, kv_weight, cos, sin, positions, q.eps, k_pe.rope, found.spec.encode())
     (quant,) = found.q.quants
-    counts: list[list[int]] = [[0, 0], [0, 0], [0, 0]]
-    for i, (node, output) in enumerate(zip((quant.data, quant.scale, kv.y, k_pe.y), given, strict=True)):
-        verify._count(counts[min(i, 2)], evaluate(node, values), output)
-    return verify.SiteComparison(site_name(found.q), "latent_norm_quant", *counts[0], *counts[1], *counts[2])
+    expected = [evaluate(node, values) for node in (quant.data, quant.scale, kv.y, k_pe.y)]
+    pairs = ((e.reshape(g.shape), g) for e, g in zip(expected, given, strict=True))
+    return compare(norm_name(found.q), "latent_norm_quant", pairs)
 
 
 def evaluate(node: Node, values: dict[Node, Any]) -> Any:

@@ -6,13 +6,14 @@ Runs after a rewrite, and alone: an opaque norm that takes bf16 from a graph tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from normquant.compile.edit.build import shaped
+from normquant.compile.edit.build import Builder, shaped
 from normquant.compile.find.graph import (
     PERMUTES,
     aten,
@@ -44,13 +45,13 @@ def clean(graph: Graph) -> int:
     """Remove needless copies and casts; returns how many. The values that the graph computes stay the same."""
     from torch._inductor.fx_passes.post_grad import remove_noop_ops
 
-    before = len(graph.nodes)
+    before, new = len(graph.nodes), Builder(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and is_tensor(node):
             source = _round_trip(node) or _needless_layout(node)
             if source is not None and _may_alias(node, source):
-                with graph.inserting_before(node):
-                    node.replace_all_uses_with(shaped(graph, source, node))
+                with new.before(node):
+                    node.replace_all_uses_with(shaped(new, source, node))
     graph.eliminate_dead_code()
     remove_noop_ops(graph)
     return before - len(graph.nodes)
@@ -110,3 +111,29 @@ def _may_alias(node: Node, source: Node) -> bool:
 
 def _is_input_view(node: Node) -> bool:
     return peel(node, is_view).op == "placeholder"
+
+
+def output_owners(graph: Graph) -> list[Node | None]:
+    """The node that made the memory of each output of the graph."""
+    return [peel(node, is_alias) if isinstance(node, Node) else None for node in _returned(graph)]
+
+
+def keep_outputs_apart(graph: Graph, owners: Sequence[Node | None]) -> None:
+    """Copy what the graph returned as tensors of their own and now would return as one: callers may change one.
+
+    owners: `output_owners` before the rewrites.
+    """
+    output, new = graph.output_node(), Builder(graph)
+    returned = list(_returned(graph))
+    first: dict[Node | None, Node | None] = {}
+    for i, (before, owner) in enumerate(zip(owners, output_owners(graph), strict=True)):
+        if owner is not None and first.setdefault(owner, before) is not before:
+            with new.before(output):
+                returned[i] = new(aten.clone.default, returned[i])
+    if new.made:
+        output.args = (tuple(returned),)
+
+
+def _returned(graph: Graph) -> tuple[Any, ...]:
+    outputs: Any = graph.output_node().args[0]
+    return tuple(outputs) if isinstance(outputs, (list, tuple)) else (outputs,)

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from normquant.compile.edit.build import call, shaped
+from normquant.compile.edit.build import Builder, shaped
 from normquant.compile.find.graph import Unsupported, aten, prims, value
 from normquant.compile.find.quant_ops import is_group_quant, read
 from normquant.spec import FP8_MAX, TMA_ALIGN, QuantSpec
 
 
-def decompose(graph: Graph, ops: Sequence[Node]) -> None:
-    """Replace opaque quantizations of one tensor, of the same spec and in the order of the graph, by aten operations of
-    the same arithmetic. They share one result: two would keep the compiler from making one kernel.
+def decompose(new: Builder, ops: Sequence[Node]) -> tuple[tuple[Node, Node], ...]:
+    """(old, new) results of opaque quantizations of one tensor, of the same spec and in the order of the graph, in aten
+    operations of the same arithmetic. They share one result: two would keep the compiler from making one kernel.
 
     Raises Unsupported for packed scales, and for TMA-aligned ones where the rows are not known to be a multiple of 4.
     """
@@ -32,38 +32,27 @@ def decompose(graph: Graph, ops: Sequence[Node]) -> None:
     rows = value(source).numel() // k
     if spec.layout == "col_tma" and not (isinstance(rows, int) and rows % TMA_ALIGN == 0):
         raise Unsupported("TMA-aligned scales take a copy where the rows are not a multiple of 4")
-    with graph.inserting_before(ops[0]):
-        data, scale = _quantize(graph, source, spec)
-        outputs = [(old, new) for quant in quants for old, new in ((quant.data, data), (quant.scale, scale))]
-        replacements = [(old, shaped(graph, new, old)) for old, new in outputs if old is not None]
-    for old, new in replacements:
-        old.replace_all_uses_with(new)
+    with new.before(ops[0]):
+        data, scale = _quantize(new, source, spec)
+        outputs = [(old, made) for quant in quants for old, made in ((quant.data, data), (quant.scale, scale))]
+        return tuple((old, shaped(new, made, old)) for old, made in outputs if old is not None)
 
 
-def _quantize(graph: Graph, y: Node, spec: QuantSpec) -> tuple[Node, Node]:
+def _quantize(new: Builder, y: Node, spec: QuantSpec) -> tuple[Node, Node]:
     """The arithmetic of `normquant.reference.group_quant`."""
     k = value(y).shape[-1]
-    groups = k // spec.group
-
-    def new(target: Any, *args: Any, **kwargs: Any) -> Node:
-        return call(graph, target, args, kwargs)
-
     wide = new(prims.convert_element_type.default, y, torch.float32)
-    grouped = new(aten.reshape.default, wide, [-1, groups, spec.group])  # [M, G, group]
+    grouped = new(aten.reshape.default, wide, [-1, k // spec.group, spec.group])  # [M, G, group]
     amax = new(aten.amax.default, new(aten.abs.default, grouped), [-1])  # [M, G]
     if spec.floor:
         amax = new(aten.clamp_min.default, amax, spec.floor)
     scale = _scale(new, amax, spec)
-    data = new(
-        aten.clamp_max.default,
-        new(aten.clamp_min.default, _divided(new, grouped, amax, scale, spec), -FP8_MAX),
-        FP8_MAX,
-    )
-    fp8 = new(prims.convert_element_type.default, data, spec.dtype)
+    above = new(aten.clamp_min.default, _divided(new, grouped, amax, scale, spec), -FP8_MAX)
+    fp8 = new(prims.convert_element_type.default, new(aten.clamp_max.default, above, FP8_MAX), spec.dtype)
     return new(aten.reshape.default, fp8, [-1, k]), scale if spec.layout == "row" else _by_column(new, scale)
 
 
-def _by_column(new: Any, scale: Node) -> Node:
+def _by_column(new: Builder, scale: Node) -> Node:
     """[M, G] stored by columns. A transposed amax would be stored so, too, but what is computed from it would walk over
     [G, M], and Inductor makes one kernel only of what walks over the rows as the norm does."""
     from torch._inductor import inductor_prims  # noqa: F401  # registers the operator
@@ -78,7 +67,7 @@ def _by_column(new: Any, scale: Node) -> Node:
     return new(prims.inductor_force_stride_order.default, scale, [1, rows])
 
 
-def _scale(new: Any, amax: Node, spec: QuantSpec) -> Node:
+def _scale(new: Builder, amax: Node, spec: QuantSpec) -> Node:
     if spec.scale_by == "multiply":
         scale = new(aten.mul.Tensor, amax, 1.0 / FP8_MAX)
     elif spec.scale_by == "divide":
@@ -95,7 +84,7 @@ def _scale(new: Any, amax: Node, spec: QuantSpec) -> Node:
     return new(aten.where.self, finite, up, scale)
 
 
-def _divided(new: Any, grouped: Node, amax: Node, scale: Node, spec: QuantSpec) -> Node:
+def _divided(new: Builder, grouped: Node, amax: Node, scale: Node, spec: QuantSpec) -> Node:
     if spec.divide == "scale":
         return new(aten.div.Tensor, grouped, new(aten.unsqueeze.default, scale, -1))
     if spec.divide == "reciprocal":
@@ -105,7 +94,7 @@ def _divided(new: Any, grouped: Node, amax: Node, scale: Node, spec: QuantSpec) 
     return new(aten.mul.Tensor, grouped, new(aten.unsqueeze.default, factor, -1))
 
 
-def _constant(new: Any, like: Node, number: float) -> Node:
+def _constant(new: Builder, like: Node, number: float) -> Node:
     fake: Any = value(like)
     with fake.fake_mode:
         return new(aten.full.default, [], number, dtype=torch.float32, device=fake.device)

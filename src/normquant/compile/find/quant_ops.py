@@ -14,6 +14,7 @@ from normquant.spec import FP8_MAX, TMA_ALIGN, Layout, QuantSpec
 
 VLLM_QUANT = "_C::per_token_group_fp8_quant"
 VLLM_PACKED = "_C::per_token_group_fp8_quant_packed"
+DEEPGEMM = "vllm::fp8_gemm_nt_op"
 VLLM_SCALE_FLOOR = 1e-10  # of `per_token_group_fp8_quant` with scale_ue8m0, beside the floor of amax
 
 
@@ -126,11 +127,14 @@ def _path(node: Node, source: Node, y: Node) -> frozenset[Node]:
 
 def functionalized(node: Node) -> str:
     """Name of the operation that an auto_functionalized node calls, "" for any other node."""
-    if getattr(node.target, "__name__", "") not in ("auto_functionalized", "auto_functionalized_v2") or not arguments(
-        node
-    ):
+    if getattr(node.target, "__name__", "") not in ("auto_functionalized", "auto_functionalized_v2"):
         return ""
-    return overload_name(arguments(node)[0])
+    return overload_name(arguments(node)[0]) if arguments(node) else ""
+
+
+def called(node: Node) -> str:
+    """`namespace::op` that a node calls, itself or through auto_functionalized."""
+    return functionalized(node) or overload_name(node.target)
 
 
 def mutated(node: Node, name: str) -> tuple[Node | None, Node]:

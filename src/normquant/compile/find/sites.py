@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch.fx import Graph, Node
@@ -30,12 +30,12 @@ from normquant.compile.find.graph import (
     mutation_regions,
     op_name,
     peel,
+    rows_are_even,
     value,
 )
 from normquant.compile.find.norms import Norm
-from normquant.compile.find.outside_readers import check_inside, norms_outside
+from normquant.compile.find.outside_readers import check_inside, choose_layout, norms_outside
 from normquant.compile.find.quants import Quant
-from normquant.compile.find.scale_layout import choose_layout
 from normquant.spec import Layout, QuantSpec
 
 LAYOUTS = get_args(Layout)  # the least demanding first: a scale in columns can be read row by row
@@ -244,27 +244,3 @@ def _check_rows(x: torch.Tensor, k: int) -> None:
             f"the norm reads a tensor of shape {tuple(x.shape)} and stride {tuple(x.stride())}, "
             "whose rows are not evenly spaced"
         )
-
-
-def rows_are_even(x: torch.Tensor, k: int) -> bool:
-    """Whether x can be seen as [M, K] without a copy."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    stride: Any = None
-    run: Any = 1
-    sizes = [
-        (size, step)
-        for size, step in zip(x.shape, x.stride(), strict=True)
-        if not (isinstance(size, int) and size == 1)
-    ]
-    for size, step in reversed(sizes):
-        inside_row = stride is None and isinstance(run, int) and run < k
-        if inside_row:
-            if not statically_known_true(step == run):
-                return False
-            run = run * size
-            continue
-        if stride is not None and not statically_known_true(step == stride):
-            return False
-        stride = step * size
-    return True

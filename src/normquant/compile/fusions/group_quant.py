@@ -1,55 +1,74 @@
-"""Replace vLLM's quantizations that no norm and no gated product feeds, such as that of the attention's output.
+"""Quantizations that no norm and no gated product feeds, such as that of the attention's output.
 
-Nothing is fused: one of our kernels takes the place of vLLM's, where the policy says so.
+There is nothing to fuse. In vLLM's graphs one of our kernels takes the place of vLLM's, where the policy says so; with
+the strategy `native` an opaque quantization becomes aten operations.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from normquant.compile.driver import module_path, source_line
-from normquant.compile.edit.build import replace_results
-from normquant.compile.find.graph import Unsupported, op_name, value
+from normquant.compile.edit.build import Builder, Rewrite, call_in_place_of
+from normquant.compile.edit.decompose import decompose
+from normquant.compile.find.found import Rejected
+from normquant.compile.find.graph import Unsupported, op_name, rows_are_even, value
 from normquant.compile.find.quant_ops import is_group_quant, is_quant, quantized, read
-from normquant.compile.find.sites import rows_are_even
-from normquant.compile.policy import Facts, Rules
-from normquant.compile.report import Site
+from normquant.compile.find.quants import Quant
+from normquant.compile.fusions.candidate import (
+    Candidate,
+    Findings,
+    OpCall,
+    Rejection,
+    Rewrites,
+    rejected,
+    site_name,
+    source_line,
+)
 from normquant.spec import ACTIVATION_DTYPES
 
 
-def replace_lone_quants(graph: Graph, rules: Rules) -> tuple[Site, ...]:
-    """Replace every quantization that the rules want "fused"; returns those that were. Dead nodes are taken out."""
-    sites = []
+def find(graph: Graph) -> Findings:
+    """vLLM's quantizations that are left in the graph; other fusions have recorded them."""
     for anchor in [node for node in graph.nodes if is_quant(node) and not is_group_quant(node)]:
-        site = _treat(graph, anchor, rules)
-        if site is not None:
-            sites.append(site)
-    if sites:
-        graph.eliminate_dead_code()
-    return tuple(sites)
+        found = _candidate(anchor)
+        if found is not None:
+            yield found
 
 
-def _treat(graph: Graph, anchor: Node, rules: Rules) -> Site | None:
+def _candidate(anchor: Node) -> Candidate | None:
     source: Any = anchor.kwargs["input"]  # with its views: attention's output has heads, and is quantized by whole rows
     x = value(source)
     k = x.shape[-1]
     if not isinstance(k, int) or x.dtype not in ACTIVATION_DTYPES or x.stride(-1) != 1 or not rows_are_even(x, k):
         return None
-    rows = x.numel() // k
-    name = module_path(anchor) or anchor.name
-    m = rows if isinstance(rows, int) else None
-    decision = rules.decide(name, Facts(x.device, "group_quant", m, k, opaque_norm=False))
-    if decision.strategy != "fused":
-        return None
     try:
         quant = read(anchor, k)
     except Unsupported:
-        return None  # the report of the norm pass has the reason
+        return None  # the record of the norm fusion has the reason
+    call = OpCall("group_quant", x, x.numel() // k, k, quant.spec)
+    rewrite = partial(_replace, anchor, source, quant, k)
+    site = call.record(site_name(anchor), source_line(anchor))
+    return Candidate(site, call.facts, {"fused": rewrite}, lone=anchor, listed=True)
+
+
+def _replace(anchor: Node, source: Node, quant: Quant, k: int, new: Builder) -> Rewrite:
     op = torch.ops.normquant.group_quant.default
-    replace_results(graph, anchor, (quant.data, quant.scale), op, source, k, quant.spec.encode())
-    reason = f"{decision.reason}; its input is {op_name(quantized(anchor))}, so that nothing is fused into it"
-    facts: dict[str, Any] = {"m": str(rows), "k": k, "dtype": str(x.dtype)[6:], "spec": quant.spec.encode()}
-    return Site(name, source_line(anchor), "fused", reason, op="group_quant", **facts)
+    replaced = call_in_place_of(new, anchor, (quant.data, quant.scale), op, source, k, quant.spec.encode())
+    note = f"its input is {op_name(quantized(anchor))}, so that nothing is fused into it"
+    return Rewrite(replaced, like=anchor, note=note)
+
+
+def lone_quantization(other: Rejected) -> Candidate | Rejection:
+    """A quantization without a norm, of any graph: an opaque one can become aten operations."""
+    anchor, name, where = other.anchor, site_name(other.anchor), source_line(other.anchor)
+    if not is_quant(anchor):
+        return rejected(name, where, other.reason, lone=anchor)
+    x = value(quantized(anchor))
+    k = x.shape[-1] if isinstance(x.shape[-1], int) else 0
+    call = OpCall("group_quant", x, x.numel() // k if k else "?", k, None)
+    rewrites: Rewrites = {"native": lambda new: Rewrite(decompose(new, [anchor]), like=anchor)}
+    return Candidate(call.record(name, where), call.facts, rewrites, remark=other.reason, lone=anchor)

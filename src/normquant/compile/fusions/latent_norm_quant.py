@@ -12,34 +12,43 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from normquant.compile.driver import hint, module_path, site_name, source_line
-from normquant.compile.edit.build import as_row, as_rows, call, shaped
-from normquant.compile.find.columns import Columns, columns
+from normquant.compile.edit.build import Builder, Rewrite, as_row, as_rows, shaped
 from normquant.compile.find.found import Match, Rejected, anchor_of
 from normquant.compile.find.graph import (
+    Columns,
     NotFound,
     Unsupported,
     aten,
+    columns,
     dtype,
     is_tensor,
     is_view,
     mutation_regions,
     value,
 )
-from normquant.compile.find.norm_ops import is_norm_op, read_norm
+from normquant.compile.find.norm_ops import read_norm
 from normquant.compile.find.norms import Norm
 from normquant.compile.find.rotary import Rotation, check_cache, find_rotation, updates_cache
-from normquant.compile.find.sites import find
-from normquant.compile.fusions.norm_quant import Rewriter, copy_meta, op_spec
-from normquant.compile.policy import Facts, Rules
-from normquant.compile.report import Site
-from normquant.ops import _bytes
+from normquant.compile.find.sites import find as find_sites
+from normquant.compile.fusion_report import Site
+from normquant.compile.fusions.candidate import (
+    Candidate,
+    Findings,
+    Rejection,
+    bytes_of,
+    fusable,
+    rows_seen,
+    site_name,
+    source_line,
+)
+from normquant.compile.fusions.norm_quant import ask_input_for_shape, call_of, norm_name, op_spec, results_of
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 NORM_NODES = 32  # how far behind kv_a its norm is looked for
@@ -82,22 +91,19 @@ class Latents:
         return min(node for node in self.taken | self.readers if node > last)
 
 
-def fuse_latents(graph: Graph, rules: Rules) -> tuple[Site, ...]:
-    """Rewrite every site that the rules want fused; returns those and, by its norm of kv_a, each that stays.
-
-    Dead nodes are taken out.
-    """
-    rewriter = Rewriter(graph)
-    sites = tuple(_treat(rewriter, found, rules) for found in find_latents(graph))
-    if any(site.fused for site in sites):
-        graph.eliminate_dead_code()
-    return sites
+def find(graph: Graph) -> Findings:
+    """Every site; one that stays is recorded by its norm of kv_a, since that of q_a is another fusion's."""
+    for found in find_latents(graph):
+        if isinstance(found, Rejected):
+            yield Rejection(_left(found.norm, found.anchor, found.reason))
+        else:
+            yield _candidate(found)
 
 
 def find_latents(graph: Graph) -> list[Latents | Rejected]:
     """Every tensor of which the first columns are normed and quantized, and the next ones normed."""
     slices = [(node, at) for node in graph.nodes if is_tensor(node) and (at := columns(node)) is not None]
-    regions, matches = mutation_regions(graph), find(graph).matches
+    regions, matches = mutation_regions(graph), find_sites(graph).matches
     times = Counter(match.norm.y for match in matches)
     found: list[Latents | Rejected] = []
     for match in matches:
@@ -113,27 +119,17 @@ def find_latents(graph: Graph) -> list[Latents | Rejected]:
     return found
 
 
-def _treat(rewriter: Rewriter, found: Latents | Rejected, rules: Rules) -> Site:
-    if isinstance(found, Rejected):
-        return _left(found.norm, found.anchor, found.reason)
-    norm = found.q.norm
-    x, name = value(found.base), site_name(found.q)
-    rows = x.numel() // x.shape[-1]
-    m = rows if isinstance(rows, int) else None
-    opaque_norm = any(is_norm_op(node) for node in (norm.y, *norm.inner))
-    decided = rules.decide(name, Facts(x.device, "latent_norm_quant", m, norm.k, opaque_norm))
-    if decided.strategy != "fused":
-        return _left(found.kv, anchor_of(found.q), decided.reason)
-    _fuse(rewriter, found)
-    where = source_line(anchor_of(found.q), norm.y)
-    return Site(name, where, "fused", decided.reason, op="latent_norm_quant", **_facts(found, rows))
+def _candidate(latents: Latents) -> Candidate:
+    call = call_of(latents.q, "latent_norm_quant", value(latents.base), latents.spec)
+    where = source_line(anchor_of(latents.q), latents.q.norm.y)
+    found = fusable(call, norm_name(latents.q), where, partial(_fuse, latents), **_traffic(latents, call.rows))
+    return replace(found, stays=_left(latents.kv, anchor_of(latents.q)))
 
 
-def _left(kv: Norm | None, anchor: Node, reason: str) -> Site:
-    """The norm of kv_a as a site that stays; q_a is a site of the compile pass."""
+def _left(kv: Norm | None, anchor: Node, reason: str = "") -> Site:
+    """The norm of kv_a as a site that stays."""
     y = kv.y if kv is not None else anchor
-    name = module_path(y) or y.name
-    return Site(name, source_line(y), "stock", f"not in one kernel with the norm of q_a: {reason}")
+    return Site(site_name(y), source_line(y), "stock", f"not in one kernel with the norm of q_a: {reason}")
 
 
 def _next_norm(norm: Norm, slices: Slices) -> tuple[Columns, Norm] | None:
@@ -171,7 +167,7 @@ def _read_norm(y: Node) -> Norm | None:
 
 
 def _read(match: Match, kv_a: Columns, kv: Norm, slices: Slices, regions: dict[Node, int]) -> Latents:
-    """The site. Raises Unsupported where the op does not have it."""
+    """The site. Raises Unsupported where the op does not support it."""
     norm = match.norm
     if match.norms:
         raise Unsupported("the norm of q_a is also read by something else than its quantization")
@@ -198,7 +194,7 @@ def _check_order(latents: Latents, regions: dict[Node, int]) -> None:
 
 
 def _rotation(kv_a: Columns, slices: Slices, spec: QuantSpec) -> Rotation:
-    """The rotary embedding of the columns after kv_a. Raises Unsupported where there is none that the op has."""
+    """The rotary embedding of the columns after kv_a. Raises Unsupported where there is none that the op supports."""
     x = value(kv_a.base)
     rest = Columns(kv_a.base, kv_a.end, x.shape[-1] - kv_a.end)
     copies = [node for node, at in slices if at == rest]
@@ -220,39 +216,31 @@ def _readers(node: Node) -> list[Node]:
     return [reader for user in node.users for reader in ([user, *_readers(user)] if is_view(user) else [user])]
 
 
-def _fuse(rewriter: Rewriter, latents: Latents) -> None:
-    """Put the op in and hand its outputs to whoever read the three parts. Dead nodes are left."""
-    graph, q, kv, k_pe = rewriter.graph, latents.q, latents.kv, latents.k_pe
-    width = value(latents.base).shape[-1]
+def _fuse(latents: Latents, new: Builder) -> Rewrite:
+    """The op, whose outputs go to whoever read the three parts."""
+    q, kv, k_pe = latents.q, latents.kv, latents.k_pe
     r = value(k_pe.cache).shape[-1]
-    with graph.inserting_before(latents.position):
-        x = as_rows(graph, latents.base, width)
-        weights = as_row(graph, q.norm.weight, q.norm.k), as_row(graph, kv.weight, kv.k)
-        sin = call(graph, aten.slice.Tensor, (k_pe.cache, 1, r // 2, r))
+    with new.before(latents.position):
+        x = as_rows(new, latents.base, value(latents.base).shape[-1])
+        weights = as_row(new, q.norm.weight, q.norm.k), as_row(new, kv.weight, kv.k)
+        sin = new(aten.slice.Tensor, k_pe.cache, 1, r // 2, r)
         args = (x, *weights, k_pe.cache, sin, k_pe.positions, q.norm.eps, k_pe.rope, latents.spec.encode())
-        op = call(graph, torch.ops.normquant.latent_norm_quant.default, args)
-        outputs = [call(graph, operator.getitem, (op, i)) for i in range(4)]
-        replacements = rewriter.replacements(q, False, outputs[:2])
-        for old, new in ((kv.y, outputs[2]), (k_pe.y, outputs[3])):
-            replacements.append((old, shaped(graph, new, old)))
-    rewriter.ask_input_for_shape(q)
-    copy_meta(q.norm.y, [op, *outputs])
-    for old, new in replacements:
-        old.replace_all_uses_with(new)
+        op = new(torch.ops.normquant.latent_norm_quant.default, *args)
+        outputs = [new(operator.getitem, op, i) for i in range(4)]
+        replaced = results_of(q, False, outputs[:2], new)
+        replaced += [(old, shaped(new, made, old)) for old, made in ((kv.y, outputs[2]), (k_pe.y, outputs[3]))]
+    return Rewrite(tuple(replaced), ask_input_for_shape(q, q.norm.sources[0], new), like=q.norm.y)
 
 
-def _facts(latents: Latents, rows: Any) -> dict[str, Any]:
-    """What the report says beside the decision. The comparison is with both norms in one generated kernel, a kernel for
-    the quantization, and one for the rotary embedding."""
-    q, c = latents.q.norm.k, latents.kv.k
-    m = rows if isinstance(rows, int) else hint(rows)
-    r = value(latents.k_pe.cache).shape[-1]
+def _traffic(latents: Latents, rows: Any) -> dict[str, int]:
+    """The bytes that the op has to move, and what that saves.
+
+    The comparison is with both norms in one generated kernel, a kernel for the quantization, and one for the rotary
+    embedding.
+    """
+    q, m, r = latents.q.norm, rows_seen(rows), value(latents.k_pe.cache).shape[-1]
     return {
-        "m": str(rows),
-        "k": q,
-        "dtype": str(latents.q.norm.dtype)[6:],
-        "spec": latents.spec.encode(),
-        "bytes_moved": sum(_bytes.latent_norm_quant(m, q, c, r, latents.spec)),
-        "bytes_saved": m * q * latents.q.norm.dtype.itemsize * 2,  # the norm of q_a is neither written nor read
+        "bytes_moved": bytes_of("latent_norm_quant", m, q.k, latents.kv.k, r, latents.spec),
+        "bytes_saved": m * q.k * q.dtype.itemsize * 2,  # the norm of q_a is neither written nor read
         "kernels_saved": 2,
     }

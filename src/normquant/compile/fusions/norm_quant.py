@@ -1,22 +1,38 @@
-"""Replace a site by one fused op."""
+"""A norm, with a residual add in front of it or without, and every quantization of it: one op."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from normquant.compile.edit.build import as_row, as_rows, call, shaped
-from normquant.compile.find.graph import Unsupported, asks_shape, aten, is_alias, is_view, op_name, peel
-from normquant.compile.find.scale_layout import laid_out, rebuild, sinks
-from normquant.compile.find.sites import Match
+from normquant.compile.edit.build import Builder, Rewrite, as_row, as_rows, laid_out, rebuild, shaped
+from normquant.compile.edit.decompose import decompose
+from normquant.compile.find.found import Match, Rejected, anchor_of
+from normquant.compile.find.graph import Unsupported, asks_shape, dtype, is_view, op_name, peel, value
+from normquant.compile.find.norm_ops import is_norm_op
+from normquant.compile.find.outside_readers import sinks
+from normquant.compile.find.quant_ops import is_quant
+from normquant.compile.find.sites import find as find_sites
+from normquant.compile.fusions.candidate import (
+    Candidate,
+    Findings,
+    OpCall,
+    Rejection,
+    Rewrites,
+    bytes_of,
+    module_path,
+    rejected,
+    rows_seen,
+    site_name,
+    source_line,
+)
+from normquant.compile.fusions.group_quant import lone_quantization
 from normquant.spec import QuantSpec
-
-COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr")
-
 
 # aten operations that run as library calls
 EXTERN = {
@@ -36,13 +52,78 @@ EXTERN = {
 }
 
 
-class Rewriter:
+def find(graph: Graph) -> Findings:
+    """Every norm with a quantization of it, and every quantization that no norm feeds."""
+    found, rewriter = find_sites(graph), NormQuantRewriter()
+    yield from map(_rejection, found.rejected)
+    for match in found.matches:
+        yield _candidate(match, rewriter)
+    yield from map(lone_quantization, found.others)
+
+
+def _rejection(found: Rejected) -> Rejection:
+    norm = found.norm
+    known: dict[str, Any] = {"k": norm.k, "dtype": str(norm.dtype)[6:]} if norm else {}
+    name = module_path(norm.y if norm else found.anchor) or found.anchor.name
+    return rejected(name, source_line(found.anchor, norm.y if norm else None), found.reason, **known)
+
+
+def norm_name(match: Match) -> str:
+    """The norm's module path, or the name of its node where no module made it."""
+    return site_name(match.norm.y, *match.norm.inner)
+
+
+def call_of(match: Match, op: str, x: torch.Tensor, spec: QuantSpec) -> OpCall:
+    """An op in the place of a site."""
+    norm = match.norm
+    opaque = any(is_norm_op(node) for node in (norm.y, *norm.inner))
+    return OpCall(op, x, value(norm.sources[0]).numel() // norm.k, norm.k, spec, opaque)
+
+
+def _candidate(match: Match, rewriter: NormQuantRewriter) -> Candidate:
+    add = rewriter.adds(match)
+    call = call_of(match, fused_op(match, add)._opname, value(match.norm.sources[0]), op_spec(match, add))
+    call = replace(call, extra_kernel=_takes_extra_kernel(match))
+    site = call.record(norm_name(match), source_line(anchor_of(match), match.norm.y), **_traffic(match, add, call.rows))
+    rewrites: Rewrites = {"fused": partial(rewriter.fuse, match, add), "native": partial(_make_native, match)}
+    return Candidate(site, call.facts, rewrites)
+
+
+def _takes_extra_kernel(match: Match) -> bool:
+    """Whether the weight is computed in the graph, and nothing opaque in the site has a kernel that goes in return."""
+    computed = match.norm.weight.op == "call_function" and not in_memory(match.norm.weight)
+    return computed and not any(is_quant(node) for node in match.inner)
+
+
+def _make_native(match: Match, new: Builder) -> Rewrite:
+    """The opaque quantizations of a site as aten operations."""
+    inside = {node for quant in match.quants for node in quant.inner if is_quant(node)}
+    ops = [node for node in new.graph.nodes if node in inside]
+    if not ops:
+        return Rewrite(note="it was aten operations already")
+    return Rewrite(decompose(new, ops), like=match.norm.y, note="the quantization is aten operations now")
+
+
+def _traffic(match: Match, add: bool, rows: Any) -> dict[str, int]:
+    """The bytes that one kernel has to move, and what that saves.
+
+    The comparison is with the norm as one generated kernel that writes its result, and a kernel for each quantization
+    that reads it.
+    """
+    norm, spec, m = match.norm, match.spec, rows_seen(rows)
+    weight_bytes, normed = dtype(norm.weight).itemsize, bool(match.norms)
+    moved = bytes_of("rms_norm_quant", m, norm.k, spec, residual=add, normed=normed, weight_bytes=weight_bytes)
+    tensor = m * norm.k * norm.dtype.itemsize
+    saved = tensor * (len(match.quants) + (not normed)) + spec.bytes(m, norm.k) * (len(match.quants) - 1)
+    kernels = len(match.quants) - sum(map(match.copies_scale, match.quants))
+    return {"bytes_moved": moved, "bytes_saved": saved, "kernels_saved": kernels}
+
+
+class NormQuantRewriter:
     """Rewrites the sites of one graph, one after the other; a site may read what another one made."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self) -> None:
         self.replaced: dict[Node, Node] = {}  # what the nodes of the graph as it was are now
-        self.owners = _owners(graph)
 
     def now(self, node: Node) -> Node:
         return self.replaced.get(node, node)
@@ -71,85 +152,67 @@ class Rewriter:
     def in_time(self, match: Match, add: bool) -> bool:
         """Whether everyone who would read the op's outputs comes after its inputs."""
         last = max(self.inputs(match, add))
-        return all(last < reader for reader in self._readers(match, add))
-
-    def _readers(self, match: Match, add: bool) -> set[Node]:
-        made = match.results.union(match.sums if add else ())
-        return {user for node in made for user in node.users if user not in match.inner}
+        return all(last < reader for reader in _readers(match, add))
 
     def position(self, match: Match, add: bool) -> Node:
         """The first node, after the op's inputs, that reads what the op makes or is replaced by it."""
         last = max(self.inputs(match, add))
-        made = match.results.union(match.sums if add else ())
-        return min(node for node in match.inner | made | self._readers(match, add) if node > last)
+        return min(node for node in match.inner | _made(match, add) | _readers(match, add) if node > last)
 
-    def fuse(self, match: Match) -> Node:
-        """Put the fused op in, hand its outputs to everyone who read the site's, and return it. Dead nodes are left."""
-        add = self.adds(match)
+    def fuse(self, match: Match, add: bool, new: Builder) -> Rewrite:
+        """The fused op, whose outputs go to everyone who read the site's."""
         if not self.in_time(match, add):
             raise Unsupported("the weight is computed after the sum that the norm reads was used")
-        with self.graph.inserting_before(self.position(match, add)):
+        norm = match.norm
+        with new.before(self.position(match, add)):
             *sources, weight = self.inputs(match, add)
-            rows = [as_rows(self.graph, node, match.norm.k) for node in sources]
-            args = (*rows, as_row(self.graph, weight, match.norm.k), match.norm.eps, match.norm.weight_offset)
-            op = call(self.graph, fused_op(match, add), (*args, op_spec(match, add).encode()))
-            outputs = [call(self.graph, operator.getitem, (op, i)) for i in range(len(op.meta["val"]))]
-            replacements = self.replacements(match, add, outputs)
-        self.ask_input_for_shape(match)
-        copy_meta(match.norm.y, [op, *outputs])
-        for old, new in replacements:
-            old.replace_all_uses_with(new)
-            self.replaced[old] = new
-        return op
-
-    def keep_outputs_apart(self) -> None:
-        """Copy what the graph returned as tensors of their own and now would return as one: callers may change one."""
-        output = self.graph.output_node()
-        returned: list[Any] = list(_returned(self.graph))
-        first: dict[Node | None, Node | None] = {}
-        for i, (before, owner) in enumerate(zip(self.owners, _owners(self.graph), strict=True)):
-            if owner is not None and first.setdefault(owner, before) is not before:
-                with self.graph.inserting_before(output):
-                    returned[i] = call(self.graph, aten.clone.default, (returned[i],))
-        if any(new is not old for new, old in zip(returned, _returned(self.graph), strict=True)):
-            output.args = (tuple(returned),)
-
-    def ask_input_for_shape(self, match: Match) -> None:
-        """A value that is asked for nothing but its shape must not be computed for that."""
-        source = self.now(match.norm.sources[0])
-        inside = match.inner | match.results
-        asking = [(user, node) for node in inside for user in node.users if asks_shape(user, source)]
-        for user, node in asking:
-            with self.graph.inserting_before(user):
-                user.replace_input_with(node, shaped(self.graph, source, node))
-
-    def replacements(self, match: Match, add: bool, outputs: list[Node]) -> list[tuple[Node, Node]]:
-        data, scale, *rest = outputs
-        pairs: list[tuple[Node, Node]] = []
-        for quant in match.quants:
-            if quant.data is not None:
-                pairs.append((quant.data, data))
-            if quant.scale is not None and quant.scale_form is None:
-                copied = match.copies_scale(quant)
-                pairs.append((quant.scale, laid_out(self.graph, scale, quant.spec.layout) if copied else scale))
-        pairs += [(node, rest[-1]) for node in match.norms]
-        pairs += [(node, rest[0]) for node in match.sums if add]
-        placed = [(old, shaped(self.graph, new, old)) for old, new in pairs]
-        for quant in match.quants:
-            if quant.scale is not None and quant.scale_form is not None:
-                readers = sinks(quant.scale, quant.scale_form, quant.inner)
-                placed += [(node, rebuild(self.graph, scale, node, form)) for node, form in readers]
-        return placed
+            rows = [as_rows(new, node, norm.k) for node in sources]
+            args = (*rows, as_row(new, weight, norm.k), norm.eps, norm.weight_offset, op_spec(match, add).encode())
+            op = new(fused_op(match, add), *args)
+            outputs = [new(operator.getitem, op, i) for i in range(len(op.meta["val"]))]
+            replaced = results_of(match, add, outputs, new)
+        asking = ask_input_for_shape(match, self.now(norm.sources[0]), new)
+        self.replaced.update(replaced)
+        return Rewrite(tuple(replaced), asking, like=norm.y)
 
 
-def _returned(graph: Graph) -> tuple[Any, ...]:
-    outputs: Any = graph.output_node().args[0]
-    return tuple(outputs) if isinstance(outputs, (list, tuple)) else (outputs,)
+def _made(match: Match, add: bool) -> frozenset[Node]:
+    return match.results.union(match.sums if add else ())
 
 
-def _owners(graph: Graph) -> list[Node | None]:
-    """The node that made the memory of each output of the graph."""
-    return [peel(node, is_alias) if isinstance(node, Node) else None for node in _returned(graph)]
+def _readers(match: Match, add: bool) -> set[Node]:
+    return {user for node in _made(match, add) for user in node.users if user not in match.inner}
+
+
+def ask_input_for_shape(match: Match, source: Node, new: Builder) -> tuple[tuple[Node, Node, Node], ...]:
+    """(reader, old, new): a value that is asked for nothing but its shape must not be computed for that."""
+    redirected = []
+    for node in match.inner | match.results:
+        for user in node.users:
+            if asks_shape(user, source):
+                with new.before(user):
+                    redirected.append((user, node, shaped(new, source, node)))
+    return tuple(redirected)
+
+
+def results_of(match: Match, add: bool, outputs: list[Node], new: Builder) -> list[tuple[Node, Node]]:
+    """(old, new) of everything that is read of a site, made of the outputs of its op."""
+    data, scale, *rest = outputs
+    pairs: list[tuple[Node, Node]] = []
+    for quant in match.quants:
+        if quant.data is not None:
+            pairs.append((quant.data, data))
+        if quant.scale is not None and quant.scale_form is None:
+            copied = match.copies_scale(quant)
+            pairs.append((quant.scale, laid_out(new, scale, quant.spec.layout) if copied else scale))
+    pairs += [(node, rest[-1]) for node in match.norms]
+    pairs += [(node, rest[0]) for node in match.sums if add]
+    placed = [(old, shaped(new, made, old)) for old, made in pairs]
+    for quant in match.quants:
+        if quant.scale is not None and quant.scale_form is not None:
+            readers = sinks(quant.scale, quant.scale_form, quant.inner)
+            placed += [(node, rebuild(new, scale, node, form)) for node, form in readers]
+    return placed
 
 
 def op_spec(match: Match, add: bool) -> QuantSpec:
@@ -172,10 +235,3 @@ def in_memory(node: Node) -> bool:
         return True
     made_by = op_name(node).split(".")
     return made_by[0] not in ("aten", "prims") or made_by[-1] in EXTERN
-
-
-def copy_meta(source: Node, nodes: Sequence[Node]) -> None:
-    for node in nodes:
-        for key in COPIED_META:
-            if key in source.meta:
-                node.meta[key] = source.meta[key]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, get_args
 
@@ -20,8 +21,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
 from normquant import reference
-from normquant.compile.driver import hint, module_path, source_line
-from normquant.compile.edit.build import as_rows, call, shaped
+from normquant.compile.edit.build import Builder, Rewrite, as_rows, shaped
 from normquant.compile.find.graph import (
     Unsupported,
     arguments,
@@ -30,6 +30,7 @@ from normquant.compile.find.graph import (
     is_tensor,
     mutation_regions,
     op_name,
+    rows_are_even,
     same_shape,
     same_size,
     value,
@@ -44,18 +45,23 @@ from normquant.compile.find.rotary import (
     is_pure,
     updates_cache,
 )
-from normquant.compile.find.sites import rows_are_even
-from normquant.compile.fusions.norm_quant import copy_meta
-from normquant.compile.policy import Facts, Rules
-from normquant.compile.report import Site
-from normquant.ops import _bytes
+from normquant.compile.fusions.candidate import (
+    Findings,
+    OpCall,
+    bytes_of,
+    fusable,
+    rejected,
+    rows_seen,
+    site_name,
+    source_line,
+)
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec, Rope
 
 SPECS = (QuantSpec(rounding="twice"), QuantSpec(rounding="once"))  # each product of a rotation is rounded, or its sum
 
 
 @dataclass(frozen=True)
-class Turned:
+class TurnedHeads:
     """y: x [M, ...], of which the last r values of each head are turned. gathers: every cache[positions], [M, r], of
     the graph that gives the angles. inner: the nodes from x and the angles to y, y among them."""
 
@@ -87,16 +93,23 @@ class Turned:
         return math.prod(value(self.x).shape[1:])
 
 
-def fuse_q_rope(graph: Graph, rules: Rules) -> tuple[Site, ...]:
-    """Rewrite every rotation of q that the rules want fused; returns all of them. Dead nodes are taken out."""
+def find(graph: Graph) -> Findings:
+    """Every tensor of heads that is turned."""
     regions = mutation_regions(graph)
-    sites = tuple(_treat(graph, found, rules, regions) for found in find_turned(graph))
-    if any(site.fused for site in sites):
-        graph.eliminate_dead_code()
-    return sites
+    for turned in find_turned(graph):
+        name, where, k = site_name(turned.y), source_line(turned.y), turned.width
+        call = OpCall("rope_last", value(turned.x), turned.rows, k, turned.spec)
+        try:
+            _check(turned, regions)
+        except Unsupported as reason:
+            dtype = str(call.x.dtype).removeprefix("torch.")
+            yield rejected(name, where, f"the rotary embedding of q: {reason}", m=str(call.rows), k=k, dtype=dtype)
+            continue
+        moved = bytes_of("rope_last", rows_seen(call.rows), k, turned.r)
+        yield fusable(call, name, where, partial(_fuse, turned), bytes_moved=moved)
 
 
-def find_turned(graph: Graph) -> list[Turned]:
+def find_turned(graph: Graph) -> list[TurnedHeads]:
     """Every tensor of heads whose last values are turned by rows of one cache, in aten operations."""
     gathers: dict[tuple[Node, Node], list[Node]] = {}  # the graph may have one for each time that the model says it
     for node in graph.nodes:
@@ -110,7 +123,7 @@ def _is_own_gather(node: Node) -> bool:
     return is_tensor(node) and value(node).dim() == 2 and is_gather(node, value(node).shape[0])
 
 
-def _turned_by(gathers: list[Node]) -> Iterator[Turned]:
+def _turned_by(gathers: list[Node]) -> Iterator[TurnedHeads]:
     """What is turned by these gathers, which are the same angles."""
     angles = value(gathers[0])
     rows, r = angles.shape
@@ -128,7 +141,7 @@ def _turned_by(gathers: list[Node]) -> Iterator[Turned]:
                 if how is not None:
                     done.update(followers([y]))
                     heads, rope, spec = how
-                    yield Turned(x, y, tuple(gathers), heads, r, rope, spec, frozenset(inner))
+                    yield TurnedHeads(x, y, tuple(gathers), heads, r, rope, spec, frozenset(inner))
                     break
 
 
@@ -180,26 +193,8 @@ def _head_counts(x: Node, inner: list[Node], rows: Any, width: int, r: int) -> l
     return [width // d for d in sorted(seen | {width}) if d > r]
 
 
-def _treat(graph: Graph, turned: Turned, rules: Rules, regions: dict[Node, int]) -> Site:
-    name = module_path(turned.y) or turned.y.name
-    where, x, rows = source_line(turned.y), value(turned.x), turned.rows
-    m = rows if isinstance(rows, int) else None
-    facts: dict[str, Any] = {"m": str(rows), "k": turned.width, "dtype": str(x.dtype)[6:]}
-    try:
-        _check(turned, regions)
-    except Unsupported as reason:
-        return Site(name, where, "stock", f"the rotary embedding of q: {reason}", **facts)
-    decided = rules.decide(name, Facts(x.device, "rope_last", m, turned.width, opaque_norm=False))
-    if decided.strategy != "fused":
-        return Site(name, where, "stock", decided.reason, **facts)
-    _replace(graph, turned)
-    moved = sum(_bytes.rope_last(hint(rows) if m is None else m, turned.width, turned.r))
-    facts |= {"op": "rope_last", "spec": turned.spec.encode(), "bytes_moved": moved}
-    return Site(name, where, "fused", f"{decided.reason}; was one generated kernel", **facts)
-
-
-def _check(turned: Turned, regions: dict[Node, int]) -> None:
-    """Raise Unsupported where the op does not have it, or where it is better left to someone else."""
+def _check(turned: TurnedHeads, regions: dict[Node, int]) -> None:
+    """Raise Unsupported where the op does not support it, or where it is better left to someone else."""
     x, y, cache, positions = (value(node) for node in (turned.x, turned.y, turned.cache, turned.positions))
     check_cache(turned.cache)
     if x.stride(-1) != 1 or not rows_are_even(x, turned.width):
@@ -219,7 +214,7 @@ def _is_contiguous(y: torch.Tensor) -> bool:
     return same_shape(y.stride(), strides)
 
 
-def _check_readers(turned: Turned) -> None:
+def _check_readers(turned: TurnedHeads) -> None:
     angles = followers(turned.gathers)
     if any(updates_cache(user) for node in angles for user in node.users):
         raise Unsupported("vLLM puts it into its update of the kv cache (fuse_rope_kvcache_cat_mla)")
@@ -229,13 +224,12 @@ def _check_readers(turned: Turned) -> None:
         raise Unsupported(f"what is turned is also read by itself ({', '.join(sorted(others))})")
 
 
-def _replace(graph: Graph, turned: Turned) -> None:
-    """Put the op where y is and hand its output to whoever read y. Dead nodes are left."""
-    with graph.inserting_before(turned.y):
-        x = as_rows(graph, turned.x, turned.width)
-        sin = call(graph, aten.slice.Tensor, (turned.cache, 1, turned.r // 2, turned.r))
+def _fuse(turned: TurnedHeads, new: Builder) -> Rewrite:
+    """The op where y is, whose output goes to whoever read y."""
+    with new.before(turned.y):
+        x = as_rows(new, turned.x, turned.width)
+        sin = new(aten.slice.Tensor, turned.cache, 1, turned.r // 2, turned.r)
         how = (turned.heads, turned.r, turned.rope, turned.spec.encode())
-        op = call(graph, torch.ops.normquant.rope_last.default, (x, turned.cache, sin, turned.positions, *how))
-        new = shaped(graph, op, turned.y)
-    copy_meta(turned.y, [op])
-    turned.y.replace_all_uses_with(new)
+        op = new(torch.ops.normquant.rope_last.default, x, turned.cache, sin, turned.positions, *how)
+        output = shaped(new, op, turned.y)
+    return Rewrite(((turned.y, output),), like=turned.y, note="was one generated kernel")

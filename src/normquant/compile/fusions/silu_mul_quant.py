@@ -10,14 +10,12 @@ A gated product that Inductor generates and a quantization in aten operations ne
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch.fx import Graph, Node
 
-from normquant.compile.driver import hint, module_path, source_line
-from normquant.compile.edit.build import replace_results
-from normquant.compile.find.columns import part
+from normquant.compile.edit.build import Builder, Rewrite, call_in_place_of
 from normquant.compile.find.graph import (
     Unsupported,
     arguments,
@@ -30,65 +28,54 @@ from normquant.compile.find.graph import (
     is_widening,
     mutation_regions,
     number,
+    part,
+    rows_are_even,
     same_size,
     value,
 )
 from normquant.compile.find.quant_ops import is_quant, quantized, read
 from normquant.compile.find.quants import Quant
-from normquant.compile.find.sites import rows_are_even
-from normquant.compile.policy import Facts, Rules
-from normquant.compile.report import Site
+from normquant.compile.fusions.candidate import Findings, OpCall, fusable, rejected, rows_seen, site_name, source_line
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 
 @dataclass(frozen=True)
-class Gated:
-    """One site. x: [..., 2K], gate first. k: K. inner: the nodes from x to the quantization."""
+class GatedProduct:
+    """One site. x: [..., 2K], gate first. k: K."""
 
     x: Node
     k: int
     quant: Quant
-    inner: frozenset[Node]
 
     @property
     def spec(self) -> QuantSpec:
         return self.quant.spec.but(rounding="twice")
 
 
-def fuse_silu_quant(graph: Graph, rules: Rules) -> tuple[Site, ...]:
-    """Rewrite every site that the rules want fused; returns all sites, fused or not. Dead nodes are taken out."""
-    sites = []
+def find(graph: Graph) -> Findings:
+    """Every quantization of a product silu(gate) * up."""
     regions = mutation_regions(graph)
     for anchor in [node for node in graph.nodes if is_quant(node)]:
         product = quantized(anchor)
-        gated = _split_product(product)
-        if gated is not None:
-            sites.append(_treat(graph, anchor, product, gated, rules, regions))
-    if any(site.fused for site in sites):
-        graph.eliminate_dead_code()
-    return tuple(sites)
+        split = _split_product(product)
+        if split is None:
+            continue
+        name, where = site_name(product), source_line(product, anchor)
+        try:
+            gated = _read(anchor, product, *split, regions)
+        except Unsupported as reason:
+            yield rejected(name, where, str(reason))
+            continue
+        x = value(gated.x)
+        call = OpCall("silu_mul_quant", x, x.numel() // (2 * gated.k), gated.k, gated.spec)
+        saved = rows_seen(call.rows) * gated.k * x.dtype.itemsize * 2  # the product is neither written nor read
+        yield fusable(call, name, where, partial(_fuse, anchor, gated), bytes_saved=saved, kernels_saved=1)
 
 
-def _treat(
-    graph: Graph, anchor: Node, product: Node, gated: tuple[Node, Node, set[Node]], rules: Rules, regions: dict
-) -> Site:
-    name = module_path(product) or product.name
-    where = source_line(product, anchor)
-    try:
-        site = _read(anchor, product, *gated, regions)
-    except Unsupported as reason:
-        return Site(name, where, "stock", str(reason))
-    x = value(site.x)
-    rows = x.numel() // (2 * site.k)
-    facts: dict[str, Any] = {"m": str(rows), "k": site.k, "dtype": str(x.dtype)[6:], "spec": site.spec.encode()}
-    m = rows if isinstance(rows, int) else None
-    decided = rules.decide(name, Facts(x.device, "silu_mul_quant", m, site.k, opaque_norm=False))
-    if decided.strategy != "fused":
-        return Site(name, where, "stock", decided.reason, **facts)
-    op = torch.ops.normquant.silu_mul_quant.default
-    replace_results(graph, anchor, (site.quant.data, site.quant.scale), op, site.x, 2 * site.k, site.spec.encode())
-    saved = (hint(rows) if m is None else m) * site.k * x.dtype.itemsize * 2  # y is neither written nor read
-    return Site(name, where, "fused", decided.reason, op="silu_mul_quant", bytes_saved=saved, kernels_saved=1, **facts)
+def _fuse(anchor: Node, gated: GatedProduct, new: Builder) -> Rewrite:
+    op, results = torch.ops.normquant.silu_mul_quant.default, (gated.quant.data, gated.quant.scale)
+    replaced = call_in_place_of(new, anchor, results, op, gated.x, 2 * gated.k, gated.spec.encode())
+    return Rewrite(replaced, like=anchor)
 
 
 def _split_product(product: Node) -> tuple[Node, Node, set[Node]] | None:
@@ -125,8 +112,8 @@ def _gate(silu: Node, inner: set[Node]) -> Node | None:
     return gate
 
 
-def _read(anchor: Node, product: Node, gate: Node, up: Node, inner: set[Node], regions: dict) -> Gated:
-    """The site in front of a quantization. Raises Unsupported when the kernel does not have it."""
+def _read(anchor: Node, product: Node, gate: Node, up: Node, inner: set[Node], regions: dict) -> GatedProduct:
+    """The site in front of a quantization. Raises Unsupported for one that the kernel does not support."""
     k = value(product).shape[-1]
     if not isinstance(k, int):
         raise Unsupported(f"K is symbolic ({k}); the kernels need it as a constant")
@@ -144,7 +131,7 @@ def _read(anchor: Node, product: Node, gate: Node, up: Node, inner: set[Node], r
             raise Unsupported(f"{node.name}, between gate and quantization, is also read by {outside[0].name}")
     if len({regions[node] for node in inner}) > 1:
         raise Unsupported("a tensor is changed in place between the gate and the quantization")
-    return Gated(x, k, quant, frozenset(inner))
+    return GatedProduct(x, k, quant)
 
 
 def _halves(gate: Node, up: Node, k: int) -> Node:

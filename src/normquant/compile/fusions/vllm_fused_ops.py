@@ -11,19 +11,25 @@ that DeepGEMM starts with where scales in columns are not aligned.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from normquant.compile.driver import hint, module_path, source_line
-from normquant.compile.edit.build import as_rows, replace_results
-from normquant.compile.find.graph import Unsupported, dtype, number, value
-from normquant.compile.find.linear_ops import DEEPGEMM
-from normquant.compile.find.quant_ops import functionalized, layout_of, mutated
-from normquant.compile.find.sites import rows_are_even
-from normquant.compile.policy import Facts, Rules
-from normquant.compile.report import Site
+from normquant.compile.edit.build import Builder, Rewrite, as_rows, call_in_place_of
+from normquant.compile.find.graph import Unsupported, dtype, number, rows_are_even, value
+from normquant.compile.find.quant_ops import DEEPGEMM, functionalized, layout_of, mutated
+from normquant.compile.fusions.candidate import (
+    Candidate,
+    Findings,
+    OpCall,
+    fusable,
+    rejected,
+    rows_seen,
+    site_name,
+    source_line,
+)
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 from normquant.specs import VLLM_FUSED, VLLM_FUSED_SILU
 
@@ -54,37 +60,26 @@ class FusedOp:
         return "rms_norm_quant" if self.residual is None else "add_rms_norm_quant"
 
 
-def replace_fused_ops(graph: Graph, rules: Rules) -> tuple[Site, ...]:
-    """Replace every fused op that the rules want "fused"; returns all of them. Dead nodes are taken out."""
-    anchors = [node for node in graph.nodes if functionalized(node) in (NORM_QUANT, SILU_QUANT)]
-    sites = tuple(_treat(graph, anchor, rules) for anchor in anchors)
-    if any(site.fused for site in sites):
-        graph.eliminate_dead_code()
-    return sites
+def find(graph: Graph) -> Findings:
+    """Every call of vLLM's fused ops."""
+    for anchor in [node for node in graph.nodes if functionalized(node) in (NORM_QUANT, SILU_QUANT)]:
+        name, where = site_name(anchor), source_line(anchor)
+        try:
+            found = _read_norm(anchor) if functionalized(anchor) == NORM_QUANT else _read_silu(anchor)
+        except Unsupported as reason:
+            yield rejected(name, where, f"{functionalized(anchor)}: {reason}")
+            continue
+        yield _candidate(anchor, found, name, where)
 
 
-def _treat(graph: Graph, anchor: Node, rules: Rules) -> Site:
-    name, where = module_path(anchor) or anchor.name, source_line(anchor)
-    try:
-        found = _read_norm(anchor) if functionalized(anchor) == NORM_QUANT else _read_silu(anchor)
-    except Unsupported as reason:
-        return Site(name, where, "stock", f"{functionalized(anchor)}: {reason}")
+def _candidate(anchor: Node, found: FusedOp, name: str, where: str) -> Candidate:
     x = value(found.x)
-    rows = x.numel() // x.shape[-1]
-    m = rows if isinstance(rows, int) else None
-    facts: dict[str, Any] = {"m": str(rows), "k": found.k, "dtype": str(x.dtype)[6:], "spec": found.spec.encode()}
-    decided = rules.decide(name, Facts(x.device, found.name, m, found.k, opaque_norm=bool(found.arguments)))
-    if decided.strategy != "fused":
-        return Site(name, where, "stock", decided.reason, **facts)
-    lost = _wants_powers_of_two(found.results[1])
-    why = f"{decided.reason}; was {functionalized(anchor)}{LOST if lost else ''}"
-    facts |= _saved(found, hint(rows) if m is None else m)
-    _replace(graph, anchor, found)
-    return Site(name, where, "fused", why, op=found.name, **facts)
+    call = OpCall(found.name, x, x.numel() // x.shape[-1], found.k, found.spec, opaque_norm=bool(found.arguments))
+    return fusable(call, name, where, partial(_replace, anchor, found), **_saved(found, rows_seen(call.rows)))
 
 
 def _read_norm(anchor: Node) -> FusedOp:
-    """The call of NORM_QUANT. Raises Unsupported where our op does not have it."""
+    """The call of NORM_QUANT. Raises Unsupported where our op does not support it."""
     args: dict[str, Any] = dict(anchor.kwargs)
     spec, data, scale = _read_quant(anchor, VLLM_FUSED, "result", "scale", value(args["input"]).shape[-1])
     weight, epsilon = args["weight"], number(args["epsilon"])
@@ -99,7 +94,7 @@ def _read_norm(anchor: Node) -> FusedOp:
 
 
 def _read_silu(anchor: Node) -> FusedOp:
-    """The call of SILU_QUANT. Raises Unsupported where our op does not have it."""
+    """The call of SILU_QUANT. Raises Unsupported where our op does not support it."""
     x: Any = anchor.kwargs["input"]
     k = value(x).shape[-1] // 2
     spec, data, scale = _read_quant(anchor, VLLM_FUSED_SILU, "out", "scales", k)
@@ -144,18 +139,19 @@ def _check_rows(node: Node) -> None:
         raise Unsupported(f"{node.name} has stride {tuple(x.stride())}; the kernels need evenly spaced rows")
 
 
-def _replace(graph: Graph, anchor: Node, found: FusedOp) -> None:
-    """Put our op in and hand its outputs to whoever read those of vLLM's."""
+def _replace(anchor: Node, found: FusedOp, new: Builder) -> Rewrite:
+    """Our op, whose outputs go to whoever read those of vLLM's."""
     op = getattr(torch.ops.normquant, found.name).default
     args: tuple[Any, ...] = (found.spec.encode(),)
     if found.arguments:
         args = (*found.arguments, 0.0, *args)
     if found.residual is not None:
-        with graph.inserting_before(anchor):
-            args = (as_rows(graph, found.residual, found.k), *args)
-    if found.aligns:
-        _free_strides(found.results[1])
-    replace_results(graph, anchor, found.results, op, found.x, value(found.x).shape[-1], *args)
+        with new.before(anchor):
+            args = (as_rows(new, found.residual, found.k), *args)
+    replaced = call_in_place_of(new, anchor, found.results, op, found.x, value(found.x).shape[-1], *args)
+    scale = found.results[1]
+    note = f"was {functionalized(anchor)}{LOST if _wants_powers_of_two(scale) else ''}"
+    return Rewrite(replaced, like=anchor, note=note, free_strides=tuple(_deepgemms(scale)) if found.aligns else ())
 
 
 def _saved(found: FusedOp, m: int) -> dict[str, int]:
@@ -184,9 +180,3 @@ def _argument(node: Node, index: int) -> Any:
     """The argument of the operation that an auto_functionalized node calls."""
     target: Any = node.args[0]
     return node.kwargs.get(target._schema.arguments[index].name)
-
-
-def _free_strides(scale: Node | None) -> None:
-    """Let the readers take the scales as they come; Inductor would copy them into the strides that it noted."""
-    for gemm in _deepgemms(scale):
-        gemm.meta.pop("eager_input_vals", None)

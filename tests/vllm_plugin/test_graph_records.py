@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph
 
-from normquant.compile.find.linear_ops import SELF_QUANTIZING, linear_kernels, remark
+from normquant.vllm.graph_records import SELF_QUANTIZING, linear_kernels, remark
 
 VLLM = torch.library.Library("vllm", "FRAGMENT")
 VLLM.define("flashinfer_fp8_blockscale_gemm(Tensor x, Tensor weight, Tensor scale) -> Tensor")

@@ -1,12 +1,14 @@
-"""What the compile pass did: every norm -> quant site of every compiled graph, fused or not, and why."""
+"""What the compile pass did: every site of every compiled graph, fused or not, and why."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from normquant.spec import QuantSpec
 
 log = logging.getLogger("normquant")
 KEPT = 256  # reports of the graphs compiled last
@@ -14,7 +16,7 @@ KEPT = 256  # reports of the graphs compiled last
 
 @dataclass(frozen=True)
 class Site:
-    """One norm -> quant site.
+    """One site: a norm and its quantizations, or another part of the graph that a fusion knows.
 
     name: where it is in the model, e.g. "layers.3.input_layernorm". where: "file:line" of the quantization's input.
     strategy: "fused", "native" or "stock". reason: why.
@@ -44,8 +46,9 @@ class Site:
 
     def __str__(self) -> str:
         shape = f" [{self.m}, {self.k}] {self.dtype}" if self.k else ""
-        what = f" {self.op}({self.spec})" if self.op else ""
-        saved = f"; saves {self.kernels_saved} kernels, {self.bytes_saved:,} bytes" if self.fused else ""
+        what = f" {op_text(self.op, self.spec)}" if self.op else ""
+        saves = self.kernels_saved or self.bytes_saved
+        saved = f"; saves {self.kernels_saved} kernels, {self.bytes_saved:,} bytes" if saves else ""
         return f"{self.strategy:<6} {self.name}{shape}{what}: {self.reason}{saved} ({self.where})"
 
 
@@ -53,7 +56,7 @@ class Site:
 class FusionReport:
     """One graph: its sites, and the quantizations that have no norm in front of them.
 
-    graph: number of the graph in this process. error: why the pass gave the graph up, "" when it did not.
+    graph: number of the graph in this process. error: why a part of the pass, or all of it, was given up, else "".
     cleaned: identities and copies that the pass removed.
     """
 
@@ -91,10 +94,20 @@ class FusionReport:
         fused = f"{len(self.fused)} of {len(self.sites)} norm -> quant sites fused"
         lines = [f"graph {self.graph}: {fused} (policy {self.policy})"]
         if self.error:
-            lines.append(f"  compiled as it was: {self.error}")
+            lines.append(f"  {'a part of the pass failed' if self.sites else 'compiled as it was'}: {self.error}")
         lines += [f"  {site}" for site in self.sites]
         lines += [f"  {site.strategy:<6} {site.name}: {site.reason} ({site.where})" for site in self.others]
         return "\n".join(lines)
+
+
+def op_text(op: str, encoded: str) -> str:
+    """An op and its spec as a person would write them: only what differs from the default spec."""
+    try:
+        spec, default = QuantSpec.decode(encoded), QuantSpec()
+    except ValueError:  # a record of another version
+        return f"{op}({encoded})"
+    given = [(f.name, getattr(spec, f.name)) for f in fields(spec) if getattr(spec, f.name) != getattr(default, f.name)]
+    return f"{op}({', '.join(f'{name}={choice}' for name, choice in given)})"
 
 
 _reports: list[FusionReport] = []

@@ -1,0 +1,140 @@
+"""What a fusion finds: sites that it can rewrite, and sites that it knows and has to leave.
+
+A fusion is a generator, `find(graph)`. It is asked for the next site only after the one before has been decided upon
+and rewritten, and changes nothing itself: `Candidate.rewrites` make new nodes when the driver calls them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from normquant.compile.edit.build import Builder, Rewrite
+from normquant.compile.fusion_report import Site
+from normquant.compile.measured import Strategy
+from normquant.compile.policy import Facts
+from normquant.ops import _bytes
+from normquant.spec import QuantSpec
+
+OURS = (Path(__file__).parents[2], Path(__file__).parents[2] / "ops")  # folders whose code a user did not write
+Rewrites = Mapping[Strategy, Callable[[Builder], Rewrite]]
+FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """The record of a site that stays as it is. lone: its quantization, where no norm is in front of that."""
+
+    site: Site
+    lone: Node | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A site that can be rewritten.
+
+    site: its record, for the strategy "fused" and without the reason. facts: what the policy decides by.
+    rewrites: how to rewrite it, for each strategy that the fusion has.
+    stays: its record where it stays, if that is another one; a reason is put behind the one that it has.
+    remark: said of the site in front of every other reason, and alone where the policy leaves it as it is.
+    lone: its quantization, where no norm is in front of that. listed: whether another fusion has recorded the site, so
+    that no record is due where the policy leaves it as it is.
+    """
+
+    site: Site
+    facts: Facts
+    rewrites: Rewrites
+    stays: Site | None = None
+    remark: str = ""
+    lone: Node | None = None
+    listed: bool = False
+
+    def record(self, strategy: Strategy, *reasons: str) -> Site:
+        """The record of the site, rewritten by a strategy or left as it is."""
+        reason = "; ".join(filter(None, (self.remark, *reasons)))
+        if strategy == "stock" and self.stays is not None:
+            return replace(self.stays, reason=self.stays.reason + reason)
+        site = replace(self.site, strategy=strategy, reason=reason)
+        return site if site.fused else replace(site, op="", bytes_moved=0, bytes_saved=0, kernels_saved=0)
+
+
+Findings = Iterator[Candidate | Rejection]
+Fusion = Callable[[Graph], Findings]
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """The op that would take the place of a site: on rows of k values like x, with this arithmetic. rows may be
+    symbolic; opaque_norm and extra_kernel are those of `Facts`."""
+
+    op: str
+    x: torch.Tensor
+    rows: Any
+    k: int
+    spec: QuantSpec | None
+    opaque_norm: bool = False
+    extra_kernel: bool = False
+
+    @property
+    def facts(self) -> Facts:
+        m = self.rows if isinstance(self.rows, int) else None
+        return Facts(self.x.device, self.op, m, self.k, self.opaque_norm, self.extra_kernel)
+
+    def record(self, name: str, where: str, **traffic: int) -> Site:
+        spec = self.spec.encode() if self.spec else ""
+        m, dtype = str(self.rows), str(self.x.dtype).removeprefix("torch.")
+        return Site(name, where, "fused", "", self.op, spec, m, self.k, dtype, **traffic)
+
+
+def fusable(call: OpCall, name: str, where: str, fuse: Callable[[Builder], Rewrite], **traffic: int) -> Candidate:
+    """A site whose fusion has one strategy. traffic: the bytes and kernels of the record."""
+    return Candidate(call.record(name, where, **traffic), call.facts, {"fused": fuse})
+
+
+def rejected(name: str, where: str, reason: str, lone: Node | None = None, **known: Any) -> Rejection:
+    """A site that stays. known: fields of its record."""
+    return Rejection(Site(name, where, "stock", reason, **known), lone)
+
+
+def bytes_of(op: str, *args: Any, **kwargs: Any) -> int:
+    """The DRAM bytes that an op must move, read and written."""
+    return sum(getattr(_bytes, op)(*args, **kwargs))
+
+
+def rows_seen(rows: Any) -> int:
+    """The number of rows that there were while compiling; 1 where no size was seen."""
+    try:
+        return int(rows if isinstance(rows, int) else rows.node.hint)
+    except Exception:  # unbacked sizes have no hint and raise
+        return 1
+
+
+def module_path(node: Node) -> str:
+    """`layers.3.input_layernorm` of the innermost module that made a node; "" where none did."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = re.sub(r"^[LG]\[['\"](\w+)['\"]\]", r"\1", str(list(stack.values())[-1][0]))  # dynamo's L['self'].layer
+    path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).replace("._modules.", ".")
+    return re.sub(r"^self(\.|$)", "", path)
+
+
+def site_name(*nodes: Node) -> str:
+    """The module path of the first node that has one, or the name of the first node."""
+    return next(filter(None, map(module_path, nodes)), nodes[0].name)
+
+
+def source_line(*nodes: Node | None) -> str:
+    """ "file:line" of the user's code that made the first node that knows it."""
+    for node in nodes:
+        trace = node.meta.get("stack_trace") if node is not None else None
+        outside = [frame for frame in FRAME.findall(trace or "") if Path(frame[0]).parent not in OURS]
+        if outside:
+            return f"{outside[-1][0]}:{outside[-1][1]}"
+    return "?"
