@@ -124,8 +124,8 @@ def _rewrite_all(graph: Graph, find: Fusion, rules: Rules, done: _Record) -> Non
 def _decide(graph: Graph, candidate: Candidate, rules: Rules, strict: bool) -> Site | None:
     """Rewrite a site as the policy wants it; returns its record, if one is due. After a failure the graph is the graph
     before."""
-    decision = rules.decide(candidate.site.name, candidate.facts)
-    rewrite = candidate.rewrites.get(decision.strategy)
+    decision = rules.decide(candidate.name, candidate.facts)
+    rewrite = candidate.rewrite(decision.strategy)
     if rewrite is None:
         return None if candidate.listed else candidate.record("stock", "" if candidate.remark else decision.reason)
     new = Builder(graph)

@@ -52,7 +52,7 @@ def append(directory: Path, record: GraphRecord) -> None:
 
 
 def read(path: Path) -> Iterator[GraphRecord]:
-    """The records of a file, the same graph compiled twice only once. Raises ValueError for a file that is none."""
+    """The records of a file, the same graph compiled twice only once. Raises ValueError for any other file."""
     seen: set[str] = set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:

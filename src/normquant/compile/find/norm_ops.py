@@ -38,7 +38,7 @@ def is_norm_op(node: Node) -> bool:
 
 
 def read_norm(y: Node) -> Norm:
-    """The norm whose value is y. Raises NotFound when there is none, Unsupported when the kernels do not have it."""
+    """The norm whose value is y. Raises NotFound when there is none, Unsupported when the kernels do not support it."""
     for reader in (_vllm_norm, _vllm_add_norm, _fused_rms_norm, read_decomposed):
         try:
             return reader(y)

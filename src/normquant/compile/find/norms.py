@@ -63,7 +63,7 @@ class Norm:
     y: its value as the quantization reads it, [..., K]; bf16 or fp16, or fp32 where it was not rounded.
     x: what is normalized, [..., K] in `dtype`; None where the graph has only the unrounded sum of `addition`.
     eps: a number, or the 0-dim input of the graph that holds it.
-    inner: the nodes between x (or the unrounded sum) and y that are good for nothing but y.
+    inner: the nodes between x (or the unrounded sum) and y that serve nothing but y.
     """
 
     y: Node
@@ -89,7 +89,7 @@ class Norm:
 def read_decomposed(y: Node) -> Norm:
     """The norm in aten operations whose value is y.
 
-    Raises NotFound when y is no RMSNorm and Unsupported when it is one that the kernels do not have.
+    Raises NotFound when y is no RMSNorm and Unsupported when it is one that the kernels do not support.
     """
     inner: set[Node] = set()
     product = step_in(y, inner, keeps_order, is_narrowing)

@@ -28,7 +28,7 @@ def is_quant(node: Node) -> bool:
 
 
 def read(node: Node, k: int) -> Quant:
-    """The quantization that node makes of rows of k values. Raises Unsupported when the kernels do not have it."""
+    """The quantization that node makes of rows of k values. Raises Unsupported when the kernels do not support it."""
     return read_group_quant(node, k) if is_group_quant(node) else read_vllm_quant(node, k)
 
 

@@ -153,7 +153,7 @@ def _division(quotient: Node) -> tuple[Node, Divide, Node]:
             if is_call(inverse, aten.div.Tensor) and number(arguments(inverse)[0]) == 1:
                 return y, "reciprocal", factor
             if is_call(inverse, aten.div.Tensor) and number(arguments(inverse)[0]) == FP8_MAX:
-                raise Unsupported("the data is y * (448 / amax); the kernels have y * (448 * (1 / amax))")
+                raise Unsupported("the data is y * (448 / amax); the kernels support y * (448 * (1 / amax))")
             if is_call(inverse, aten.mul.Tensor) and is_call(arguments(inverse)[0], aten.reciprocal.default):
                 return y, _divide_of(number(arguments(inverse)[1])), factor
     raise NotFound
@@ -165,7 +165,7 @@ def _divide_of(factor: float | None) -> Divide:
         return "reciprocal"
     if factor == FP8_MAX:
         return "amax"
-    raise Unsupported(f"the data is y * ({factor} * (1 / x)); the kernels have 1 and 448 for the factor")
+    raise Unsupported(f"the data is y * ({factor} * (1 / x)); the kernels support 1 and 448 for the factor")
 
 
 def _group(reduced: Node, dims: list[int]) -> int:
@@ -173,11 +173,11 @@ def _group(reduced: Node, dims: list[int]) -> int:
     shape = value(reduced).shape
     if len(dims) != 1:
         raise Unsupported(
-            "the scale is one of the whole tensor or of several dimensions; the kernels have one per group"
+            "the scale is one of the whole tensor or of several dimensions; the kernels support one per group"
         )
     group = shape[dims[0]]
     if not isinstance(group, int) or group not in GROUPS:
-        raise Unsupported(f"the group is {group}; the kernels have {', '.join(map(str, GROUPS))}")
+        raise Unsupported(f"the group is {group}; the kernels support {', '.join(map(str, GROUPS))}")
     return group
 
 

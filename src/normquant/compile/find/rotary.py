@@ -75,7 +75,7 @@ def find_rotation(copies: Sequence[Node], rows: Any, spec: QuantSpec) -> Rotatio
     """The rotary embedding of x [rows, R] with the roundings of the op that has this spec; the first in the graph.
 
     copies: the nodes that are x; vLLM's graphs have a slice for each time that the model says x.
-    Raises Unsupported where x goes through none, or through one that the op does not have.
+    Raises Unsupported where x goes through none, or through one that the op does not support.
     """
     x = copies[0]
     if value(x).dim() != 2:

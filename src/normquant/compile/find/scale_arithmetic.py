@@ -140,14 +140,14 @@ def _step_back(node: Node, facts: Scale) -> Node:
     if is_call(node, *ABSOLUTE):
         return first_arg(node)  # a scale is not negative
     if is_call(node, aten.where.self, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.view.dtype):
-        raise Unsupported(f"the scale passes through {op_name(node)}; the kernels have amax / 448 with floors")
+        raise Unsupported(f"the scale passes through {op_name(node)}; the kernels support amax / 448 with floors")
     raise NotFound
 
 
 def _floor(node: Node, bounds: tuple[float | None, float | None], facts: Scale) -> Node:
     low, high = bounds
     if low is None or high is not None:
-        raise Unsupported("the scale has an upper bound; the kernels have none")
+        raise Unsupported("the scale has an upper bound; the kernels support none")
     if dtype(node) != torch.float32:
         low = float(torch.tensor(low, dtype=dtype(node)))  # a bf16 clamp compares with a bf16 bound
     before_division = facts.scale_by is not None
@@ -196,7 +196,7 @@ def _power_of_two(node: Node) -> Node | None:
     ceil = peel(exponent, is_view) if is_tensor(exponent) else exponent
     if is_call(ceil, aten.ceil.default) and is_call(arguments(ceil)[0], aten.log2.default):
         return arguments(arguments(ceil)[0])[0]
-    raise Unsupported(f"the scale is a power of two by {op_name(ceil)}; the kernels have 2 ** ceil(log2(s))")
+    raise Unsupported(f"the scale is a power of two by {op_name(ceil)}; the kernels support 2 ** ceil(log2(s))")
 
 
 def check_log2(facts: Scale, y: Node) -> None:

@@ -1,14 +1,14 @@
 """What a fusion finds: sites that it can rewrite, and sites that it knows and has to leave.
 
 A fusion is a generator, `find(graph)`. It is asked for the next site only after the one before has been decided upon
-and rewritten, and changes nothing itself: `Candidate.rewrites` make new nodes when the driver calls them.
+and rewritten, and changes nothing itself: `fuse` and `native` of a candidate make new nodes when the driver calls them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from normquant.ops import _bytes
 from normquant.spec import QuantSpec
 
 OURS = (Path(__file__).parents[2], Path(__file__).parents[2] / "ops")  # folders whose code a user did not write
-Rewrites = Mapping[Strategy, Callable[[Builder], Rewrite]]
+Edit = Callable[[Builder], Rewrite]
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
@@ -39,62 +39,57 @@ class Rejection:
 class Candidate:
     """A site that can be rewritten.
 
-    site: its record, for the strategy "fused" and without the reason. facts: what the policy decides by.
-    rewrites: how to rewrite it, for each strategy that the fusion has.
+    name, where: as its record has them. op, spec: what would take its place, on rows of k values like x.
+    fuse, native: how to rewrite it; None where the fusion has no such strategy. traffic: bytes and launches for the
+    record.
+    opaque_norm, extra_kernel: as in `Facts`.
     stays: its record where it stays, if that is another one; a reason is put behind the one that it has.
     remark: said of the site in front of every other reason, and alone where the policy leaves it as it is.
     lone: its quantization, where no norm is in front of that. listed: whether another fusion has recorded the site, so
     that no record is due where the policy leaves it as it is.
     """
 
-    site: Site
-    facts: Facts
-    rewrites: Rewrites
+    name: str
+    where: str
+    op: str
+    x: torch.Tensor
+    rows: Any
+    k: int
+    spec: QuantSpec | None
+    fuse: Edit | None
+    native: Edit | None = None
+    traffic: Mapping[str, int] = field(default_factory=dict)
+    opaque_norm: bool = False
+    extra_kernel: bool = False
     stays: Site | None = None
     remark: str = ""
     lone: Node | None = None
     listed: bool = False
+
+    @property
+    def facts(self) -> Facts:
+        """What the policy decides by."""
+        m = self.rows if isinstance(self.rows, int) else None
+        return Facts(self.x.device, self.op, m, self.k, self.opaque_norm, self.extra_kernel)
+
+    def rewrite(self, strategy: Strategy) -> Edit | None:
+        """How to rewrite the site by a strategy, None where it stays."""
+        return {"fused": self.fuse, "native": self.native, "stock": None}[strategy]
 
     def record(self, strategy: Strategy, *reasons: str) -> Site:
         """The record of the site, rewritten by a strategy or left as it is."""
         reason = "; ".join(filter(None, (self.remark, *reasons)))
         if strategy == "stock" and self.stays is not None:
             return replace(self.stays, reason=self.stays.reason + reason)
-        site = replace(self.site, strategy=strategy, reason=reason)
-        return site if site.fused else replace(site, op="", bytes_moved=0, bytes_saved=0, kernels_saved=0)
+        spec, dtype = self.spec.encode() if self.spec else "", str(self.x.dtype).removeprefix("torch.")
+        known: dict[str, Any] = {"spec": spec, "m": str(self.rows), "k": self.k, "dtype": dtype}
+        if strategy == "fused":
+            known |= {"op": self.op, **self.traffic}
+        return Site(self.name, self.where, strategy, reason, **known)
 
 
 Findings = Iterator[Candidate | Rejection]
 Fusion = Callable[[Graph], Findings]
-
-
-@dataclass(frozen=True)
-class OpCall:
-    """The op that would take the place of a site: on rows of k values like x, with this arithmetic. rows may be
-    symbolic; opaque_norm and extra_kernel are those of `Facts`."""
-
-    op: str
-    x: torch.Tensor
-    rows: Any
-    k: int
-    spec: QuantSpec | None
-    opaque_norm: bool = False
-    extra_kernel: bool = False
-
-    @property
-    def facts(self) -> Facts:
-        m = self.rows if isinstance(self.rows, int) else None
-        return Facts(self.x.device, self.op, m, self.k, self.opaque_norm, self.extra_kernel)
-
-    def record(self, name: str, where: str, **traffic: int) -> Site:
-        spec = self.spec.encode() if self.spec else ""
-        m, dtype = str(self.rows), str(self.x.dtype).removeprefix("torch.")
-        return Site(name, where, "fused", "", self.op, spec, m, self.k, dtype, **traffic)
-
-
-def fusable(call: OpCall, name: str, where: str, fuse: Callable[[Builder], Rewrite], **traffic: int) -> Candidate:
-    """A site whose fusion has one strategy. traffic: the bytes and kernels of the record."""
-    return Candidate(call.record(name, where, **traffic), call.facts, {"fused": fuse})
 
 
 def rejected(name: str, where: str, reason: str, lone: Node | None = None, **known: Any) -> Rejection:

@@ -21,9 +21,7 @@ from normquant.compile.find.quants import Quant
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
-    OpCall,
     Rejection,
-    Rewrites,
     rejected,
     site_name,
     source_line,
@@ -49,10 +47,8 @@ def _candidate(anchor: Node) -> Candidate | None:
         quant = read(anchor, k)
     except Unsupported:
         return None  # the record of the norm fusion has the reason
-    call = OpCall("group_quant", x, x.numel() // k, k, quant.spec)
-    rewrite = partial(_replace, anchor, source, quant, k)
-    site = call.record(site_name(anchor), source_line(anchor))
-    return Candidate(site, call.facts, {"fused": rewrite}, lone=anchor, listed=True)
+    name, where, fuse = site_name(anchor), source_line(anchor), partial(_replace, anchor, source, quant, k)
+    return Candidate(name, where, "group_quant", x, x.numel() // k, k, quant.spec, fuse, lone=anchor, listed=True)
 
 
 def _replace(anchor: Node, source: Node, quant: Quant, k: int, new: Builder) -> Rewrite:
@@ -69,6 +65,16 @@ def lone_quantization(other: Rejected) -> Candidate | Rejection:
         return rejected(name, where, other.reason, lone=anchor)
     x = value(quantized(anchor))
     k = x.shape[-1] if isinstance(x.shape[-1], int) else 0
-    call = OpCall("group_quant", x, x.numel() // k if k else "?", k, None)
-    rewrites: Rewrites = {"native": lambda new: Rewrite(decompose(new, [anchor]), like=anchor)}
-    return Candidate(call.record(name, where), call.facts, rewrites, remark=other.reason, lone=anchor)
+    return Candidate(
+        name,
+        where,
+        "group_quant",
+        x,
+        x.numel() // k if k else "?",
+        k,
+        spec=None,
+        fuse=None,
+        native=lambda new: Rewrite(decompose(new, [anchor]), like=anchor),
+        remark=other.reason,
+        lone=anchor,
+    )

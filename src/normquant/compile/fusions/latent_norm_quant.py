@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,12 +43,11 @@ from normquant.compile.fusions.candidate import (
     Findings,
     Rejection,
     bytes_of,
-    fusable,
     rows_seen,
     site_name,
     source_line,
 )
-from normquant.compile.fusions.norm_quant import ask_input_for_shape, call_of, norm_name, op_spec, results_of
+from normquant.compile.fusions.norm_quant import ask_input_for_shape, is_opaque, norm_name, op_spec, results_of
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 NORM_NODES = 32  # how far behind kv_a its norm is looked for
@@ -120,10 +119,21 @@ def find_latents(graph: Graph) -> list[Latents | Rejected]:
 
 
 def _candidate(latents: Latents) -> Candidate:
-    call = call_of(latents.q, "latent_norm_quant", value(latents.base), latents.spec)
-    where = source_line(anchor_of(latents.q), latents.q.norm.y)
-    found = fusable(call, norm_name(latents.q), where, partial(_fuse, latents), **_traffic(latents, call.rows))
-    return replace(found, stays=_left(latents.kv, anchor_of(latents.q)))
+    x, norm, anchor = value(latents.base), latents.q.norm, anchor_of(latents.q)
+    rows = x.numel() // x.shape[-1]
+    return Candidate(
+        norm_name(latents.q),
+        source_line(anchor, norm.y),
+        "latent_norm_quant",
+        x,
+        rows,
+        norm.k,
+        latents.spec,
+        fuse=partial(_fuse, latents),
+        traffic=_traffic(latents, rows),
+        opaque_norm=is_opaque(norm),
+        stays=_left(latents.kv, anchor),
+    )
 
 
 def _left(kv: Norm | None, anchor: Node, reason: str = "") -> Site:
@@ -217,7 +227,7 @@ def _readers(node: Node) -> list[Node]:
 
 
 def _fuse(latents: Latents, new: Builder) -> Rewrite:
-    """The op, whose outputs go to whoever read the three parts."""
+    """The op, whose outputs go to the readers of the three parts."""
     q, kv, k_pe = latents.q, latents.kv, latents.k_pe
     r = value(k_pe.cache).shape[-1]
     with new.before(latents.position):

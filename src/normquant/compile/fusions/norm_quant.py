@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,15 +14,14 @@ from normquant.compile.edit.decompose import decompose
 from normquant.compile.find.found import Match, Rejected, anchor_of
 from normquant.compile.find.graph import Unsupported, asks_shape, dtype, is_view, op_name, peel, value
 from normquant.compile.find.norm_ops import is_norm_op
+from normquant.compile.find.norms import Norm
 from normquant.compile.find.outside_readers import sinks
 from normquant.compile.find.quant_ops import is_quant
 from normquant.compile.find.sites import find as find_sites
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
-    OpCall,
     Rejection,
-    Rewrites,
     bytes_of,
     module_path,
     rejected,
@@ -73,20 +71,29 @@ def norm_name(match: Match) -> str:
     return site_name(match.norm.y, *match.norm.inner)
 
 
-def call_of(match: Match, op: str, x: torch.Tensor, spec: QuantSpec) -> OpCall:
-    """An op in the place of a site."""
-    norm = match.norm
-    opaque = any(is_norm_op(node) for node in (norm.y, *norm.inner))
-    return OpCall(op, x, value(norm.sources[0]).numel() // norm.k, norm.k, spec, opaque)
+def is_opaque(norm: Norm) -> bool:
+    """Whether the norm is one operation that the compiler calls."""
+    return any(is_norm_op(node) for node in (norm.y, *norm.inner))
 
 
 def _candidate(match: Match, rewriter: NormQuantRewriter) -> Candidate:
-    add = rewriter.adds(match)
-    call = call_of(match, fused_op(match, add)._opname, value(match.norm.sources[0]), op_spec(match, add))
-    call = replace(call, extra_kernel=_takes_extra_kernel(match))
-    site = call.record(norm_name(match), source_line(anchor_of(match), match.norm.y), **_traffic(match, add, call.rows))
-    rewrites: Rewrites = {"fused": partial(rewriter.fuse, match, add), "native": partial(_make_native, match)}
-    return Candidate(site, call.facts, rewrites)
+    norm, add = match.norm, rewriter.adds(match)
+    x = value(norm.sources[0])
+    rows = x.numel() // norm.k
+    return Candidate(
+        norm_name(match),
+        source_line(anchor_of(match), norm.y),
+        fused_op(match, add)._opname,
+        x,
+        rows,
+        norm.k,
+        op_spec(match, add),
+        fuse=partial(rewriter.fuse, match, add),
+        native=partial(_make_native, match),
+        traffic=_traffic(match, add, rows),
+        opaque_norm=is_opaque(norm),
+        extra_kernel=_takes_extra_kernel(match),
+    )
 
 
 def _takes_extra_kernel(match: Match) -> bool:

@@ -46,10 +46,9 @@ from normquant.compile.find.rotary import (
     updates_cache,
 )
 from normquant.compile.fusions.candidate import (
+    Candidate,
     Findings,
-    OpCall,
     bytes_of,
-    fusable,
     rejected,
     rows_seen,
     site_name,
@@ -98,15 +97,16 @@ def find(graph: Graph) -> Findings:
     regions = mutation_regions(graph)
     for turned in find_turned(graph):
         name, where, k = site_name(turned.y), source_line(turned.y), turned.width
-        call = OpCall("rope_last", value(turned.x), turned.rows, k, turned.spec)
+        x, rows = value(turned.x), turned.rows
         try:
             _check(turned, regions)
         except Unsupported as reason:
-            dtype = str(call.x.dtype).removeprefix("torch.")
-            yield rejected(name, where, f"the rotary embedding of q: {reason}", m=str(call.rows), k=k, dtype=dtype)
+            known: dict[str, Any] = {"m": str(rows), "k": k, "dtype": str(x.dtype).removeprefix("torch.")}
+            yield rejected(name, where, f"the rotary embedding of q: {reason}", **known)
             continue
-        moved = bytes_of("rope_last", rows_seen(call.rows), k, turned.r)
-        yield fusable(call, name, where, partial(_fuse, turned), bytes_moved=moved)
+        traffic = {"bytes_moved": bytes_of("rope_last", rows_seen(rows), k, turned.r)}
+        fuse = partial(_fuse, turned)
+        yield Candidate(name, where, "rope_last", x, rows, k, turned.spec, fuse, traffic=traffic)
 
 
 def find_turned(graph: Graph) -> list[TurnedHeads]:
@@ -225,7 +225,7 @@ def _check_readers(turned: TurnedHeads) -> None:
 
 
 def _fuse(turned: TurnedHeads, new: Builder) -> Rewrite:
-    """The op where y is, whose output goes to whoever read y."""
+    """The op where y is, whose output goes to the readers of y."""
     with new.before(turned.y):
         x = as_rows(new, turned.x, turned.width)
         sin = new(aten.slice.Tensor, turned.cache, 1, turned.r // 2, turned.r)

@@ -35,7 +35,14 @@ from normquant.compile.find.graph import (
 )
 from normquant.compile.find.quant_ops import is_quant, quantized, read
 from normquant.compile.find.quants import Quant
-from normquant.compile.fusions.candidate import Findings, OpCall, fusable, rejected, rows_seen, site_name, source_line
+from normquant.compile.fusions.candidate import (
+    Candidate,
+    Findings,
+    rejected,
+    rows_seen,
+    site_name,
+    source_line,
+)
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 
@@ -67,9 +74,10 @@ def find(graph: Graph) -> Findings:
             yield rejected(name, where, str(reason))
             continue
         x = value(gated.x)
-        call = OpCall("silu_mul_quant", x, x.numel() // (2 * gated.k), gated.k, gated.spec)
-        saved = rows_seen(call.rows) * gated.k * x.dtype.itemsize * 2  # the product is neither written nor read
-        yield fusable(call, name, where, partial(_fuse, anchor, gated), bytes_saved=saved, kernels_saved=1)
+        rows, k, fuse = x.numel() // (2 * gated.k), gated.k, partial(_fuse, anchor, gated)
+        product_bytes = rows_seen(rows) * k * x.dtype.itemsize  # neither written nor read again
+        traffic = {"bytes_saved": 2 * product_bytes, "kernels_saved": 1}
+        yield Candidate(name, where, "silu_mul_quant", x, rows, k, gated.spec, fuse, traffic=traffic)
 
 
 def _fuse(anchor: Node, gated: GatedProduct, new: Builder) -> Rewrite:

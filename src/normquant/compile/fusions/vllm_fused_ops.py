@@ -23,8 +23,6 @@ from normquant.compile.find.quant_ops import DEEPGEMM, functionalized, layout_of
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
-    OpCall,
-    fusable,
     rejected,
     rows_seen,
     site_name,
@@ -74,8 +72,19 @@ def find(graph: Graph) -> Findings:
 
 def _candidate(anchor: Node, found: FusedOp, name: str, where: str) -> Candidate:
     x = value(found.x)
-    call = OpCall(found.name, x, x.numel() // x.shape[-1], found.k, found.spec, opaque_norm=bool(found.arguments))
-    return fusable(call, name, where, partial(_replace, anchor, found), **_saved(found, rows_seen(call.rows)))
+    rows = x.numel() // x.shape[-1]
+    return Candidate(
+        name,
+        where,
+        found.name,
+        x,
+        rows,
+        found.k,
+        found.spec,
+        fuse=partial(_replace, anchor, found),
+        traffic=_saved(found, rows_seen(rows)),
+        opaque_norm=bool(found.arguments),
+    )
 
 
 def _read_norm(anchor: Node) -> FusedOp:
@@ -112,7 +121,7 @@ def _read_quant(
     if not isinstance(k, int):
         raise Unsupported(f"K is symbolic ({k}); the kernels need it as a constant")
     if args.get("scale_ub") is not None:
-        raise Unsupported("the scales have an upper bound; the kernels have none")
+        raise Unsupported("the scales have an upper bound; the kernels support none")
     if dtype(data_given) != torch.float8_e4m3fn:
         raise Unsupported(f"the data is {str(dtype(data_given))[6:]}; the kernels make float8_e4m3fn")
     if k % args["group_size"]:
@@ -140,7 +149,7 @@ def _check_rows(node: Node) -> None:
 
 
 def _replace(anchor: Node, found: FusedOp, new: Builder) -> Rewrite:
-    """Our op, whose outputs go to whoever read those of vLLM's."""
+    """Our op, whose outputs go to the readers of those of vLLM's."""
     op = getattr(torch.ops.normquant, found.name).default
     args: tuple[Any, ...] = (found.spec.encode(),)
     if found.arguments:
