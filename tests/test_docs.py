@@ -127,6 +127,10 @@ def test_what_is_printed_runs(page: str, printed: list[str], tmp_path: Path) -> 
     assert [part for part in printed if part not in out] == []
 
 
+def test_the_page_of_the_linear_layer_prints_what_it_says(tmp_path: Path) -> None:
+    assert run("\n".join(blocks("docs/linear.md", "python")), tmp_path) == blocks("docs/linear.md", "")[0]
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton: pip install 'normquant[nogpu]'")
 def test_the_command_for_ci_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (model,) = (block for block in blocks("docs/audit.md", "python") if "def build" in block)

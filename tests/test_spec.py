@@ -1,5 +1,6 @@
 """QuantSpec: what it refuses, its string form, and the tensors it describes."""
 
+import io
 from dataclasses import FrozenInstanceError, replace
 from itertools import product
 from typing import get_args
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shared.compare import bits, pad_rows
 from shared.inputs import activations
+from torch.utils import _pytree as pytree
 
 from normquant import QuantizedActivation, QuantSpec, reference, specs
 from normquant.spec import GROUPS, Divide, Layout, Rounding, ScaleBy, ScaleEncoding, Sum, empty_scale
@@ -227,3 +229,28 @@ def test_packed_inf_and_nan_scales_decode_to_inf():
     scale = reference.store_scale(torch.tensor([[float("inf"), float("nan"), 1.0]]), 384, spec)
     q = QuantizedActivation(torch.zeros(1, 384, dtype=torch.float8_e4m3fn), scale, spec)
     assert q.scales().tolist() == [[float("inf"), float("inf"), 1.0]]
+
+
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(), QuantSpec(scale="ue8m0_packed", layout="col_tma")], ids=["fp32", "packed"]
+)
+def test_a_quantized_activation_is_a_pytree(spec: QuantSpec) -> None:
+    q = QuantizedActivation(torch.zeros(2, 512), torch.ones(2, 4), spec)
+    leaves, tree = pytree.tree_flatten({"q": q})
+    assert leaves[0] is q.data and leaves[1] is q.scale and len(leaves) == 2
+    assert pytree.treespec_loads(pytree.treespec_dumps(tree)) == tree
+    doubled = pytree.tree_map(lambda t: t * 2, q)
+    assert torch.equal(doubled.scale, q.scale * 2) and doubled.spec == spec
+    other = pytree.tree_structure({"q": QuantizedActivation(q.data, q.scale, QuantSpec(group=64))})
+    assert other != tree
+    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(q)[0]]
+    assert paths == [".data", ".scale"]
+
+
+def test_torch_load_reads_a_quantized_activation() -> None:
+    q = QuantizedActivation(torch.zeros(2, 128), torch.ones(2, 1), QuantSpec(scale="ue8m0"))
+    file = io.BytesIO()
+    torch.save(q, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert loaded.spec == q.spec and hash(loaded.spec) == hash(q.spec) and torch.equal(loaded.scale, q.scale)

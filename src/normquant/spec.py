@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from torch.utils import _pytree as pytree
 
 ScaleEncoding = Literal["fp32", "ue8m0", "ue8m0_packed"]
 Layout = Literal["row", "col", "col_tma"]
@@ -173,6 +175,33 @@ class QuantizedActivation:
         """data * scale, [..., K], computed in fp32 and rounded once to `dtype`."""
         grouped = self.data.float().unflatten(-1, (-1, self.spec.group))  # [..., G, group]
         return (grouped * self.scales().unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def _flatten(q: QuantizedActivation) -> tuple[list[torch.Tensor], str]:
+    return [q.data, q.scale], q.spec.encode()  # as text, which an exported program can store
+
+
+def _unflatten(tensors: Iterable[torch.Tensor], spec: str) -> QuantizedActivation:
+    data, scale = tensors
+    return QuantizedActivation(data, scale, QuantSpec.decode(spec))
+
+
+def _flatten_with_keys(q: QuantizedActivation) -> tuple[list[tuple[Any, torch.Tensor]], str]:
+    tensors, spec = _flatten(q)
+    return list(zip((pytree.GetAttrKey("data"), pytree.GetAttrKey("scale")), tensors, strict=True)), spec
+
+
+# torch.export takes it in and gives it out
+pytree.register_pytree_node(
+    QuantizedActivation,
+    _flatten,
+    _unflatten,
+    serialized_type_name="normquant.QuantizedActivation",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+torch.serialization.add_safe_globals(
+    [QuantizedActivation, QuantSpec]
+)  # exported programs hold an example of each input
 
 
 def empty_scale(m: int, k: int, spec: QuantSpec, device: torch.device) -> torch.Tensor:

@@ -135,7 +135,7 @@ def _float64_linear(linear: Any) -> torch.nn.Linear:
     n, k = linear.weight.shape
     plain = torch.nn.Linear(k, n, bias=linear.bias is not None, dtype=torch.float64, device=linear.weight.device)
     with torch.no_grad():
-        plain.weight.copy_(dequantize_weight(linear.weight, linear.weight_scale))
+        plain.weight.copy_(dequantize_weight(linear.weight_fp8, linear.weight_scale))
         if linear.bias is not None:
             plain.bias.copy_(linear.bias)
     return plain

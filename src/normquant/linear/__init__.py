@@ -1,0 +1,23 @@
+"""A linear layer on block-quantized activations: its product, its weights, the module, and models made of it."""
+
+from normquant.linear.convert import SKIP, ConversionReport, block_fp8, convert_linears
+from normquant.linear.module import LINEAR_SPEC, BlockFP8Linear
+from normquant.linear.product import HOPPER, block_fp8_linear, dequantized_linear
+from normquant.linear.weights import BLOCK, DequantizedWeight, dequantize_weight, pad_weight_scale, quantize_weight
+
+__all__ = [
+    "BLOCK",
+    "HOPPER",
+    "LINEAR_SPEC",
+    "SKIP",
+    "BlockFP8Linear",
+    "ConversionReport",
+    "DequantizedWeight",
+    "block_fp8",
+    "block_fp8_linear",
+    "convert_linears",
+    "dequantize_weight",
+    "dequantized_linear",
+    "pad_weight_scale",
+    "quantize_weight",
+]
