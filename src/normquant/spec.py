@@ -45,8 +45,8 @@ class QuantSpec:
         on CUDA, a division on CPU), "divide" amax / 448 correctly rounded, "multiply" amax * fp32(1/448).
     divide: how a value y becomes data: "scale" y / s, "reciprocal" y * (1/s), "amax" y * (448 * (1/amax)), "fast_amax"
         the same on CPU and with the GPU's approximate reciprocal on CUDA, as code built with fast math computes it.
-        "fast_factor" makes scale and data by a rule of its own: y * f with f = 448 * (1 / amax), scale 1 / f; f is 1 for
-        a group of zeros, a NaN is left out of amax; on CUDA as fast math computes it, denormals flushed to zero.
+        "fast_factor" makes scale and data by a rule of its own: y * f with f = 448 * (1 / amax), scale 1 / f; f is 1
+        for a group of zeros, a NaN is left out of amax; on CUDA as fast math computes it, denormals flushed to zero.
     few_rows: activations of fewer rows than this are quantized by the rule "fast_factor", as FlashInfer's linear kernel
         does, and all others as the other fields say: one graph for any number of rows. `at(m)` gives the rule for m.
 
