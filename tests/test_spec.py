@@ -100,29 +100,44 @@ def all_choices():
     """Every combination of choices that QuantSpec accepts: those refused are refused by one of the rules above."""
     choices = (get_args(t) for t in (ScaleEncoding, Layout, Rounding, Sum, ScaleBy, Divide))
     for group, (scale, layout, rounding, sum_, by, divide) in product(GROUPS, product(*choices)):
-        if (scale == "ue8m0_packed" and layout != "col_tma") or (divide.endswith("amax") and scale != "fp32"):
+        own_scale = divide.endswith("amax") or divide == "fast_factor"
+        if (scale == "ue8m0_packed" and layout != "col_tma") or (own_scale and scale != "fp32"):
             continue
-        yield QuantSpec(
-            group=group, scale=scale, layout=layout, rounding=rounding, sum=sum_, scale_by=by, divide=divide
-        )
+        spec = QuantSpec(group=group, scale=scale, layout=layout, rounding=rounding, sum=sum_, scale_by=by)
+        yield replace(spec, divide=divide, floor=0.0 if divide == "fast_factor" else spec.floor)
 
 
 def test_every_combination_survives_its_string():
     every = list(all_choices())
     texts = {spec.encode() for spec in every}
-    assert len(texts) == len(every) == 3 * (3 * 4 + 2 * 4) * 4 * 2 * 3  # no two share a string
+    assert len(texts) == len(every) == 3 * (3 * 5 + 2 * 4) * 4 * 2 * 3  # no two share a string
     assert all(QuantSpec.decode(spec.encode()) == spec for spec in every)
 
 
 @given(
     floor=st.floats(0.0, 3e38),
     scale_floor=st.floats(2.0**-64, 3e38),
-    spec=st.sampled_from([spec for spec in all_choices() if not spec.divide.endswith("amax")]),
+    spec=st.sampled_from([spec for spec in all_choices() if spec.divide in ("scale", "reciprocal")]),
 )
 def test_floors_survive_to_the_last_bit(floor, scale_floor, spec):
     spec = replace(spec, floor=floor, scale_floor=scale_floor)
     decoded = QuantSpec.decode(spec.encode())
     assert decoded == spec and decoded.encode() == spec.encode()
+
+
+def test_one_rule_for_few_rows_and_another_for_many():
+    spec = specs.VLLM_UE8M0.but(layout="col_tma", few_rows=32)
+    assert spec.at(31) == specs.FLASHINFER_LINEAR and spec.at(32) == spec.but(few_rows=0) == spec.at(10**6)
+    assert spec.at(0) == specs.FLASHINFER_LINEAR and specs.VLLM.at(1) is specs.VLLM
+    assert QuantSpec.decode(spec.encode()) == spec
+    assert spec.scale_shape(7, 512) == spec.at(7).scale_shape(7, 512)
+    assert spec.scale_stride(7, 512) == spec.at(7).scale_stride(7, 512)
+    for changes in ({"few_rows": -1}, {"few_rows": 2, "scale": "ue8m0_packed"}):
+        with pytest.raises(ValueError, match="few_rows is"):
+            spec.but(**changes)
+    for changes in ({"few_rows": 2}, {"floor": 1e-10}, {"scale": "ue8m0"}):
+        with pytest.raises(ValueError):
+            specs.FLASHINFER_LINEAR.but(**changes)
 
 
 @pytest.mark.parametrize("name", [name for name in vars(specs) if name.isupper()])

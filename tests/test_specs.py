@@ -72,6 +72,10 @@ def amax_448(floor: float) -> Callable:
     return lambda a: at_least(floor)(a) / FP32_448
 
 
+def factor(a: torch.Tensor) -> torch.Tensor:
+    return torch.where(a == 0, 1.0, torch.ones(()) / a * FP32_448)
+
+
 def by_scale(y, s, a):
     return y / s
 
@@ -114,6 +118,8 @@ RULES = {
     "DEEPGEMM_PACKED": Rule("no residual", ONCE, lambda a: power_of_two(amax_448(1e-4)(a)), by_reciprocal, "col_tma"),
     # "floor 1e-10, s = amax*(1/448), q = y*(448/amax)"
     "SGLANG": Rule("no residual", ONCE, lambda a: at_least(1e-10)(a) * (torch.ones(()) / FP32_448), by_amax(1e-10)),
+    # "amax in bf16 without a floor (0 gives scale 1), f = 448 / amax, q = x * f, stored scale 1 / f"
+    "FLASHINFER_LINEAR": Rule("no residual", TWICE, lambda a: 1 / factor(a), lambda y, s, a: y * factor(a), "col_tma"),
     # "as vLLM but s = amax*(1/448)"
     "HELION": Rule("no residual", TWICE, lambda a: at_least(1e-10)(a) * (torch.ones(()) / FP32_448), by_scale),
 }

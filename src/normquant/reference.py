@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from normquant.approximate_reciprocal import approximate_reciprocal
+from normquant.approximate_reciprocal import approximate_reciprocal, flush, flushed_factor
 from normquant.spec import AMAX_SHIFT, FP8_MAX, QuantSpec, Rope, empty_scale
 
 
@@ -72,7 +72,10 @@ def quantize(y: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tens
 
     NaN in a group gives a NaN scale and NaN data; inf gives an inf scale, NaN where y is inf and zero elsewhere.
     """
+    spec = spec.at(y.shape[0])
     grouped = y.unflatten(-1, (-1, spec.group))  # [M, G, group]
+    if spec.divide == "fast_factor":
+        return _quantize_by_factor(grouped, spec)
     amax = grouped.abs().amax(-1)
     if spec.floor:
         amax = amax.clamp(min=spec.floor)
@@ -86,6 +89,23 @@ def quantize(y: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tens
         inverse = (approximate_reciprocal if fast else torch.reciprocal)(amax * AMAX_SHIFT)
         q = grouped * (inverse * (FP8_MAX * AMAX_SHIFT)).unsqueeze(-1)
     return q.clamp(-FP8_MAX, FP8_MAX).to(spec.dtype).flatten(-2), scale
+
+
+def _quantize_by_factor(grouped: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rule `fast_factor`: grouped [M, G, group] fp32 -> data [M, K] fp8, scales [M, G] fp32.
+
+    NaN stays NaN and counts as nothing in amax. An inf gives an inf scale, NaN where it is and zero elsewhere.
+    """
+    amax = grouped.abs().nan_to_num(0.0, posinf=float("inf")).amax(-1)
+    if amax.is_cuda:
+        factor, scale = flushed_factor(amax)
+        grouped = flush(grouped)
+    else:
+        factor = amax.reciprocal() * FP8_MAX
+        scale = factor.reciprocal()
+    zeros = amax == 0
+    q = grouped * torch.where(zeros, 1.0, factor).unsqueeze(-1)
+    return q.clamp(-FP8_MAX, FP8_MAX).to(spec.dtype).flatten(-2), torch.where(zeros, 1.0, scale)
 
 
 def store_scale(scale: torch.Tensor, k: int, spec: QuantSpec) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 ScaleEncoding = Literal["fp32", "ue8m0", "ue8m0_packed"]
 Layout = Literal["row", "col", "col_tma"]
 Rounding = Literal["none", "inner", "once", "twice"]
-Divide = Literal["scale", "reciprocal", "amax", "fast_amax"]
+Divide = Literal["scale", "reciprocal", "amax", "fast_amax", "fast_factor"]
 ScaleBy = Literal["scalar", "divide", "multiply"]
 Sum = Literal["fp32", "rounded"]
 Rope = Literal["interleaved", "half", "interleaved_to_half"]
@@ -47,6 +47,10 @@ class QuantSpec:
         on CUDA, a division on CPU), "divide" amax / 448 correctly rounded, "multiply" amax * fp32(1/448).
     divide: how a value y becomes data: "scale" y / s, "reciprocal" y * (1/s), "amax" y * (448 * (1/amax)), "fast_amax"
         the same on CPU and with the GPU's approximate reciprocal on CUDA, as code built with fast math computes it.
+        "fast_factor" makes scale and data by a rule of its own: y * f with f = 448 * (1 / amax), scale 1 / f; f is 1
+        for a group of zeros, a NaN is left out of amax; on CUDA as fast math computes it, denormals flushed to zero.
+    few_rows: activations of fewer rows than this are quantized by the rule "fast_factor", as FlashInfer's linear kernel
+        does, and all others as the other fields say: one graph for any number of rows. `at(m)` gives the rule for m.
 
     Raises ValueError for a combination that is not one of these.
     """
@@ -61,6 +65,7 @@ class QuantSpec:
     scale_floor: float = 0.0
     scale_by: ScaleBy = "scalar"
     divide: Divide = "scale"
+    few_rows: int = 0
     _encoded: ClassVar[str]  # set for each instance, and no field: specs are compared, printed and copied without it
 
     def __post_init__(self) -> None:
@@ -80,8 +85,18 @@ class QuantSpec:
                 f"divide={self.divide!r} ignores the stored scale, so it is accepted only for fp32 scales without "
                 f"scale_floor"
             )
+        if self.few_rows < 0 or (self.few_rows and (self.scale == "ue8m0_packed" or self.divide == "fast_factor")):
+            raise ValueError(
+                f"few_rows is {self.few_rows} with scale={self.scale!r} and divide={self.divide!r}; it must not be "
+                f"negative, and needs scales in fp32 and another rule for many rows"
+            )
+        if self.divide == "fast_factor":
+            if self.is_ue8m0 or self.floor or self.scale_floor:
+                raise ValueError("divide='fast_factor' has no floors, and its scales are 'fp32'")
         floors = self.floor, self.scale_floor
-        if not (all(0 <= f < math.inf for f in floors) and max(self.floor / FP8_MAX, self.scale_floor) >= MIN_SCALE):
+        smallest = max(self.floor / FP8_MAX, self.scale_floor)
+        floored = self.divide == "fast_factor" or smallest >= MIN_SCALE
+        if not (all(0 <= f < math.inf for f in floors) and floored):
             raise ValueError(
                 f"floor is {self.floor} and scale_floor {self.scale_floor}; both must be finite and not negative, and "
                 f"the smallest scale, max(floor / 448, scale_floor), at least 2**-64"
@@ -125,6 +140,10 @@ class QuantSpec:
         """Bytes written for the data and the scale of an [m, k] activation, TMA padding included."""
         return m * k * self.dtype.itemsize + self.scale_rows(m) * self.scale_shape(m, k)[1] * self.scale_dtype.itemsize
 
+    def at(self, m: int) -> QuantSpec:
+        """The spec of an activation of m rows, where `few_rows` plays no part any more."""
+        return _at_few_rows(self) if m < self.few_rows else _at_many_rows(self) if self.few_rows else self
+
     def encode(self) -> str:
         """The spec as one short string, the form in which a compiled graph carries it."""
         return self._encoded
@@ -142,6 +161,16 @@ class QuantSpec:
     def but(self, **changes: Any) -> QuantSpec:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+@cache
+def _at_few_rows(spec: QuantSpec) -> QuantSpec:
+    return replace(spec, few_rows=0, scale="fp32", floor=0.0, scale_floor=0.0, scale_by="divide", divide="fast_factor")
+
+
+@cache
+def _at_many_rows(spec: QuantSpec) -> QuantSpec:
+    return replace(spec, few_rows=0)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,11 @@ FLASHINFER = QuantSpec(layout="col_tma", rounding="once", floor=1e-4, scale_by="
 amax = max(amax, 1e-4), s = amax / 448, q = y * (448 * (1 / amax)), built with fast math, whose reciprocal is
 approximate. The sum of squares is added up in another order, which moves some 3e-7 of the values."""
 
+FLASHINFER_LINEAR = QuantSpec(layout="col_tma", rounding="twice", floor=0.0, scale_by="divide", divide="fast_factor")
+"""What `flashinfer.gemm.fp8_blockscale_gemm_sm90` does inside with a bf16 input: amax without a floor and without NaN,
+f = 448 * (1 / amax), as fast math divides, or 1 for a group of zeros, q = y * f, s = 1 / f. The norm is vLLM's, y =
+round(round(x * rstd) * w); `fp8_quantize_1x128` of the same package gives these bits for every bf16 input."""
+
 VLLM = QuantSpec(rounding="twice", scale_by="divide")
 """vLLM's norm as a compiled model has it, followed by `per_token_group_fp8_quant`: norm of the unrounded sum,
 y = round(round(x * rstd) * w), amax = max(amax, 1e-10), s = amax / 448, q = y / s."""

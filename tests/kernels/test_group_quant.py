@@ -37,13 +37,20 @@ def test_every_named_spec(name):
     check(awkward(9, 1536), getattr(specs, name))
 
 
+@pytest.mark.parametrize("m", [1, 31, 32, 40])
+def test_another_rule_for_few_rows(m):
+    spec = specs.VLLM_UE8M0.but(layout="col_tma", few_rows=32)
+    check(awkward(m, 512), spec)
+    assert_bitwise(reference.group_quant(awkward(m, 512), spec), reference.group_quant(awkward(m, 512), spec.at(m)))
+
+
 @pytest.mark.parametrize("scale", ["fp32", "ue8m0", "ue8m0_packed"])
 @pytest.mark.parametrize("group", [128, 64, 32])
 def test_every_format(group, scale):
     check(awkward(9, 2304), QuantSpec(group=group, scale=scale, layout="col_tma"), split=3)
 
 
-@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax", "fast_amax"])
+@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax", "fast_amax", "fast_factor"])
 @pytest.mark.parametrize("scale_by", ["scalar", "divide", "multiply"])
 def test_every_pair_of_mantissas(divide, scale_by):
     # Every bf16 mantissa, at 16 magnitudes, beside every mantissa as the amax of its group: all ties of the division.
@@ -52,4 +59,4 @@ def test_every_pair_of_mantissas(divide, scale_by):
     below = (values * magnitudes.unsqueeze(1)).unsqueeze(0).expand(128, 16, 128)  # [amax, magnitude, value]
     amax = values.view(128, 1, 1).expand(128, 16, 128)
     x = torch.stack((below, amax), -1).flatten(1).bfloat16()  # [amax, 4096], the amax in every second place
-    check(x, QuantSpec(divide=divide, scale_by=scale_by))
+    check(x, QuantSpec(divide=divide, scale_by=scale_by, floor=0.0 if divide == "fast_factor" else 1e-10))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from normquant.vllm import fp8_linear
+
 SCALE_STRIDES: list[tuple[int, ...]] = []  # of the scales that the linear op was given
 
 _C = torch.library.Library("_C", "FRAGMENT")
@@ -52,6 +54,54 @@ def _gemm(q_input, input_scale, weight, weight_scale, output, use_deep_gemm_e8m0
     x = q_input.float() * input_scale.repeat_interleave(128, 1)
     output.copy_(F.linear(x, weight.float()))
 
+
+# vLLM's default linears on Hopper quantize inside, by other rules for few rows than for many; see `normquant.specs`.
+_VLLM.define("flashinfer_fp8_blockscale_gemm(Tensor input, Tensor weight, Tensor weight_scale) -> Tensor")
+_VLLM.define(
+    "dynamic_flashinfer_deepgemm_blockscale_gemm(Tensor input, Tensor weight, Tensor weight_scale, int group_size, "
+    "bool use_deep_gemm_e8m0) -> Tensor"
+)
+
+
+@torch.library.impl(_VLLM, "flashinfer_fp8_blockscale_gemm", "CPU")
+def _flashinfer(input, weight, weight_scale) -> torch.Tensor:
+    amax = input.float().unflatten(-1, (-1, 128)).abs().amax(-1, keepdim=True)
+    factor = torch.where(amax == 0, 1.0, amax.reciprocal() * 448.0)
+    data = (input.float().unflatten(-1, (-1, 128)) * factor).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return _product(data.flatten(-2), factor.reciprocal().squeeze(-1), weight, weight_scale)
+
+
+@torch.library.impl(_VLLM, "dynamic_flashinfer_deepgemm_blockscale_gemm", "CPU")
+def _flashinfer_or_deepgemm(input, weight, weight_scale, group_size, use_deep_gemm_e8m0) -> torch.Tensor:
+    if input.shape[0] < 32:
+        return _flashinfer(input, weight, weight_scale)
+    grouped = input.float().unflatten(-1, (-1, group_size))
+    scale = grouped.abs().amax(-1).clamp(min=1e-10) / torch.full((), 448.0)
+    if use_deep_gemm_e8m0:
+        scale = torch.exp2(scale.clamp(min=1e-10).double().log2().ceil()).float()
+    data = (grouped / scale.unsqueeze(-1)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return _product(data.flatten(-2), scale, weight, weight_scale)
+
+
+@torch.library.impl(fp8_linear.LIBRARY, "block_fp8_linear", "CPU")
+def _quantized_linear(data, scale, weight, weight_scale, flashinfer_below, e8m0) -> torch.Tensor:
+    assert scale.stride() == (1, max(1, (len(data) + 3) // 4 * 4)), "the kernels read scales in TMA-aligned columns"
+    assert len(data) < flashinfer_below or not e8m0 or (scale.view(torch.int32) & 0x7FFFFF == 0).all()
+    return _product(data, scale, weight, weight_scale)
+
+
+def _product(data, scale, weight, weight_scale) -> torch.Tensor:
+    x = data.float() * scale.repeat_interleave(128, -1)
+    w = weight.float() * weight_scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)
+    return F.linear(x, w).bfloat16()
+
+
+def _fake_product(input, weight, *args) -> torch.Tensor:
+    return input.new_empty((input.shape[0], weight.shape[0]), dtype=torch.bfloat16)
+
+
+for _name in ("flashinfer_fp8_blockscale_gemm", "dynamic_flashinfer_deepgemm_blockscale_gemm"):
+    torch.library.register_fake(f"vllm::{_name}", _fake_product, lib=_VLLM)
 
 for _name in ("_C::rms_norm_per_block_quant", "_C::silu_and_mul_per_block_quant", "vllm::fp8_gemm_nt_op"):
     torch.library.register_fake(_name, lambda *args, **kwargs: None, lib=_C if _name.startswith("_C") else _VLLM)

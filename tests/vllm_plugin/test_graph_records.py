@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
+from shared import vllm_fused_stand_ins as vllm_fused_stand_ins  # defines vLLM's operations
 from torch.fx import Graph
 
 from normquant.vllm.graph_records import SELF_QUANTIZING, linear_kernels, remark
-
-VLLM = torch.library.Library("vllm", "FRAGMENT")
-VLLM.define("flashinfer_fp8_blockscale_gemm(Tensor x, Tensor weight, Tensor scale) -> Tensor")
 
 
 def test_kernels_are_counted_by_name() -> None:

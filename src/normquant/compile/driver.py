@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class NormQuantPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Changes with the sources of the pass and with every option, so that compile caches miss when they should."""
-        names = [fusion.__module__ for fusion in self.fusions]
+        names = [repr(fusion) if is_dataclass(fusion) else fusion.__module__ for fusion in self.fusions]
         return get_hash_for_files(SOURCES, extra=repr((self.rules.key(), self.strict, names)))
 
     def __call__(self, graph: Graph) -> None:
@@ -79,16 +79,16 @@ def run(graph: Graph, rules: Rules, strict: bool = False, fusions: Sequence[Fusi
         if done.rewritten > before:
             graph.eliminate_dead_code()
     cleaned = done.guard(partial(_clean_up, graph, owners)) if done.rewritten else 0
-    error = "; ".join(dict.fromkeys(done.errors))
-    return FusionReport(0, rules.policy, tuple(done.sites), tuple(done.lone.values()), cleaned or 0, error)
+    return done.report(graph, rules.policy, cleaned or 0)
 
 
 @dataclass
 class _Record:
-    """What was done so far. lone: of each quantization without a norm. rewritten: how many sites."""
+    """What was done so far. sites: each with the node that has to be left in the graph for it to count, or None.
+    lone: of each quantization without a norm. rewritten: how many sites."""
 
     strict: bool
-    sites: list[Site] = field(default_factory=list)
+    sites: list[tuple[Site, Node | None]] = field(default_factory=list)
     lone: dict[Node, Site] = field(default_factory=dict)
     rewritten: int = 0
     errors: list[str] = field(default_factory=list)
@@ -103,43 +103,54 @@ class _Record:
             self.errors.append(f"{type(error).__name__}: {error}")
             return None
 
-    def add(self, found: Candidate | Rejection, site: Site) -> None:
+    def add(self, found: Candidate | Rejection, site: Site, stands_for: Node | None = None) -> None:
         self.rewritten += site.strategy != "stock"
-        if found.lone is None:
-            self.sites.append(site)
-        elif site.fused:
-            self.lone.pop(found.lone, None)
-            self.sites.append(site)
-        else:
+        if found.lone is not None and not site.fused:
             self.lone[found.lone] = site
+            return
+        if found.lone is not None:
+            self.lone.pop(found.lone, None)
+        self.sites.append((site, stands_for))
+
+    def report(self, graph: Graph, policy: str, cleaned: int) -> FusionReport:
+        """Everything that holds for the graph as it is now: a node that another fusion has taken in counts there."""
+        nodes = set(graph.nodes)
+        sites = tuple(site for site, node in self.sites if node is None or node in nodes)
+        told = {node for _, node in self.sites}
+        others = tuple(site for node, site in self.lone.items() if node not in told)
+        return FusionReport(0, policy, sites, others, cleaned, "; ".join(dict.fromkeys(self.errors)))
 
 
 def _rewrite_all(graph: Graph, find: Fusion, rules: Rules, done: _Record) -> None:
     for found in find(graph):
-        site = found.site if isinstance(found, Rejection) else _decide(graph, found, rules, done.strict)
-        if site is not None:
-            done.add(found, site)
+        if isinstance(found, Rejection):
+            done.add(found, found.site)
+        else:
+            _decide(graph, found, rules, done)
 
 
-def _decide(graph: Graph, candidate: Candidate, rules: Rules, strict: bool) -> Site | None:
-    """Rewrite a site as the policy wants it; returns its record, if one is due. After a failure the graph is the graph
+def _decide(graph: Graph, candidate: Candidate, rules: Rules, done: _Record) -> None:
+    """Rewrite a site as the policy wants it, and record it, if that is due. After a failure the graph is the graph
     before."""
     decision = rules.decide(candidate.name, candidate.facts)
     rewrite = candidate.rewrite(decision.strategy)
     if rewrite is None:
-        return None if candidate.listed else candidate.record("stock", "" if candidate.remark else decision.reason)
+        if not candidate.listed:
+            done.add(candidate, candidate.record("stock", "" if candidate.remark else decision.reason))
+        return
     new = Builder(graph)
     try:
         made = rewrite(new)
     except Exception as error:
         new.erase()
-        if isinstance(error, Unsupported):
-            return candidate.record("stock", str(error))
-        if strict:
+        unsupported = isinstance(error, Unsupported)
+        if done.strict and not unsupported:
             raise
-        return candidate.record("stock", f"the rewrite failed: {type(error).__name__}: {error}")
+        reason = str(error) if unsupported else f"the rewrite failed: {type(error).__name__}: {error}"
+        done.add(candidate, candidate.record("stock", reason))
+        return
     made.commit(new.made)
-    return candidate.record(decision.strategy, decision.reason, made.note)
+    done.add(candidate, candidate.record(decision.strategy, decision.reason, made.note), made.stands_for)
 
 
 def _clean_up(graph: Graph, owners: list[Node | None]) -> int:

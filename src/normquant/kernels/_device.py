@@ -121,6 +121,37 @@ def group_scale(amax, SPEC: tl.constexpr, ON_CUDA: tl.constexpr):
 @triton.jit
 def quantize(y, SPEC: tl.constexpr, ON_CUDA: tl.constexpr):
     # y [G, group] fp32 -> q [G, group] fp8, s [G] fp32
+    if SPEC.divide == "fast_factor":
+        q, s = quantize_by_factor(y, ON_CUDA)
+    else:
+        q, s = quantize_by_scale(y, SPEC, ON_CUDA)
+    # The cast saturates, and NaN stays NaN; a clamp before it would drop NaN on the hardware.
+    return q.to(tl.float8e4nv), s
+
+
+@triton.jit
+def quantize_by_factor(y, ON_CUDA: tl.constexpr):
+    # As `reference._quantize_by_factor`: fp32 values to be cast, and scales. A NaN is left out of the maximum.
+    amax = tl.max(tl.where(y == y, tl.abs(y), 0.0), axis=1)
+    if ON_CUDA:
+        f = reciprocal_approximate(amax) * FP8_MAX
+        s = reciprocal_approximate(f)
+    else:
+        f = 1.0 / amax * FP8_MAX
+        s = 1.0 / f
+    f = tl.where(amax == 0.0, 1.0, f)[:, None]
+    if ON_CUDA:
+        q = tl.inline_asm_elementwise(
+            "mul.ftz.f32 $0, $1, $2;", "=f,f,f", [y, f], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        q = y * f
+    return q, tl.where(amax == 0.0, 1.0, s)
+
+
+@triton.jit
+def quantize_by_scale(y, SPEC: tl.constexpr, ON_CUDA: tl.constexpr):
+    # y [G, group] fp32 -> fp32 values to be cast, and scales [G] fp32.
     amax = tl.reduce(tl.abs(y), 1, max_or_nan)
     if SPEC.floor > 0.0:
         amax = max_or_nan(amax, SPEC.floor)
@@ -137,8 +168,7 @@ def quantize(y, SPEC: tl.constexpr, ON_CUDA: tl.constexpr):
         q = y * (hi + lo)[:, None]
     else:
         q = times(y, hi[:, None], lo[:, None])
-    # The cast saturates, and NaN stays NaN; a clamp before it would drop NaN on the hardware.
-    return q.to(tl.float8e4nv), s
+    return q, s
 
 
 @triton.jit

@@ -51,6 +51,7 @@ def group_quant_kernel(
 def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
     """For checked inputs: -> data, scale."""
     m, k = x.shape
+    spec = spec.at(m)
     where = target(x.device)
     config = config or choose_config("group_quant", k, m, where.capability)
     block_g, programs = group_blocks(m, k, spec, config)

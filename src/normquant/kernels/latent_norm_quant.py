@@ -117,6 +117,7 @@ def latent_norm_quant(
     """For checked inputs: -> q data, q scale, kv norm, k_pe, kv data, kv scale (these two None unless asked)."""
     m, q, c = x.shape[0], q_weight.shape[0], kv_weight.shape[0]
     r = x.shape[1] - q - c
+    spec = spec.at(m)
     where = target(x.device)
     config = config or choose_config("latent_norm_quant", q, m, where.capability)
     q_row, c_row = divided(q, spec, config), divided(c, spec, unsplit(config))

@@ -125,6 +125,7 @@ def rms_norm_quant(
 ) -> Plan:
     """For checked inputs: -> data, scale, x + residual (None without residual), norm (None unless asked for)."""
     m, k = x.shape
+    spec = spec.at(m)
     where = target(x.device)
     if config is None:
         config = choose_config(op_name(residual is not None, return_norm), k, m, where.capability)

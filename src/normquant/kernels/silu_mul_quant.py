@@ -85,6 +85,7 @@ def divide(g, d):
 def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
     """For checked inputs: x [M, 2K] -> data [M, K], scale."""
     m, k = x.shape[0], x.shape[1] // 2
+    spec = spec.at(m)
     where = target(x.device)
     config = config or choose_config("silu_mul_quant", k, m, where.capability)
     block_g, programs = group_blocks(m, k, spec, config)

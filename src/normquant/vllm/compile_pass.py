@@ -11,12 +11,15 @@ from typing import Any
 
 from torch.fx import Graph
 from vllm import __version__ as vllm_version
+from vllm import envs
 from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 
 from normquant.compile import FusionReport
 from normquant.compile.driver import VLLM_FUSIONS, NormQuantPass
+from normquant.compile.fusions.vllm_linear import QuantizedInputs
 from normquant.compile.graph_warmup import warm_graph
 from normquant.version import VERSION
+from normquant.vllm import fp8_linear
 from normquant.vllm.graph_records import GraphRecord, append, linear_kernels, remark
 from normquant.vllm.switches import Switches
 
@@ -51,8 +54,8 @@ class VllmNormQuantPass(InductorPass):
         return pass_key(self.switches)
 
     def __call__(self, graph: Graph) -> None:
-        linear = linear_kernels(graph)
         report = self.fusion.rewrite(graph)
+        linear = linear_kernels(graph)
         if report.error:
             what = "failed in a part of a graph" if report.sites else "left a graph as it was"
             log.warning("normquant %s: %s", what, report.error)
@@ -86,7 +89,8 @@ class VllmNormQuantPass(InductorPass):
 
 
 def _fusion(switches: Switches) -> NormQuantPass:
-    return NormQuantPass(switches.rules, switches.strict, VLLM_FUSIONS)
+    quantized_inputs = QuantizedInputs(fp8_linear.lacks(), bool(getattr(envs, "VLLM_BATCH_INVARIANT", False)))
+    return NormQuantPass(switches.rules, switches.strict, (quantized_inputs, *VLLM_FUSIONS))
 
 
 def pass_key(switches: Switches) -> str:

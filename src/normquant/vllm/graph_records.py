@@ -16,17 +16,19 @@ from typing import Any
 from torch.fx import Graph
 
 from normquant.compile.find.quant_ops import DEEPGEMM, called
+from normquant.compile.fusions.vllm_linear import FLASHINFER, FLASHINFER_OR_DEEPGEMM, PRODUCT
 
 FILE = "normquant.jsonl"
-SELF_QUANTIZING = "takes bf16 and quantizes inside: nothing to fuse in front of it"
+SELF_QUANTIZING = "takes bf16 and quantizes inside: nothing is fused in front of it, for the reason at its sites"
 
 # name of vLLM's operation -> how a person calls the kernel, and what keeps it from being fused with
 KERNELS: Mapping[str, tuple[str, str]] = {
     DEEPGEMM: ("DeepGEMM", ""),
     "_C::cutlass_scaled_mm": ("Cutlass", ""),
     "vllm::w8a8_triton_block_scaled_mm_func": ("Triton", ""),
-    "vllm::flashinfer_fp8_blockscale_gemm": ("FlashInfer", SELF_QUANTIZING),
-    "vllm::dynamic_flashinfer_deepgemm_blockscale_gemm": ("FlashInfer swapAB or DeepGEMM, by rows", SELF_QUANTIZING),
+    FLASHINFER: ("FlashInfer", SELF_QUANTIZING),
+    FLASHINFER_OR_DEEPGEMM: ("FlashInfer or DeepGEMM, by rows", SELF_QUANTIZING),
+    PRODUCT: ("FlashInfer or DeepGEMM, by rows, on FP8 inputs", ""),
 }
 
 

@@ -56,6 +56,7 @@ class Rewrite:
     replaced: (old node, what its readers get in its place). redirected: (reader, old argument, new argument).
     like: the node whose place in the model's source the new nodes take over. note: for the report.
     free_strides: calls that take their arguments in any strides from now on.
+    stands_for: the new node that the site's record is about; a fusion that takes that node in has the record.
     """
 
     replaced: tuple[tuple[Node, Node], ...] = ()
@@ -63,6 +64,7 @@ class Rewrite:
     like: Node | None = None
     note: str = ""
     free_strides: tuple[Node, ...] = ()
+    stands_for: Node | None = None
 
     def commit(self, made: Sequence[Node]) -> None:
         """Hand the new nodes to the readers of the old ones, which are left in the graph."""

@@ -27,6 +27,8 @@ def decompose(new: Builder, ops: Sequence[Node]) -> tuple[tuple[Node, Node], ...
     spec = quants[0].spec
     if spec.scale == "ue8m0_packed":
         raise Unsupported("packed scales are not made by aten operations")
+    if spec.few_rows or spec.divide == "fast_factor":
+        raise Unsupported("the rule of FlashInfer's linear kernel is not made of aten operations")
     if spec.divide == "fast_amax":
         raise Unsupported("the approximate reciprocal is not made by aten operations")
     rows = value(source).numel() // k

@@ -1,0 +1,80 @@
+"""vLLM's default block-FP8 linear on Hopper on inputs that are quantized already.
+
+vLLM's operators take bf16 and quantize inside: FlashInfer's kernel for few rows, whose product is computed with weights
+and activations swapped, and DeepGEMM for others. The same kernels run here, on FP8, so that a norm can hand them its
+result. Importing this module defines the operation; FlashInfer and vLLM are imported by the first call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("normquant_vllm", "DEF")
+LIBRARY.define(
+    "block_fp8_linear(Tensor data, Tensor scale, Tensor weight, Tensor weight_scale, int flashinfer_below, bool e8m0)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+
+def block_fp8_linear(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    flashinfer_below: int,
+    e8m0: bool,
+) -> torch.Tensor:
+    """data [M, K] fp8 times weight [N, K] fp8 -> [M, N] bf16.
+
+    scale [M, K/128] fp32 in TMA-aligned columns, weight_scale [N/128, K/128] fp32. For fewer rows than
+    `flashinfer_below` FlashInfer's kernel, else DeepGEMM, whose scales are powers of two where e8m0 says so.
+    """
+    if data.shape[0] < flashinfer_below:
+        return _flashinfer()(data, weight, scale, weight_scale)
+    out = data.new_empty((data.shape[0], weight.shape[0]), dtype=torch.bfloat16)
+    _deepgemm()((data, scale), (weight, weight_scale), out, is_deep_gemm_e8m0_used=e8m0)
+    return out
+
+
+LIBRARY.impl("block_fp8_linear", block_fp8_linear, "CUDA")
+
+
+@torch.library.register_fake("normquant_vllm::block_fp8_linear", lib=LIBRARY)
+def _fake(data: torch.Tensor, scale: Any, weight: torch.Tensor, *args: Any) -> torch.Tensor:
+    return data.new_empty((data.shape[0], weight.shape[0]), dtype=torch.bfloat16)
+
+
+@cache
+def lacks() -> str | None:
+    """Why FP8 inputs cannot be given to the kernels that vLLM has here; None where they can."""
+    if find_spec("flashinfer") is None:
+        return "FlashInfer is not installed"
+    try:
+        accepted = inspect.signature(_flashinfer()).parameters
+        _deepgemm()
+    except Exception as error:  # a package that is there and broken raises whatever it likes
+        return f"{type(error).__name__}: {error}"
+    if "input_scale" not in accepted:
+        return "this FlashInfer's fp8_blockscale_gemm_sm90 takes no scales of its input"
+    return None
+
+
+@cache
+def _flashinfer() -> Callable[..., torch.Tensor]:
+    from flashinfer.gemm import fp8_blockscale_gemm_sm90
+
+    return fp8_blockscale_gemm_sm90
+
+
+@cache
+def _deepgemm() -> Callable[..., Any]:
+    from vllm.utils.deep_gemm import fp8_gemm_nt
+
+    return fp8_gemm_nt
