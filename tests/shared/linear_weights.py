@@ -20,3 +20,9 @@ def weight_of(n: int, k: int) -> torch.Tensor:
     w *= torch.logspace(-4, 4, n).unsqueeze(1) * torch.logspace(2, -2, k)
     w[:128, :128] = 0
     return w
+
+
+def linear(bias: bool, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Linear:
+    """K = 384, N = 300; the same values each time."""
+    torch.manual_seed(0)
+    return torch.nn.Linear(384, 300, bias=bias, dtype=dtype)

@@ -41,8 +41,14 @@ SIZES: dict[str, Any] = {
     **dict(chunk_size=8, hidden_size_per_layer_input=128),
     **dict(pad_token_id=0, bos_token_id=1, eos_token_id=2),
 }
+# Of latent attention: every head has keys of its own, and what is rotated is as wide as qk_rope_head_dim.
+LATENT = {"num_key_value_heads": 4, "head_dim": 32}
 # What the sizes above do not fit: model type -> sizes of its own.
 OWN_SIZES: dict[str, dict[str, Any]] = {
+    "bamba": dict(attn_layer_indices=[1]),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    **{name: dict(num_hidden_layers=4) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),  # a layer of each kind
     "recurrent_gemma": dict(num_hidden_layers=3),
     "mamba2": dict(num_heads=8, head_dim=64, n_groups=1),  # num_heads * head_dim is twice the hidden size
@@ -79,8 +85,9 @@ def tiny_models() -> Iterator[TinyModel]:
 
 
 def _is_own(name: str, class_name: str) -> bool:
-    """Whether the class is of this model type: internlm3 is read as LlamaForCausalLM, too."""
-    return class_name.lower().startswith(name.replace("_", "").replace("-", ""))
+    """Whether the class is of this model type: internlm3 is read as LlamaForCausalLM, too, qwen3_5 as qwen3_5_text."""
+    own = class_name.lower().startswith(name.removesuffix("_text").replace("_", "").replace("-", ""))
+    return own or name.endswith("_text")
 
 
 def tiny_config(name: str) -> Any:
@@ -93,7 +100,7 @@ def tiny_config(name: str) -> Any:
 def _shrunk(config_class: Any, own: dict[str, Any]) -> Any:
     default = config_class()
     known = {*default.to_dict(), *getattr(config_class, "attribute_map", {})}
-    latent = {"num_key_value_heads": 4} if "kv_lora_rank" in known else {}  # every head has keys of its own
+    latent = LATENT if "kv_lora_rank" in known else {}
     sizes = {name: size for name, size in (SIZES | latent | own).items() if name in known}
     parts = {name: _shrunk(part, {}) for name, part in config_class.sub_configs.items() if hasattr(part, "model_type")}
     return config_class(**sizes, **parts)

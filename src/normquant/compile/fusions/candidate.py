@@ -22,7 +22,8 @@ from normquant.compile.policy import Facts
 from normquant.ops import _bytes
 from normquant.spec import QuantSpec
 
-OURS = (Path(__file__).parents[2], Path(__file__).parents[2] / "ops")  # folders whose code a user did not write
+PACKAGE = Path(__file__).parents[2]
+OURS = (PACKAGE, PACKAGE / "ops", PACKAGE / "linear")  # folders whose code a user did not write
 Edit = Callable[[Builder], Rewrite]
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
