@@ -1,6 +1,6 @@
 """QuantSpec: what it refuses, its string form, and the tensors it describes."""
 
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import product
 from typing import get_args
 
@@ -89,9 +89,9 @@ def test_a_spec_is_a_value():
     with pytest.raises(FrozenInstanceError):
         QuantSpec().group = 64
     assert QuantSpec() == QuantSpec() and hash(QuantSpec()) == hash(QuantSpec())
-    assert QuantSpec().but(group=64) == QuantSpec(group=64) != QuantSpec()
+    assert QuantSpec().replace(group=64) == QuantSpec(group=64) != QuantSpec()
     with pytest.raises(ValueError, match="group is 5"):
-        QuantSpec().but(group=5)
+        QuantSpec().replace(group=5)
 
 
 def all_choices():
@@ -102,6 +102,17 @@ def all_choices():
             continue
         yield QuantSpec(
             group=group, scale=scale, layout=layout, rounding=rounding, sum=sum_, scale_by=by, divide=divide
+        )
+
+
+def test_a_spec_prints_as_one_writes_it():
+    assert str(QuantSpec()) == "QuantSpec()"
+    assert str(QuantSpec(rounding="twice", layout="col_tma")) == "QuantSpec(layout='col_tma', rounding='twice')"
+    names = [field.name for field in fields(QuantSpec)]
+    for name in filter(str.isupper, vars(specs)):
+        spec = getattr(specs, name)
+        assert eval(str(spec)) == spec and str(spec).count("=") == sum(
+            getattr(spec, field) != getattr(QuantSpec(), field) for field in names
         )
 
 

@@ -23,7 +23,7 @@ def test_bytes_by_hand():
     assert _bytes.rms_norm_quant(2, 256, ROW, residual=True, normed=True) == (2048 + 512, 512 + 16 + 2048)
     assert _bytes.group_quant(2, 256, ROW) == (1024, 528)
     assert _bytes.silu_mul_quant(2, 256, ROW) == (2048, 528)
-    assert _bytes.group_quant(2, 256, ROW.but(layout="col_tma")) == (1024, 512 + 32)  # two padding rows
+    assert _bytes.group_quant(2, 256, ROW.replace(layout="col_tma")) == (1024, 512 + 32)  # two padding rows
     q, c, r = LATENT
     read, written = _bytes.latent_norm_quant(1, q, c, r, ROW)
     assert read == 2 * (q + c + r) + 2 * (q + c) + 2 * r

@@ -217,7 +217,7 @@ def test_no_rows_launch_nothing(launched):
 @pytest.mark.parametrize("m", [1, 4, 5])
 @pytest.mark.parametrize("layout", ["row", "col", "col_tma"])
 def test_outputs_are_strided_as_the_spec_says(launched, m, layout):
-    spec = SPEC.but(layout=layout)
+    spec = SPEC.replace(layout=layout)
     data, scale = norm(rows(m), spec=spec)
     assert (data.shape, data.stride(), data.dtype) == ((m, K), (K, 1), spec.dtype)
     assert scale.shape == spec.scale_shape(m, K) and scale.stride() == spec.scale_stride(m, K)

@@ -251,7 +251,7 @@ def _vllm_unfused_spec(case: Case) -> QuantSpec:
 
 def _helion_spec(case: Case) -> QuantSpec:
     """The scale is a product with 1/448, also on a CPU."""
-    return specs.VLLM if case.op == "group_quant" else _vllm_fused_spec(case).but(scale_by="multiply")
+    return specs.VLLM if case.op == "group_quant" else _vllm_fused_spec(case).replace(scale_by="multiply")
 
 
 PROVIDERS = {

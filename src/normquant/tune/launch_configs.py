@@ -105,7 +105,7 @@ def rules(case: Case) -> list[QuantSpec]:
     """The arithmetic that a config is timed with: where x + residual is rounded before the norm, as models do, some are
     10 to 25 % slower than others, at the same DRAM traffic."""
     if case.residual and case.m >= EVICT_FROM:
-        return [case.spec, specs.HF.but(layout=case.spec.layout)]
+        return [case.spec, specs.HF.replace(layout=case.spec.layout)]
     return [case.spec]
 
 

@@ -154,7 +154,7 @@ def _owners(graph: Graph) -> list[Node | None]:
 
 def op_spec(match: Match, add: bool) -> QuantSpec:
     """The spec of the site's op; without an add, `sum` says nothing and is left at its default."""
-    return match.spec if add else match.spec.but(sum=QuantSpec().sum)
+    return match.spec if add else match.spec.replace(sum=QuantSpec().sum)
 
 
 def fused_op(match: Match, add: bool) -> Any:

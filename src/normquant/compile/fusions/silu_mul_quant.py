@@ -52,7 +52,7 @@ class Gated:
 
     @property
     def spec(self) -> QuantSpec:
-        return self.quant.spec.but(rounding="twice")
+        return self.quant.spec.replace(rounding="twice")
 
 
 def fuse_silu_quant(graph: Graph, rules: Rules) -> tuple[Site, ...]:
