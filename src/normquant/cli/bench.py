@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from normquant.bench.cases import MS, OPS, Case, kernel_cases
+from normquant.bench.cases import BENCHMARKED, MS, Case, kernel_cases
 from normquant.bench.records import KernelRecord, Record, writing
 from normquant.cli import bench_vllm as vllm_command
 from normquant.cli.arguments import integers
@@ -52,9 +52,9 @@ def need_gpu() -> None:
 
 def grid_cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the arguments ask for; raises ValueError where there are none."""
-    ops = tuple(args.ops.split(",")) if args.ops else OPS
-    if unknown := set(ops) - set(OPS):
-        raise ValueError(f"unknown ops {', '.join(sorted(unknown))}; accepted: {', '.join(OPS)}")
+    ops = tuple(args.ops.split(",")) if args.ops else BENCHMARKED
+    if unknown := set(ops) - set(BENCHMARKED):
+        raise ValueError(f"unknown ops {', '.join(sorted(unknown))}; accepted: {', '.join(BENCHMARKED)}")
     cases = list(kernel_cases(ops, args.k, args.m or MS))
     if not cases:
         raise ValueError(f"no case of {', '.join(ops)} has k in {args.k}")

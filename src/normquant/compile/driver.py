@@ -18,10 +18,10 @@ from normquant.compile.find.graph import Unsupported, dtype, value
 from normquant.compile.find.norm_ops import is_norm_op
 from normquant.compile.find.quant_ops import is_quant, quantized
 from normquant.compile.find.sites import Match, Rejected, anchor_of, find
-from normquant.compile.fusions.norm_quant import Rewriter, fused_op, in_memory, op_spec
+from normquant.compile.fusions.norm_quant import Rewriter, fused_op, fused_op_name, in_memory, op_spec
 from normquant.compile.policy import Facts, Rules
 from normquant.compile.report import FusionReport, Site
-from normquant.ops import _bytes
+from normquant.ops import OPS
 
 SOURCES = (
     *sorted(map(str, Path(__file__).parent.rglob("*.[pj][ys]*"))),
@@ -144,9 +144,8 @@ def _traffic(match: Match, add: bool, rows: Any) -> dict[str, Any]:
     norm, spec = match.norm, match.spec
     m = rows if isinstance(rows, int) else hint(rows)
     tensor = m * norm.k * norm.dtype.itemsize
-    read, written = _bytes.rms_norm_quant(
-        m, norm.k, spec, residual=add, normed=bool(match.norms), weight_bytes=dtype(norm.weight).itemsize
-    )
+    op = OPS[fused_op_name(match, add)]
+    read, written = op.traffic(m, norm.k, spec, weight_bytes=dtype(norm.weight).itemsize)
     saved = tensor * (len(match.quants) + (0 if match.norms else 1)) + spec.bytes(m, norm.k) * (len(match.quants) - 1)
     kernels = len(match.quants) - sum(map(match.copies_scale, match.quants))
     return {"bytes_moved": read + written, "bytes_saved": saved, "kernels_saved": kernels}

@@ -39,7 +39,7 @@ from normquant.compile.find.sites import find
 from normquant.compile.fusions.norm_quant import Rewriter, copy_meta, op_spec
 from normquant.compile.policy import Facts, Rules
 from normquant.compile.report import Site
-from normquant.ops import _bytes
+from normquant.ops import OPS
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 NORM_NODES = 32  # how far behind kv_a its norm is looked for
@@ -252,7 +252,7 @@ def _facts(latents: Latents, rows: Any) -> dict[str, Any]:
         "k": q,
         "dtype": str(latents.q.norm.dtype)[6:],
         "spec": latents.spec.encode(),
-        "bytes_moved": sum(_bytes.latent_norm_quant(m, q, c, r, latents.spec)),
+        "bytes_moved": sum(OPS["latent_norm_quant"].traffic(m, q, latents.spec, latent=(c, r))),
         "bytes_saved": m * q * latents.q.norm.dtype.itemsize * 2,  # the norm of q_a is neither written nor read
         "kernels_saved": 2,
     }

@@ -157,10 +157,14 @@ def op_spec(match: Match, add: bool) -> QuantSpec:
     return match.spec if add else match.spec.replace(sum=QuantSpec().sum)
 
 
+def fused_op_name(match: Match, add: bool) -> str:
+    """The op of a site, by name."""
+    return ("add_" if add else "") + "rms_norm_quant" + ("_with_norm" if match.norms else "")
+
+
 def fused_op(match: Match, add: bool) -> Any:
     """The op of a site."""
-    name = ("add_" if add else "") + "rms_norm_quant" + ("_with_norm" if match.norms else "")
-    packet = getattr(torch.ops.normquant, name)
+    packet = getattr(torch.ops.normquant, fused_op_name(match, add))
     return packet.tensor if isinstance(match.norm.eps, Node) else packet.default
 
 

@@ -48,7 +48,7 @@ from normquant.compile.find.sites import rows_are_even
 from normquant.compile.fusions.norm_quant import copy_meta
 from normquant.compile.policy import Facts, Rules
 from normquant.compile.report import Site
-from normquant.ops import _bytes
+from normquant.ops import OPS
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec, Rope
 
 SPECS = (QuantSpec(rounding="twice"), QuantSpec(rounding="once"))  # each product of a rotation is rounded, or its sum
@@ -193,7 +193,7 @@ def _treat(graph: Graph, turned: Turned, rules: Rules, regions: dict[Node, int])
     if decided.strategy != "fused":
         return Site(name, where, "stock", decided.reason, **facts)
     _replace(graph, turned)
-    moved = sum(_bytes.rope_last(hint(rows) if m is None else m, turned.width, turned.r))
+    moved = sum(OPS["rope_last"].traffic(hint(rows) if m is None else m, turned.width, turned.spec, r=turned.r))
     facts |= {"op": "rope_last", "spec": turned.spec.encode(), "bytes_moved": moved}
     return Site(name, where, "fused", f"{decided.reason}; was one generated kernel", **facts)
 
