@@ -76,36 +76,12 @@ def latent_norm_quant_kernel(
     wait_for_predecessor(PDL)
     if part < PARTS - 1:
         norm_quant_rows(
-            x_ptr=x_ptr,
-            residual_ptr=None,
-            weight_ptr=q_weight_ptr,
-            data_ptr=q_data_ptr,
-            scale_ptr=q_scale_ptr,
-            sum_ptr=None,
-            norm_ptr=None,
-            stride_xm=stride_xm,
-            stride_rm=0,
-            first_row=first_row,
-            part=part,
-            m=m,
-            scale_rows=scale_rows,
-            eps=eps,
-            mailbox=None,
-            weight_offset=0.0,
-            K=Q,
-            SPEC=SPEC,
-            ROWS=ROWS,
-            CLUSTER=1,
-            TILES=Q_TILES,
-            OWN=Q_OWN,
-            LOG_WARPS=LOG_Q_WARPS,
-            LATE_WEIGHT=LATE_WEIGHT,
-            EVICT_FIRST=EVICT_FIRST,
-            KEEP_SUM=False,
-            STRIDE_UNIT=STRIDE_UNIT,
-            PDL=PDL,
-            ON_CUDA=ON_CUDA,
-        )
+            x_ptr=x_ptr, residual_ptr=None, weight_ptr=q_weight_ptr, data_ptr=q_data_ptr, scale_ptr=q_scale_ptr,
+            sum_ptr=None, norm_ptr=None, stride_xm=stride_xm, stride_rm=0, first_row=first_row, part=part, m=m,
+            scale_rows=scale_rows, eps=eps, mailbox=None, weight_offset=0.0, K=Q, SPEC=SPEC, ROWS=ROWS, CLUSTER=1,
+            TILES=Q_TILES, OWN=Q_OWN, LOG_WARPS=LOG_Q_WARPS, LATE_WEIGHT=LATE_WEIGHT, EVICT_FIRST=EVICT_FIRST,
+            KEEP_SUM=False, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL, ON_CUDA=ON_CUDA,
+        )  # fmt: skip
     else:
         # k_pe is stored last, so that its loads do not keep those of kv_a waiting behind a store
         row = first_row + tl.arange(0, ROWS)[:, None]
@@ -117,36 +93,12 @@ def latent_norm_quant_kernel(
         sin = load_angles(sin_ptr, position, stride_sin, mask, R=R, R_BLOCK=R_BLOCK, ANGLE_UNIT=ANGLE_UNIT)
         u, v = rotate(a, b, cos, sin, SPEC)
         norm_quant_rows(
-            x_ptr=x_ptr + Q,
-            residual_ptr=None,
-            weight_ptr=kv_weight_ptr,
-            data_ptr=kv_data_ptr,
-            scale_ptr=kv_scale_ptr,
-            sum_ptr=None,
-            norm_ptr=kv_norm_ptr,
-            stride_xm=stride_xm,
-            stride_rm=0,
-            first_row=first_row,
-            part=0,
-            m=m,
-            scale_rows=scale_rows,
-            eps=eps,
-            mailbox=None,
-            weight_offset=0.0,
-            K=C,
-            SPEC=SPEC,
-            ROWS=ROWS,
-            CLUSTER=1,
-            TILES=C_TILES,
-            OWN=C_TILES,
-            LOG_WARPS=LOG_C_WARPS,
-            LATE_WEIGHT=LATE_WEIGHT,
-            EVICT_FIRST=EVICT_FIRST,
-            KEEP_SUM=False,
-            STRIDE_UNIT=STRIDE_UNIT,
-            PDL=PDL,
-            ON_CUDA=ON_CUDA,
-        )
+            x_ptr=x_ptr + Q, residual_ptr=None, weight_ptr=kv_weight_ptr, data_ptr=kv_data_ptr, scale_ptr=kv_scale_ptr,
+            sum_ptr=None, norm_ptr=kv_norm_ptr, stride_xm=stride_xm, stride_rm=0, first_row=first_row, part=0, m=m,
+            scale_rows=scale_rows, eps=eps, mailbox=None, weight_offset=0.0, K=C, SPEC=SPEC, ROWS=ROWS, CLUSTER=1,
+            TILES=C_TILES, OWN=C_TILES, LOG_WARPS=LOG_C_WARPS, LATE_WEIGHT=LATE_WEIGHT, EVICT_FIRST=EVICT_FIRST,
+            KEEP_SUM=False, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL, ON_CUDA=ON_CUDA,
+        )  # fmt: skip
         out_ptr = k_pe_ptr + row.to(tl.int64) * R
         store_pairs(out_ptr, u, v, mask, R=R, R_BLOCK=R_BLOCK, ROWS=ROWS, HALVES=ROPE != "interleaved")
 

@@ -74,36 +74,12 @@ def rms_norm_quant_kernel(
         prefetch_row(x_row, residual_row, weight_ptr, first, READ, K)
     wait_for_predecessor(PDL)
     norm_quant_rows(
-        x_ptr=x_ptr,
-        residual_ptr=residual_ptr,
-        weight_ptr=weight_ptr,
-        data_ptr=data_ptr,
-        scale_ptr=scale_ptr,
-        sum_ptr=sum_ptr,
-        norm_ptr=norm_ptr,
-        stride_xm=stride_xm,
-        stride_rm=stride_rm,
-        first_row=first_row,
-        part=part,
-        m=m,
-        scale_rows=scale_rows,
-        eps=eps,
-        mailbox=mailbox,
-        weight_offset=weight_offset,
-        K=K,
-        SPEC=SPEC,
-        ROWS=ROWS,
-        CLUSTER=CLUSTER,
-        TILES=TILES,
-        OWN=OWN,
-        LOG_WARPS=LOG_WARPS,
-        LATE_WEIGHT=LATE_WEIGHT,
-        EVICT_FIRST=EVICT_FIRST,
-        KEEP_SUM=KEEP_SUM,
-        STRIDE_UNIT=STRIDE_UNIT,
-        PDL=PDL,
-        ON_CUDA=ON_CUDA,
-    )
+        x_ptr=x_ptr, residual_ptr=residual_ptr, weight_ptr=weight_ptr, data_ptr=data_ptr, scale_ptr=scale_ptr,
+        sum_ptr=sum_ptr, norm_ptr=norm_ptr, stride_xm=stride_xm, stride_rm=stride_rm, first_row=first_row, part=part,
+        m=m, scale_rows=scale_rows, eps=eps, mailbox=mailbox, weight_offset=weight_offset, K=K, SPEC=SPEC, ROWS=ROWS,
+        CLUSTER=CLUSTER, TILES=TILES, OWN=OWN, LOG_WARPS=LOG_WARPS, LATE_WEIGHT=LATE_WEIGHT, EVICT_FIRST=EVICT_FIRST,
+        KEEP_SUM=KEEP_SUM, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL, ON_CUDA=ON_CUDA,
+    )  # fmt: skip
 
 
 def op_name(with_residual: bool, with_norm: bool) -> str:
