@@ -15,7 +15,7 @@ from normquant import QuantSpec, specs
 from normquant.kernels import group_quant, latent_norm_quant, rms_norm_quant, rope_last, silu_mul_quant
 from normquant.kernels.capability import LaunchTarget
 from normquant.kernels.configs import RELEASES, Config, _table, configs
-from normquant.kernels.launch import kernel_spec, launch
+from normquant.kernels.launch import kernel_spec
 from normquant.ops import OPS, Examples, Op
 
 CAPABILITIES = (SM_90, SM_100)
@@ -272,8 +272,7 @@ def test_what_is_not_asked_for_is_not_moved(name, capability):
 def launch_example(op: Op, k: int, config: Config) -> None:
     args = op.example(Examples(4, k, "cpu", rope="interleaved_to_half"))
     spec = QuantSpec(layout="col_tma") if "positions" in args else specs.HF
-    tensors = (arg for arg in args.values() if isinstance(arg, torch.Tensor))
-    launch(op.plan(*args.values(), spec, config=config), *tensors)
+    op.run(*args.values(), spec, config=config)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from shared.machine_code import SM_90, compiling, on_target
 import normquant as nq
 from normquant import QuantSpec
 from normquant.kernels import configs
-from normquant.kernels.launch import launch
 from normquant.ops import OPS, Examples, _op
 from normquant.ops._op import cached
 
@@ -34,7 +33,7 @@ def test_nothing_is_compiled_after_a_warm_up(op):
         for m, gap in product(MS, (0, 24)):
             args = op.example(Examples(m, k, "cpu", gap=gap))
             args |= {"eps": 1e-5} if "eps" in args else {}
-            launch(op.plan(*args.values(), SPEC), *tensors(args))
+            op.run(*args.values(), SPEC)
     assert set(map(id, kernels)) == warm and len(kernels) == count + 2 * len(MS)
 
 

@@ -103,10 +103,8 @@ def _call(kernel: str, args: tuple, kwargs: dict):
 
 
 def _call_op(spec: QuantSpec, op: str, args: tuple, config: Config | None):
-    from normquant.kernels.launch import launch
-
     with repaired():
-        return launch(OPS[op].plan(*args, spec, config=config), *(a for a in args if isinstance(a, torch.Tensor)))
+        return OPS[op].run(*args, spec, config=config)
 
 
 @cache

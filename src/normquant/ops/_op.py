@@ -18,6 +18,7 @@ from normquant.ops._examples import LATENT, Examples
 from normquant.spec import QuantSpec, Rope
 
 if TYPE_CHECKING:
+    from normquant.kernels.configs import Config
     from normquant.kernels.launch import Launch, Plan
 
 LIBRARY = torch.library.Library("normquant", "DEF")
@@ -77,6 +78,12 @@ class Op:
         from normquant.kernels.launch import Launch  # Triton is imported where something is launched
 
         return Launch(_checked(self, self.plan)(*args))
+
+    def run(self, *args: Any, config: Config | None = None) -> tuple[torch.Tensor | None, ...]:
+        """The outputs of the kernel on checked arguments, the spec decoded, launched with a config; None as planned."""
+        from normquant.kernels.launch import launch
+
+        return launch(self.plan(*args, config=config), *(arg for arg in args if isinstance(arg, torch.Tensor)))
 
     def warmup_settings(self, *args: Any) -> dict[str, Any]:
         """Arguments of `warmup` for arguments of the op, the spec encoded."""
@@ -181,7 +188,6 @@ def warmup(
     weight_dtype: of the norm's weight, `dtype` unless given. Raises ValueError for an unknown op, or on a CPU.
     """
     from normquant.kernels import configs
-    from normquant.kernels.launch import launch
 
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -192,8 +198,8 @@ def warmup(
     if op not in OPS or not OPS[op].configs:
         raise ValueError(f"op is {op!r}; accepted: the ops of torch.ops.normquant, such as 'add_rms_norm_quant'")
     examples = Examples(2, k, device, dtype, weight_dtype or dtype, weight_offset, latent, rope)
-    args = tuple(OPS[op].example(examples).values())
+    args = OPS[op].example(examples).values()
     choices = configs.configs(OPS[op].configs, k, found)
     for config in choices:
-        launch(OPS[op].plan(*args, spec, config=config), *(arg for arg in args if isinstance(arg, torch.Tensor)))
+        OPS[op].run(*args, spec, config=config)
     return len(choices)
