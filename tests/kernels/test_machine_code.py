@@ -408,7 +408,9 @@ def test_a_hook_that_watches_compiles_can_read_the_constants(name):
         LAUNCHES[name](empty(4, 640), Config(4))  # a width that no other test compiles
     (compile_,) = (hook["compile"] for hook in seen)
     written = json.loads(compile_["specialization_data"])["constant_vals"]
-    assert list(kernel_spec(specs.HF)) in written and repr(kernel_spec(specs.HF)) in compile_["key"]
+    spec = kernel_spec(specs.HF)
+    assert list(spec) in written
+    assert str(tuple(spec)) in compile_["key"] or repr(spec) in compile_["key"]  # Triton versions differ
 
 
 @pytest.mark.parametrize(
