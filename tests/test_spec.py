@@ -1,7 +1,7 @@
 """QuantSpec: what it refuses, its string form, and the tensors it describes."""
 
 import io
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import product
 from typing import get_args
 
@@ -91,9 +91,9 @@ def test_a_spec_is_a_value():
     with pytest.raises(FrozenInstanceError):
         QuantSpec().group = 64
     assert QuantSpec() == QuantSpec() and hash(QuantSpec()) == hash(QuantSpec())
-    assert QuantSpec().but(group=64) == QuantSpec(group=64) != QuantSpec()
+    assert QuantSpec().replace(group=64) == QuantSpec(group=64) != QuantSpec()
     with pytest.raises(ValueError, match="group is 5"):
-        QuantSpec().but(group=5)
+        QuantSpec().replace(group=5)
 
 
 def all_choices():
@@ -105,6 +105,17 @@ def all_choices():
             continue
         spec = QuantSpec(group=group, scale=scale, layout=layout, rounding=rounding, sum=sum_, scale_by=by)
         yield replace(spec, divide=divide, floor=0.0 if divide == "fast_factor" else spec.floor)
+
+
+def test_a_spec_prints_as_one_writes_it():
+    assert str(QuantSpec()) == "QuantSpec()"
+    assert str(QuantSpec(rounding="twice", layout="col_tma")) == "QuantSpec(layout='col_tma', rounding='twice')"
+    names = [field.name for field in fields(QuantSpec)]
+    for name in filter(str.isupper, vars(specs)):
+        spec = getattr(specs, name)
+        assert eval(str(spec)) == spec and str(spec).count("=") == sum(
+            getattr(spec, field) != getattr(QuantSpec(), field) for field in names
+        )
 
 
 def test_every_combination_survives_its_string():
@@ -126,18 +137,18 @@ def test_floors_survive_to_the_last_bit(floor, scale_floor, spec):
 
 
 def test_one_rule_for_few_rows_and_another_for_many():
-    spec = specs.VLLM_UE8M0.but(layout="col_tma", few_rows=32)
-    assert spec.at(31) == specs.FLASHINFER_LINEAR and spec.at(32) == spec.but(few_rows=0) == spec.at(10**6)
+    spec = specs.VLLM_UE8M0.replace(layout="col_tma", few_rows=32)
+    assert spec.at(31) == specs.FLASHINFER_LINEAR and spec.at(32) == spec.replace(few_rows=0) == spec.at(10**6)
     assert spec.at(0) == specs.FLASHINFER_LINEAR and specs.VLLM.at(1) is specs.VLLM
     assert QuantSpec.decode(spec.encode()) == spec
     assert spec.scale_shape(7, 512) == spec.at(7).scale_shape(7, 512)
     assert spec.scale_stride(7, 512) == spec.at(7).scale_stride(7, 512)
     for changes in ({"few_rows": -1}, {"few_rows": 2, "scale": "ue8m0_packed"}):
         with pytest.raises(ValueError, match="few_rows is"):
-            spec.but(**changes)
+            spec.replace(**changes)
     for changes in ({"few_rows": 2}, {"floor": 1e-10}, {"scale": "ue8m0"}):
         with pytest.raises(ValueError):
-            specs.FLASHINFER_LINEAR.but(**changes)
+            specs.FLASHINFER_LINEAR.replace(**changes)
 
 
 @pytest.mark.parametrize("name", [name for name in vars(specs) if name.isupper()])

@@ -40,8 +40,14 @@ else:
     from normquant import specs
     from normquant.compile import FusionReport, explain, inductor_options
     from normquant.linear import BlockFP8Linear, block_fp8, block_fp8_linear, quantize_weight
-    from normquant.ops import add_rms_norm_quant, group_quant, latent_norm_quant, rms_norm_quant, silu_mul_quant
-    from normquant.ops._warmup import warmup
+    from normquant.ops import (
+        add_rms_norm_quant,
+        group_quant,
+        latent_norm_quant,
+        rms_norm_quant,
+        silu_mul_quant,
+        warmup,
+    )
     from normquant.spec import QuantizedActivation, QuantSpec
 
     if TYPE_CHECKING:  # to a type checker, a module cannot be called

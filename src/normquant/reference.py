@@ -158,7 +158,7 @@ def silu_mul_quant(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torc
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope, spec: QuantSpec) -> torch.Tensor:
-    """x [..., R] turned by the angles of cos and sin [..., R/2], in x's dtype (Su et al. 2021, equation 34)."""
+    """x [..., R] rotated by the angles of cos and sin [..., R/2], in x's dtype (Su et al. 2021, equation 34)."""
     pairs = x.float().unflatten(-1, (2, -1) if rope == "half" else (-1, 2))
     a, b = pairs.unbind(-2 if rope == "half" else -1)  # [..., R/2] each
 
@@ -166,8 +166,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope, sp
         p = u * v.float()
         return p.to(x.dtype).float() if spec.rounding in ("inner", "twice") else p
 
-    turned = product(a, cos) - product(b, sin), product(b, cos) + product(a, sin)
-    return torch.stack(turned, -1 if rope == "interleaved" else -2).flatten(-2).to(x.dtype)
+    rotated = product(a, cos) - product(b, sin), product(b, cos) + product(a, sin)
+    return torch.stack(rotated, -1 if rope == "interleaved" else -2).flatten(-2).to(x.dtype)
 
 
 def rope_last(
@@ -180,7 +180,7 @@ def rope_last(
     rope: Rope,
     spec: QuantSpec,
 ) -> torch.Tensor:
-    """x [M, H * D] -> the same, the last r of the D values of each head turned."""
+    """x [M, H * D] -> the same, the last r of the D values of each head rotated."""
     at = slice(0, x.shape[0]) if positions is None else positions
     cos, sin = (t[at, : r // 2].unsqueeze(1) for t in (cos, sin))  # [M, 1, R/2] each
     parts = x.unflatten(1, (heads, -1))  # [M, H, D]

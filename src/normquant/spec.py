@@ -36,7 +36,7 @@ class QuantSpec:
     dtype: the fp8 dtype of the data; torch.float8_e4m3fn.
     group: values per scale, 128, 64 or 32; K must be a multiple of it.
     scale: how a scale is stored. "fp32"; "ue8m0", an fp32 power of two, 2**ceil(log2(s)); "ue8m0_packed", the biased
-        exponents of four neighbouring groups in one int32, little end first, zero where K/group is not a multiple of 4.
+        exponents of four neighbouring groups in one int32, little-endian, zero where K/group is not a multiple of 4.
     layout: "row" [M, G] contiguous; "col" column-major with column stride M; "col_tma" column-major with a column
         stride of M rounded up to 4 rows, the pad zeroed. "ue8m0_packed" needs "col_tma".
     rounding: where the norm is rounded to the activation dtype before it is quantized, with n = x * rstd:
@@ -158,9 +158,14 @@ class QuantSpec:
         defaults = (f.default for f in names)
         return QuantSpec(**{f.name: _parse(part, d) for f, part, d in zip(names, parts, defaults, strict=True)})
 
-    def but(self, **changes: Any) -> QuantSpec:
+    def replace(self, **changes: Any) -> QuantSpec:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    def __str__(self) -> str:
+        """As one would write it: only what differs from the default."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"QuantSpec({', '.join(f'{name}={value!r}' for name, value in values)})"
 
 
 @cache

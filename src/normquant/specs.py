@@ -25,20 +25,20 @@ VLLM = QuantSpec(rounding="twice", scale_by="divide")
 """vLLM's norm as a compiled model has it, followed by `per_token_group_fp8_quant`: norm of the unrounded sum,
 y = round(round(x * rstd) * w), amax = max(amax, 1e-10), s = amax / 448, q = y / s."""
 
-VLLM_OPS = VLLM.but(rounding="once", sum="rounded")
+VLLM_OPS = VLLM.replace(rounding="once", sum="rounded")
 """vLLM's CUDA ops `rms_norm` or `fused_add_rms_norm` followed by `per_token_group_fp8_quant`: the residual is added in
 the activation dtype and the norm rounded once, y = round(x * rstd * w). `silu_and_mul` rounds twice, as VLLM does."""
 
-VLLM_UE8M0 = VLLM.but(scale="ue8m0", scale_floor=1e-10)
+VLLM_UE8M0 = VLLM.replace(scale="ue8m0", scale_floor=1e-10)
 """`per_token_group_fp8_quant(scale_ue8m0=True)`: s = 2**ceil(log2(max(amax / 448, 1e-10)))."""
 
-VLLM_FUSED = VLLM.but(floor=0.0, scale_floor=1.0 / (448.0 * 512.0))
+VLLM_FUSED = VLLM.replace(floor=0.0, scale_floor=1.0 / (448.0 * 512.0))
 """`rms_norm_per_block_quant`: as VLLM with s = max(amax / 448, 1 / (448 * 512))."""
 
-VLLM_FUSED_SILU = VLLM_FUSED.but(rounding="none")
+VLLM_FUSED_SILU = VLLM_FUSED.replace(rounding="none")
 """`silu_and_mul_per_block_quant`: the same, the gated product never rounded."""
 
-VLLM_PR_37960 = VLLM.but(rounding="none", layout="col")
+VLLM_PR_37960 = VLLM.replace(rounding="none", layout="col")
 """The Triton kernel of vLLM PR #37960: fp32 throughout, y is never rounded; column-major scales."""
 
 AITER = QuantSpec(rounding="none", scale_by="divide", divide="reciprocal")
@@ -47,15 +47,15 @@ AITER = QuantSpec(rounding="none", scale_by="divide", divide="reciprocal")
 DEEPGEMM = QuantSpec(layout="col_tma", floor=1e-4, scale_by="divide", divide="reciprocal")
 """DeepGEMM's `per_token_cast_to_fp8`: amax clamped at 1e-4, s = amax / 448, q = y * (1 / s)."""
 
-DEEPGEMM_UE8M0 = DEEPGEMM.but(scale="ue8m0")
+DEEPGEMM_UE8M0 = DEEPGEMM.replace(scale="ue8m0")
 """The same with s rounded up to a power of two, stored as fp32 (Hopper)."""
 
-DEEPGEMM_PACKED = DEEPGEMM.but(scale="ue8m0_packed")
+DEEPGEMM_PACKED = DEEPGEMM.replace(scale="ue8m0_packed")
 """The same with four exponents in an int32 (Blackwell)."""
 
 SGLANG = QuantSpec(rounding="once", scale_by="multiply", divide="amax")
 """SGLang's `per_token_group_quant_fp8` on Hopper: amax floor 1e-10, s = amax * (1 / 448),
 q = y * (448 * (1 / amax))."""
 
-HELION = VLLM.but(scale_by="multiply")
+HELION = VLLM.replace(scale_by="multiply")
 """Helion's example kernel: as VLLM with s = amax * (1 / 448)."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from normquant.bench.cases import OPS, kernel_cases
+from normquant.bench.cases import BENCHMARKED, kernel_cases
 from normquant.bench.comparison import key
 from normquant.bench.records import problems, read
 
@@ -77,7 +77,7 @@ def change(ours: float, other: float) -> str:
 
 
 def test_the_grid_is_whole():
-    assert kernels().keys() == {(c.op, c.normed, c.m, c.k) for c in kernel_cases(OPS)}
+    assert kernels().keys() == {(c.op, c.normed, c.m, c.k) for c in kernel_cases(BENCHMARKED)}
     assert {r["match"] for r in RECORDS if r.get("provider") == "normquant"} == {"bitwise"}
 
 

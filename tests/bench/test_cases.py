@@ -4,33 +4,41 @@ import pytest
 import torch
 
 from normquant import QuantSpec
-from normquant.bench.cases import KS, LATENT, MS, OPS, Case, kernel_cases
+from normquant.bench.cases import BENCHMARKED, MS, Case, kernel_cases
 from normquant.cli.entry import main
-from normquant.ops import _bytes
+from normquant.ops import OPS
+from normquant.ops._op import WIDTHS
 
 ROW = QuantSpec()
 
 
 def test_the_full_grid():
-    cases = list(kernel_cases(OPS))
-    assert len(cases) == len(set(cases)) == 15 * (2 * 2 * len(KS) + len(KS) + 3 + 1)
+    cases = list(kernel_cases(BENCHMARKED))
+    assert len(cases) == len(set(cases)) == 15 * (2 * 2 * len(WIDTHS) + len(WIDTHS) + 3 + 1)
     assert {c.m for c in cases} == set(MS)
 
 
-def test_bytes_by_hand():
-    # 2 rows of 256 bf16 values: 1024 bytes; fp8 data: 512; 2 groups a row, 4 bytes each: 16; the weight: 512
-    assert _bytes.rms_norm_quant(2, 256, ROW) == (1024 + 512, 512 + 16)
-    assert _bytes.rms_norm_quant(2, 256, ROW, residual=True, normed=True) == (2048 + 512, 512 + 16 + 2048)
-    assert _bytes.group_quant(2, 256, ROW) == (1024, 528)
-    assert _bytes.silu_mul_quant(2, 256, ROW) == (2048, 528)
-    assert _bytes.group_quant(2, 256, ROW.but(layout="col_tma")) == (1024, 512 + 32)  # two padding rows
-    q, c, r = LATENT
-    read, written = _bytes.latent_norm_quant(1, q, c, r, ROW)
-    assert read == 2 * (q + c + r) + 2 * (q + c) + 2 * r
-    assert written == q + 4 * q // 128 + 2 * c + 2 * r
+# op -> bytes read and written for 2 rows of 256 bf16 values, 1024 bytes: fp8 data has 512, 2 groups a row of 4 bytes
+# each are 16, the weight has 512. Of the latents 128 + 64 values stand beside those 256, and 64 of cos and sin.
+BYTES = {
+    "rms_norm_quant": (1024 + 512, 512 + 16),
+    "add_rms_norm_quant_with_norm": (2048 + 512, 512 + 16 + 2048),
+    "group_quant": (1024, 528),
+    "silu_mul_quant": (2048, 528),
+    "latent_norm_quant": (2 * 2 * (256 + 128 + 64) + 2 * (256 + 128) + 2 * 2 * 64, 528 + 2 * 2 * (128 + 64)),
+    "rope_last": (1024 + 2 * 2 * 64, 1024),
+}
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", BYTES)
+def test_bytes_by_hand(op):
+    sizes = {"latent": (128, 64)} if op.startswith("latent") else {}
+    assert OPS[op].traffic(2, 256, ROW, **sizes) == BYTES[op]
+    if op == "group_quant":
+        assert OPS[op].traffic(2, 256, ROW.replace(layout="col_tma")) == (1024, 512 + 32)  # two padding rows
+
+
+@pytest.mark.parametrize("op", BENCHMARKED)
 def test_every_case_moves_bytes(op):
     assert all(min(Case(op, m, 1536).traffic) > 0 for m in MS)
 

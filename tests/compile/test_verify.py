@@ -80,7 +80,7 @@ def test_another_epsilon_is_seen(arguments: tuple) -> None:
 
 def test_a_rounding_left_out_is_seen(arguments: tuple) -> None:
     def without_rounding(args: tuple) -> tuple:
-        return *args[:-1], QuantSpec.decode(args[-1]).but(rounding="none").encode()
+        return *args[:-1], QuantSpec.decode(args[-1]).replace(rounding="none").encode()
 
     checks = check_sites(spoiled(arguments, without_rounding).only)
     assert not checks.holds

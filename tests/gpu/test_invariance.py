@@ -10,9 +10,10 @@ from shared.inputs import weights
 
 from normquant import QuantSpec, reference
 from normquant.bench import cases
-from normquant.kernels.configs import Config, _table, configs
+from normquant.kernels.configs import Config, _table, configs, write_row
 from normquant.kernels.group_quant import group_quant
 from normquant.kernels.rms_norm_quant import rms_norm_quant
+from normquant.ops import OPS
 from normquant.tune import launch_configs
 
 KS = (1536, 7168)
@@ -29,9 +30,9 @@ CONFIGS += [
 ]
 CONFIGS += [Config(warps, split, cluster=True) for split, warps in ((2, 16), (3, 8), (4, 8), (8, 1), (8, 2), (8, 4))]
 CONFIGS += [Config(4, 8, cluster=True, prefetch=True), Config(8, 4, cluster=True, evict_first=True, keep_sum=True)]
-# and all that are committed for any width of these ops
-NORMS = ("rms_norm_quant", "rms_norm_quant_with_norm", "add_rms_norm_quant", "add_rms_norm_quant_with_norm")
-CONFIGS = list(dict.fromkeys(CONFIGS + [c for op in NORMS for k in cases.KS for c in configs(op, k, (9, 0))]))
+# and all that are committed for any width of a norm
+NORMS = [op for op in OPS.values() if "cluster" in op.choices]
+CONFIGS = list(dict.fromkeys(CONFIGS + [c for op in NORMS for k in op.widths for c in configs(op.configs, k, (9, 0))]))
 CONFIGS = [c for c in CONFIGS if c.rows * max(KS) / (32 * c.num_warps) <= 512]  # the others do not fit the registers
 SPEC = QuantSpec(layout="row", rounding="twice")
 PLAIN = Config(8, 1)
@@ -70,7 +71,7 @@ def assert_same(got, want) -> None:
 
 
 @pytest.mark.parametrize("k", KS)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, launch_configs.columns(c))))
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, write_row(0, c).values())))
 def test_every_config_and_batch(config, k):
     for m in MS:
         x, residual, weight = inputs(m, k)

@@ -10,7 +10,7 @@ from normquant.linear import dequantized_linear, pad_weight_scale
 
 MS = (0, 1, 2, 3, 4, 5, 7, 8, 16, 17, 64, 256)
 COL_TMA = QuantSpec(layout="col_tma")
-SPECS = [QuantSpec(layout="row"), QuantSpec(layout="col"), COL_TMA, COL_TMA.but(scale="ue8m0")]
+SPECS = [QuantSpec(layout="row"), QuantSpec(layout="col"), COL_TMA, COL_TMA.replace(scale="ue8m0")]
 
 
 def weight_of(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -144,7 +144,7 @@ def test_more_than_two_to_the_31_elements(layout):
     free, _ = torch.cuda.mem_get_info()
     if free < 32 * 2**30:
         pytest.skip(f"needs 32 GiB of GPU memory, {free / 2**30:.0f} are free")
-    spec = SPEC.but(layout=layout)
+    spec = SPEC.replace(layout=layout)
     x, weight = gpu(m), weights(K).cuda()
     residual = x.flip(0)
     q, total, y = nq.add_rms_norm_quant(x, residual, weight, spec=spec, return_norm=True)
@@ -200,7 +200,7 @@ def test_tensors_on_two_devices_are_refused():
 @pytest.mark.parametrize("m", [0, 1, 5])
 def test_opcheck(m):
     x, weight = activations(m, 512).cuda(), weights(512).cuda()
-    for spec in (QuantSpec(), SPEC, SPEC.but(scale="ue8m0_packed")):
+    for spec in (QuantSpec(), SPEC, SPEC.replace(scale="ue8m0_packed")):
         text, ops = spec.encode(), torch.ops.normquant
         torch.library.opcheck(ops.rms_norm_quant_with_norm.default, (x, weight, 1e-6, 0.0, text))
         torch.library.opcheck(ops.add_rms_norm_quant.default, (x, x + 1, weight, 1e-6, 0.0, text))

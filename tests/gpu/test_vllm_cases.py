@@ -19,4 +19,4 @@ def test_norm_and_quantization(case):
 
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_a_weight_of_fp32(with_residual):
-    check_mixed_weight(VLLM.but(group=64), with_residual, "cuda")
+    check_mixed_weight(VLLM.replace(group=64), with_residual, "cuda")

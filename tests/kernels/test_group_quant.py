@@ -39,7 +39,7 @@ def test_every_named_spec(name):
 
 @pytest.mark.parametrize("m", [1, 31, 32, 40])
 def test_another_rule_for_few_rows(m):
-    spec = specs.VLLM_UE8M0.but(layout="col_tma", few_rows=32)
+    spec = specs.VLLM_UE8M0.replace(layout="col_tma", few_rows=32)
     check(awkward(m, 512), spec)
     assert_bitwise(reference.group_quant(awkward(m, 512), spec), reference.group_quant(awkward(m, 512), spec.at(m)))
 

@@ -1,4 +1,4 @@
-"""A launch that was worked out before does what Triton's own launch does."""
+"""A cached launch does what Triton's own launch does."""
 
 import contextlib
 from dataclasses import replace
@@ -8,27 +8,19 @@ from unittest import mock
 import pytest
 import torch
 import triton
+from shared.machine_code import KERNEL_MODULES, SM_90, on_target
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from normquant import QuantSpec, specs
-from normquant.kernels import (
-    group_quant,
-    latent_norm_quant,
-    launch,
-    launch_cache,
-    rms_norm_quant,
-    rope_last,
-    silu_mul_quant,
-)
+from normquant.kernels import group_quant, latent_norm_quant, launch, rms_norm_quant, rope_last, silu_mul_quant
 from normquant.kernels.capability import LaunchTarget
 from normquant.kernels.configs import Config
-from normquant.kernels.launch import Launch, Plan
-from normquant.kernels.launch_cache import remembered
-from normquant.kernels.spec_constant import constant
+from normquant.kernels.launch import Launch, Plan, kernel_spec
+from normquant.ops import _op
+from normquant.ops._op import cached
 
-MODULES = group_quant, latent_norm_quant, rms_norm_quant, rope_last, silu_mul_quant
 SPEC = QuantSpec(layout="col_tma")
 K = 512
 PLAIN = Config(4)
@@ -45,22 +37,22 @@ def launched():
     )
     calls = []
     with contextlib.ExitStack() as stack:
-        for module in MODULES:
-            stack.enter_context(mock.patch.object(module, "target", lambda device: LaunchTarget(True, (9, 0))))
+        stack.enter_context(on_target(SM_90))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
         stack.enter_context(mock.patch.object(CompiledKernel, "_init_handles", lambda self: None))
         stack.enter_context(mock.patch.object(CompiledKernel, "run", lambda self, *args: calls.append((self, args))))
-        stack.enter_context(mock.patch.dict(launch_cache._launches, clear=True))
+        stack.enter_context(mock.patch.dict(_op._launches, clear=True))
         yield calls
 
 
-def op(launcher):
+def op(plan):
     """As an op on CUDA launches, on checked arguments."""
-    return remembered(launcher.__name__, lambda *args: Launch(launcher.plan(*args)))
+    return cached(plan.__name__, lambda *args: Launch(plan(*args)))
 
 
-NORM, LATENT, ROPE = op(rms_norm_quant.rms_norm_quant), op(latent_norm_quant.latent_norm_quant), op(rope_last.rope_last)
-GROUP_QUANT, SILU = op(group_quant.group_quant), op(silu_mul_quant.silu_mul_quant)
+NORM, LATENT = op(rms_norm_quant.plan_rms_norm_quant), op(latent_norm_quant.plan_latent_norm_quant)
+GROUP_QUANT, SILU = op(group_quant.plan_group_quant), op(silu_mul_quant.plan_silu_mul_quant)
+ROPE = op(rope_last.plan_rope_last)
 
 
 @contextlib.contextmanager
@@ -192,7 +184,7 @@ def test_a_profiler_is_told_of_every_launch(launched):
 
 def test_rows_may_be_any_number_and_any_aligned_distance_apart(launched):
     norm(rows(2, 2 * K)[:, :K])
-    with mock.patch.object(JITFunction, "_do_compile", side_effect=AssertionError("compiled again")):
+    with mock.patch.object(JITFunction, "_do_compile", side_effect=AssertionError("recompiled")):
         for m, width in ((1, K), (3, 3 * K), (1000, K + 8)):
             norm(rows(m, width)[:, :K])
 
@@ -217,7 +209,7 @@ def test_no_rows_launch_nothing(launched):
 @pytest.mark.parametrize("m", [1, 4, 5])
 @pytest.mark.parametrize("layout", ["row", "col", "col_tma"])
 def test_outputs_are_strided_as_the_spec_says(launched, m, layout):
-    spec = SPEC.but(layout=layout)
+    spec = SPEC.replace(layout=layout)
     data, scale = norm(rows(m), spec=spec)
     assert (data.shape, data.stride(), data.dtype) == ((m, K), (K, 1), spec.dtype)
     assert scale.shape == spec.scale_shape(m, K) and scale.stride() == spec.scale_stride(m, K)
@@ -245,44 +237,29 @@ def test_another_device_is_made_the_current_one():
 
 def test_constants_out_of_order_are_refused(launched):
     kernel, x = group_quant.group_quant_kernel, rows()
-    values = dict(K=K, SPEC=constant(SPEC), BLOCK_G=4, STRIDE_UNIT=8, PDL="loaded", ON_CUDA=True)
+    values = dict(K=K, SPEC=kernel_spec(SPEC), BLOCK_G=4, STRIDE_UNIT=8, PDL="loaded", ON_CUDA=True)
     assert list(values) == kernel.arg_names[6:]
-    rest = (4, 1, 1), (x,), launch.quantized(4, K, SPEC), (4, 64, 4), LaunchTarget(True, (9, 0)), Config(4)
-    Launch(launch.plan(kernel, *rest, **values))(x)
-    swapped = Launch(launch.plan(kernel, *rest, SPEC=values.pop("SPEC"), **values))
+    rest = dict(
+        grid=(4, 1, 1),
+        inputs=(x,),
+        outputs=launch.quantized(4, K, SPEC),
+        numbers=(4, 64, 4),
+        where=LaunchTarget(True, SM_90),
+        config=Config(4),
+    )
+    Launch(launch.plan(kernel, **rest, **values))(x)
+    swapped = Launch(launch.plan(kernel, **rest, SPEC=values.pop("SPEC"), **values))
     for _ in range(2):
         with pytest.raises(TypeError, match="constants"):
             swapped(x)
 
 
-def test_what_cannot_be_launched_is_asked_about_again():
-    asked = []
-
-    def work_out(x, eps):
-        asked.append(eps)
-        if eps < 0:
-            raise ValueError("eps")
-        return lambda *tensors: [*tensors]
-
-    call, x = remembered("test", work_out), rows()
-    with mock.patch.dict(launch_cache._launches, clear=True):
-        for eps in (1.0, 1.0, -1.0, -1.0):
-            with contextlib.suppress(ValueError):
-                assert call(x, eps) is x
-    assert asked == [1.0, -1.0, -1.0]
+KERNELS = {
+    name: kernel for module in KERNEL_MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")
+}
 
 
-def test_memory_for_launches_is_bounded():
-    with mock.patch.dict(launch_cache._launches, clear=True), mock.patch.object(launch_cache, "LIMIT", 3):
-        call = remembered("test", lambda n: lambda: [])
-        for n in range(10):
-            call(n)
-            assert len(launch_cache._launches) <= 3
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
-def test_no_number_is_specialized_on(module):
-    name = module.__name__.rpartition(".")[2]
-    kernel = getattr(module, f"{name}_kernel")
-    numbers = [p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_number_is_specialized_on(name):
+    numbers = [p for p in KERNELS[name].params if not p.is_constexpr and not p.name.endswith("_ptr")]
     assert numbers and all(p.do_not_specialize for p in numbers)

@@ -1,5 +1,6 @@
 """What the kernels become on Hopper and Blackwell: wide accesses, no spills, one read, and PDL in its place."""
 
+import json
 import re
 from collections import Counter
 from itertools import product
@@ -14,6 +15,8 @@ from normquant import QuantSpec, specs
 from normquant.kernels import group_quant, latent_norm_quant, rms_norm_quant, rope_last, silu_mul_quant
 from normquant.kernels.capability import LaunchTarget
 from normquant.kernels.configs import RELEASES, Config, _table, configs
+from normquant.kernels.launch import kernel_spec
+from normquant.ops import OPS, Examples, Op
 
 CAPABILITIES = (SM_90, SM_100)
 CONFIGS = [Config(warps, split) for warps, split in product((4, 8, 16, 32), (1, 4))]
@@ -43,11 +46,11 @@ def silu(x, config, *, spec=specs.HF):
 
 # A new kernel needs a line in each of these three.
 LAUNCHES = {
-    "norm": (rms_norm_quant, norm),
-    "add_norm": (rms_norm_quant, add_norm),
-    "add_norm_normed": (rms_norm_quant, lambda x, config: add_norm(x, config, normed=True)),
-    "quant": (group_quant, quant),
-    "silu": (silu_mul_quant, silu),
+    "norm": norm,
+    "add_norm": add_norm,
+    "add_norm_normed": lambda x, config: add_norm(x, config, normed=True),
+    "quant": quant,
+    "silu": silu,
 }
 
 # name -> tiles of 16-bit values that a program loads and stores: (whole row, its own part of it). With a split row a
@@ -95,8 +98,7 @@ def assert_moved(widths: list[int], least: Counter, most: Counter) -> None:
 
 
 def compiled(name: str, k: int, config: Config, capability) -> Code:
-    module, launch = LAUNCHES[name]
-    return machine_code(module, lambda: launch(empty(4, k), config), capability)
+    return machine_code(lambda: LAUNCHES[name](empty(4, k), config), capability)
 
 
 def assert_clean(code: Code) -> None:
@@ -174,8 +176,7 @@ def test_programs_of_a_cluster_exchange_their_sums(split, programs, capability):
 @pytest.mark.parametrize("name", ["quant", "silu"])
 @pytest.mark.parametrize("spec", [specs.VLLM, specs.DEEPGEMM_UE8M0], ids=lambda spec: spec.scale)
 def test_groups_are_quantized_without_a_barrier(name, spec):
-    module, launch = LAUNCHES[name]
-    code = machine_code(module, lambda: launch(empty(4, 7168), Config(8, 4), spec=spec), SM_90)
+    code = machine_code(lambda: LAUNCHES[name](empty(4, 7168), Config(8, 4), spec=spec), SM_90)
     assert not code.places("BAR"), "a group and its scale stay where they are"
 
 
@@ -245,9 +246,8 @@ def test_what_is_read_once_leaves_the_l2_first(name, read):
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["norm", "add_norm"])
 def test_a_prefetch_stands_before_the_wait_and_reads_nothing(name, weight_dtype):
-    _, launch = LAUNCHES[name]
     plain, prefetching = (
-        machine_code(rms_norm_quant, lambda c=c: launch(empty(4, 7168), c, weight_dtype=weight_dtype), SM_90)
+        machine_code(lambda c=c: LAUNCHES[name](empty(4, 7168), c, weight_dtype=weight_dtype), SM_90)
         for c in (Config(8), Config(8, prefetch=True))
     )
     assert_clean(prefetching)
@@ -269,31 +269,26 @@ def test_what_is_not_asked_for_is_not_moved(name, capability):
     assert sum(values.elements()) * code.threads == (16 * STORES[name] + 8) * own
 
 
-# op -> what launches it on x and a config
-OPS = {
-    "rms_norm_quant": LAUNCHES["norm"],
-    "rms_norm_quant_with_norm": (rms_norm_quant, lambda x, config: norm(x, config, normed=True)),
-    "add_rms_norm_quant": LAUNCHES["add_norm"],
-    "add_rms_norm_quant_with_norm": LAUNCHES["add_norm_normed"],
-    "group_quant": LAUNCHES["quant"],
-    "silu_mul_quant": LAUNCHES["silu"],
-    "latent_norm_quant": (latent_norm_quant, lambda x, config: latent(empty(4, x.shape[1] + 512 + 64), config)),
-}
+def launch_example(op: Op, k: int, config: Config) -> None:
+    args = op.example(Examples(4, k, "cpu", rope="interleaved_to_half"))
+    spec = QuantSpec(layout="col_tma") if "positions" in args else specs.HF
+    op.run(*args.values(), spec, config=config)
 
 
-@pytest.mark.parametrize(("op", "k"), [(op, int(k)) for op, widths in _table(SM_90).items() for k in widths])
+@pytest.mark.parametrize(
+    ("op", "k"), [(op, int(k)) for op in OPS.values() if op.configs for k in _table(SM_90)[op.configs]], ids=str
+)
 def test_no_config_of_the_table_spills(op, k):
-    module, launch = OPS[op]
-    for choice in configs(op, k, SM_90):
-        assert_clean(machine_code(module, lambda choice=choice: launch(empty(4, k), choice), SM_90))
+    for choice in configs(op.configs, k, SM_90):
+        assert_clean(machine_code(lambda choice=choice: launch_example(op, k, choice), SM_90))
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_every_named_spec_is_clean(name):
     spec = getattr(specs, name)
     capability = SM_100 if spec.scale == "ue8m0_packed" else SM_90
-    for module, launch in (LAUNCHES["add_norm"], LAUNCHES["quant"], LAUNCHES["silu"]):
-        code = machine_code(module, lambda launch=launch: launch(empty(4, 7168), Config(8), spec=spec), capability)
+    for run in (add_norm, quant, silu):
+        code = machine_code(lambda run=run: run(empty(4, 7168), Config(8), spec=spec), capability)
         assert_clean(code)
         assert_pdl_in_place(code)
         assert set(code.widths("LDG")) == {128}
@@ -302,7 +297,7 @@ def test_every_named_spec_is_clean(name):
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])
 def test_other_weights_are_read_wide(weight_dtype):
     launch = lambda: norm(empty(4, 7168), Config(8), weight_dtype=weight_dtype)  # noqa: E731
-    code = machine_code(rms_norm_quant, launch, SM_90)
+    code = machine_code(launch, SM_90)
     assert_clean(code)
     assert set(code.widths("LDG")) == {128}
     assert sum(code.widths("LDG")) * code.threads == 8192 * (16 + 8 * weight_dtype.itemsize)
@@ -344,7 +339,7 @@ def latent(x, config, *, eps=1e-6, angles=64):
 @pytest.mark.parametrize("choice", [Config(4, 4), Config(8, 1), Config(16, 2)], ids=str)
 def test_latent_norm_quant(choice, capability):
     x = empty(4, 1536 + 512 + 64)
-    code = machine_code(latent_norm_quant, lambda: latent(x, choice), capability)
+    code = machine_code(lambda: latent(x, choice), capability)
     assert_clean(code)
     waits, loads = code.places("ACQBULK"), code.places("LDG")
     assert len(waits) == 1 and waits[0] < loads[0]
@@ -367,7 +362,7 @@ def rope(x, *, heads=16, r=64, how="interleaved", angles=64):
 @pytest.mark.parametrize("how", ["interleaved", "half", "interleaved_to_half"])
 @pytest.mark.parametrize("heads", [16, 128])
 def test_rope_last(heads, how, capability):
-    code = machine_code(rope_last, lambda: rope(empty(4, heads * 192), heads=heads, how=how), capability)
+    code = machine_code(lambda: rope(empty(4, heads * 192), heads=heads, how=how), capability)
     assert_clean(code)
     assert_pdl_in_place(code)
     assert not code.places("LDS") and not code.places("STS")  # pairs are taken apart within a thread
@@ -383,19 +378,19 @@ M_AND_WIDTH = ((1, 0), (2, 8), (16, 512), (17, 8192), (4096, 24))  # Triton tell
 
 
 @pytest.mark.parametrize(
-    ("module", "k", "launch"),
+    ("k", "launch"),
     [
-        (rms_norm_quant, 512, lambda x, i: norm(x, Config(4), eps=10.0**-i)),
-        (rms_norm_quant, 512, lambda x, i: norm(x, Config(4), eps=10.0**-i, residual=x, normed=True)),
-        (group_quant, 512, lambda x, i: quant(x, Config(4), spec=QuantSpec(layout="col_tma"))),
-        (silu_mul_quant, 1024, lambda x, i: silu_mul_quant.silu_mul_quant(x, QuantSpec(layout="col_tma"), Config(4))),
-        (latent_norm_quant, 2112, lambda x, i: latent(x, Config(4), eps=10.0**-i, angles=32 + 8 * i)),
-        (rope_last, 768, lambda x, i: rope(x, heads=4, angles=32 + 8 * i)),
+        (512, lambda x, i: norm(x, Config(4), eps=10.0**-i)),
+        (512, lambda x, i: norm(x, Config(4), eps=10.0**-i, residual=x, normed=True)),
+        (512, lambda x, i: quant(x, Config(4), spec=QuantSpec(layout="col_tma"))),
+        (1024, lambda x, i: silu_mul_quant.silu_mul_quant(x, QuantSpec(layout="col_tma"), Config(4))),
+        (2112, lambda x, i: latent(x, Config(4), eps=10.0**-i, angles=32 + 8 * i)),
+        (768, lambda x, i: rope(x, heads=4, angles=32 + 8 * i)),
     ],
     ids=["norm", "add_norm", "quant", "silu", "latent", "rope"],
 )
-def test_one_binary_for_every_m_and_aligned_stride(module, k, launch):
-    with compiling(module, SM_90) as kernels:
+def test_one_binary_for_every_m_and_aligned_stride(k, launch):
+    with compiling(SM_90) as kernels:
         for i, (m, gap) in enumerate(M_AND_WIDTH):
             launch(empty(m, k + gap)[:, :k], i)
     assert len(kernels) == len(M_AND_WIDTH)
@@ -405,21 +400,24 @@ def test_one_binary_for_every_m_and_aligned_stride(module, k, launch):
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_a_hook_that_watches_compiles_can_read_the_constants(name):
     # vLLM sets one when it has started, and Triton then writes the constants of each compile as JSON.
-    module, launch = LAUNCHES[name]
     seen = []
     with (
         mock.patch.object(triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: seen.append(kwargs)),
-        compiling(module, SM_90),
+        compiling(SM_90),
     ):
-        launch(empty(4, 640), Config(4))  # a width that no other test compiles
-    assert seen and specs.HF.encode() in str(seen[0])
+        LAUNCHES[name](empty(4, 640), Config(4))  # a width that no other test compiles
+    (compile_,) = (hook["compile"] for hook in seen)
+    written = json.loads(compile_["specialization_data"])["constant_vals"]
+    spec = kernel_spec(specs.HF)
+    assert list(spec) in written
+    assert str(tuple(spec)) in compile_["key"] or repr(spec) in compile_["key"]  # Triton versions differ
 
 
 @pytest.mark.parametrize(
     "x", [empty(4, 7171)[:, :7168], empty(4, 7176)[:, 1:7169]], ids=["odd row stride", "misaligned start"]
 )
 def test_rows_that_are_not_aligned(x):
-    code = machine_code(rms_norm_quant, lambda: norm(x, Config(16)), SM_90)
+    code = machine_code(lambda: norm(x, Config(16)), SM_90)
     assert_clean(code)
     assert_pdl_in_place(code)
     # x comes value by value, what is ours still in 128 bits
@@ -429,6 +427,6 @@ def test_rows_that_are_not_aligned(x):
 
 def test_the_checks_here_can_fail():
     # A launch with too few threads for its row spills; the checks must see it.
-    code = machine_code(rms_norm_quant, lambda: add_norm(empty(4, 16384), Config(4)), SM_90)
+    code = machine_code(lambda: add_norm(empty(4, 16384), Config(4)), SM_90)
     with pytest.raises(AssertionError):
         assert_clean(code)

@@ -57,7 +57,7 @@ def test_a_row_in_several_tiles(k, tiles, name):
     x, residual = awkward(5, k, strided=True), activations(5, k, seed=1)
     for rows, late_weight in ((1, False), (1, True), (4, False)):
         if rows * k <= 8192:  # more does not fit into registers
-            spec = getattr(specs, name).but(layout="col_tma") if name == "HF" else getattr(specs, name)
+            spec = getattr(specs, name).replace(layout="col_tma") if name == "HF" else getattr(specs, name)
             check(x, residual, weights(k), spec, rows=rows, tiles=tiles, late_weight=late_weight, weight_offset=1.0)
 
 

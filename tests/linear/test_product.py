@@ -40,7 +40,7 @@ def test_the_output_is_rounded_once(dtype):
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_the_layout_of_the_scales_does_not_matter(spec):
     weight, scale = quantize_weight(weight_of(300, 384))
-    row = nq.group_quant(activations(5, 384), spec=spec.but(layout="row"))
+    row = nq.group_quant(activations(5, 384), spec=spec.replace(layout="row"))
     q = nq.group_quant(activations(5, 384), spec=spec)
     assert_bitwise([block_fp8_linear(q, weight, scale)], [block_fp8_linear(row, weight, scale)])
 

@@ -9,7 +9,7 @@ from shared.inputs import activations, weights
 
 import normquant as nq
 from normquant import QuantSpec, reference
-from normquant.ops import latent_norm_quant, silu_mul_quant
+from normquant.ops import OPS, Examples, Op, latent_norm_quant, silu_mul_quant
 from normquant.spec import QuantizedActivation
 
 K, Q, C, R = 384, 256, 128, 32
@@ -21,86 +21,65 @@ SPECS = {
     "packed": QuantSpec(layout="col_tma", scale="ue8m0_packed"),
     "group64": QuantSpec(layout="row", group=64, rounding="twice"),
 }
-OPS = torch.ops.normquant
+EVERY = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
 def x_of(m: int, width: int = K, *, seed: int = 0, strided: bool = False) -> torch.Tensor:
     return activations(m, width, seed=seed, strided=strided)
 
 
-def latent_args(m: int, strided: bool) -> tuple:
-    angle = torch.outer(torch.arange(512.0), torch.arange(R // 2) + 1.0)
-    cos_sin = torch.cat((angle.cos(), angle.sin()), 1).bfloat16()
-    positions = torch.arange(m).flip(0) if strided else None
-    x = x_of(m, Q + C + R, strided=strided)
-    return x, weights(Q), weights(C), cos_sin[:, : R // 2], cos_sin[:, R // 2 :], positions, 1e-6, "half"
+def example(op: Op, m: int, strided: bool) -> dict:
+    """Arguments of an op for m rows, by name, with what may differ between them: strides, positions, the embedding."""
+    rope = "interleaved_to_half" if strided else "half"
+    args = op.example(Examples(m, K, "cpu", weight_offset=1.0, latent=(C, R), rope=rope, gap=K + 16 if strided else 0))
+    if "residual" in args and m:  # opcheck cannot clone an empty tensor with gaps between its rows
+        args["residual"] = x_of(m, seed=1, strided=not strided)
+    if "positions" in args and not strided:
+        args["positions"] = None
+    return args
 
 
-def rope_args(m: int, strided: bool) -> tuple:
-    *_, cos, sin, positions, _, _ = latent_args(m, strided)
-    return x_of(m, strided=strided), cos, sin, positions, K // 48, R, "interleaved_to_half"
-
-
-def add_args(m: int, strided: bool) -> tuple:
-    # opcheck cannot clone an empty tensor with gaps between its rows
-    residual = x_of(m, seed=1, strided=not strided and m > 0)
-    return x_of(m, strided=strided), residual, weights(K), 1e-6, 1.0
-
-
-# op -> its arguments before the spec, for m rows, contiguous or strided
-CASES = {
-    "rms_norm_quant": lambda m, strided: (x_of(m, strided=strided), weights(K), 1e-6, 0.0),
-    "add_rms_norm_quant": add_args,
-    "group_quant": lambda m, strided: (x_of(m, strided=strided),),
-    "silu_mul_quant": lambda m, strided: (x_of(m, 2 * K, strided=strided),),
-    "latent_norm_quant": latent_args,
-}
-CASES |= {f"{name}_with_norm": CASES[name] for name in ("rms_norm_quant", "add_rms_norm_quant")}
-CASES["latent_norm_quant_with_kv"] = latent_args
-CASES["rope_last"] = rope_args
-
-
-def test_every_op_has_a_case():
+def test_every_op_has_a_definition():
     # tests/test_linear.py has the linear layer's
-    ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("normquant::")]
-    names = {name.split("::")[1].partition(".")[0] for name in ops}  # overloads have the cases of their op
-    assert names - {"block_fp8_linear"} == set(CASES)
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("normquant::")]
+    names = {name.split("::")[1].partition(".")[0] for name in names}  # overloads are those of their op
+    assert names - {"block_fp8_linear"} == set(OPS)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("op", CASES)
+@EVERY
 def test_opcheck(op, spec):
     for m, strided in ((5, True), (1, False), (0, False)):
-        args = (*CASES[op](m, strided), spec.encode())
-        torch.library.opcheck(getattr(OPS, op).default, args)
+        torch.library.opcheck(op.overload, (*example(op, m, strided).values(), spec.encode()))
 
 
-@pytest.mark.parametrize("op", [name for name in CASES if "rms_norm_quant" in name])
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.eps_overload], ids=lambda op: op.name)
 def test_epsilon_may_be_a_tensor(op):
     """Where torch.compile(dynamic=True) puts the floats of a module: in 0-dim tensors on the CPU."""
-    *tensors, eps, offset = CASES[op](5, False)
-    args = (*tensors, torch.tensor(eps, dtype=torch.float64), offset, SPECS["default"].encode())
-    torch.library.opcheck(getattr(OPS, op).tensor, args)
-    assert_bitwise(getattr(OPS, op)(*args), getattr(OPS, op)(*tensors, eps, offset, SPECS["default"].encode()))
+    args = example(op, 5, False)
+    in_tensor, spec = args | {"eps": torch.tensor(args["eps"], dtype=torch.float64)}, SPECS["default"].encode()
+    packet = getattr(torch.ops.normquant, op.name)
+    torch.library.opcheck(packet.tensor, (*in_tensor.values(), spec))
+    assert_bitwise(packet(*in_tensor.values(), spec), packet(*args.values(), spec))
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("op", CASES)
+@EVERY
 def test_the_fake_says_what_the_op_gives(op, spec):
     for m, strided in product((0, 1, 2, 3, 4, 5, 8, 257), (False, True)):
-        args = (*CASES[op](m, strided), spec.encode())
-        real = getattr(OPS, op)(*args)
+        args = (*example(op, m, strided).values(), spec.encode())
+        real = op.overload(*args)
         meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
-        fake = getattr(OPS, op)(*meta)
+        fake = op.overload(*meta)
         for r, f in zip(flat(real), flat(fake), strict=True):
             assert (f.dtype, f.shape, f.stride()) == (r.dtype, r.shape, r.stride()), (m, strided)
 
 
-@pytest.mark.parametrize("op", CASES)
+@EVERY
 def test_inputs_are_neither_changed_nor_returned(op):
-    args = (*CASES[op](5, True), QuantSpec().encode())
+    args = (*example(op, 5, True).values(), QuantSpec().encode())
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-    outputs = flat(getattr(OPS, op)(*args))
+    outputs = flat(op.overload(*args))
     given = [a for a in args if isinstance(a, torch.Tensor)]
     for a, b in zip(args, before, strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

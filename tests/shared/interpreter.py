@@ -17,6 +17,10 @@ from unittest import mock
 import numpy as np
 import torch
 
+from normquant.kernels.configs import Config
+from normquant.ops import OPS
+from normquant.spec import QuantSpec
+
 TORCH_DTYPE = {
     "fp8e4nv": torch.float8_e4m3fn,
     "bf16": torch.bfloat16,
@@ -98,6 +102,11 @@ def _call(kernel: str, args: tuple, kwargs: dict):
         return launch(*args, **kwargs)
 
 
+def _call_op(spec: QuantSpec, op: str, args: tuple, config: Config | None):
+    with repaired():
+        return OPS[op].run(*args, spec, config=config)
+
+
 @cache
 def _worker() -> ProcessPoolExecutor:
     # Triton reads TRITON_INTERPRET when it is imported, so interpreted kernels need a process of their own.
@@ -105,5 +114,10 @@ def _worker() -> ProcessPoolExecutor:
 
 
 def run(kernel: str, *args, **kwargs):
-    """Call the launcher of `normquant.kernels.<kernel>` on CPU tensors, in the repaired interpreter."""
+    """What `normquant.kernels.<kernel>` gives for CPU tensors, in the repaired interpreter."""
     return _worker().submit(_call, kernel, args, kwargs).result()
+
+
+def run_op(spec: QuantSpec, op: str, *args, config: Config | None = None):
+    """What the kernel of an op gives for the op's arguments, the spec left out, in the repaired interpreter."""
+    return _worker().submit(_call_op, spec, op, args, config).result()

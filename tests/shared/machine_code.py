@@ -1,7 +1,7 @@
-"""The machine code that a launcher's kernel becomes on a GPU that need not be there.
+"""The machine code that a kernel becomes on a GPU that need not be there.
 
-The launcher runs on CPU tensors and Triton's own JIT compiles what it launches, specialized as on the GPU; the driver
-alone is a stand-in, and the launch is left out. `ptxas`, `cuobjdump` and `nvdisasm` come with the Triton wheel.
+Kernels are launched on CPU tensors and compiled by Triton's own JIT, specialized as on the GPU; the driver alone is a
+stand-in, and the launch is left out. `ptxas`, `cuobjdump` and `nvdisasm` come with the Triton wheel.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from pkgutil import iter_modules
+from types import SimpleNamespace
 from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from normquant import kernels
 from normquant.kernels.capability import LaunchTarget
 
 SM_90, SM_100 = (9, 0), (10, 0)
+KERNEL_MODULES = [import_module(f"{kernels.__name__}.{module.name}") for module in iter_modules(kernels.__path__)]
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _WIDTH = re.compile(r"\.(?:(256|128|64)|[US](16|8))\b")  # of a SASS access; one without a suffix is 32 bits wide
 
@@ -83,8 +87,18 @@ def code(kernel: triton.compiler.CompiledKernel) -> Code:
 
 
 @contextlib.contextmanager
-def compiling(module: ModuleType, capability: tuple[int, int]) -> Iterator[list]:
-    """Within: the launchers of `module` compile for `capability` instead of launching; yields what they compiled.
+def on_target(capability: tuple[int, int]) -> Iterator[None]:
+    """Within: tensors on the CPU count as tensors on a GPU of this compute capability."""
+    with contextlib.ExitStack() as stack:
+        for module in KERNEL_MODULES:
+            if hasattr(module, "target"):
+                stack.enter_context(mock.patch.object(module, "target", lambda device: LaunchTarget(True, capability)))
+        yield
+
+
+@contextlib.contextmanager
+def compiling(capability: tuple[int, int]) -> Iterator[list]:
+    """Within: kernels are compiled for `capability` instead of launched; yields what was compiled.
 
     A launch that Triton's in-memory cache serves adds the same object again.
     """
@@ -103,14 +117,14 @@ def compiling(module: ModuleType, capability: tuple[int, int]) -> Iterator[list]
     with (
         mock.patch.object(triton.runtime.driver, "_active", driver),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(module, "target", lambda device: LaunchTarget(True, capability)),
+        on_target(capability),
     ):
         yield compiled
 
 
-def machine_code(module: ModuleType, launch: Callable[[], object], capability: tuple[int, int]) -> Code:
-    """The code of the one kernel that `launch` launches through `module`."""
-    with compiling(module, capability) as compiled:
+def machine_code(launch: Callable[[], object], capability: tuple[int, int]) -> Code:
+    """The code of the one kernel that `launch` launches."""
+    with compiling(capability) as compiled:
         launch()
     (kernel,) = compiled
     return code(kernel)

@@ -22,11 +22,11 @@ LAYERNORM = ((1, 64), (1, 128), (1, 1024), (1, 5120), (2048, 64), (2048, 1024), 
 GROUP_QUANT = tuple(product((1, 7, 256), (128, 512, 1024, 5120)))
 FORMS = {
     "row": VLLM,
-    "column": VLLM.but(layout="col"),
-    "aligned": VLLM.but(layout="col_tma"),
+    "column": VLLM.replace(layout="col"),
+    "aligned": VLLM.replace(layout="col_tma"),
     "ue8m0 row": VLLM_UE8M0,
-    "ue8m0 aligned": VLLM_UE8M0.but(layout="col_tma"),
-    "packed": VLLM_UE8M0.but(scale="ue8m0_packed", layout="col_tma"),
+    "ue8m0 aligned": VLLM_UE8M0.replace(layout="col_tma"),
+    "packed": VLLM_UE8M0.replace(scale="ue8m0_packed", layout="col_tma"),
 }
 
 
@@ -46,7 +46,7 @@ def cases() -> list[Case]:
     """Every size with every form and group; with and without residual and strides in turn."""
     sizes = [(True, size) for size in LAYERNORM] + [(False, size) for size in GROUP_QUANT]
     chosen = [
-        (m, k, small, form.but(group=group))
+        (m, k, small, form.replace(group=group))
         for (small, (m, k)), form, group in product(sizes, FORMS.values(), (64, 128))
         if k % group == 0
     ]

@@ -28,7 +28,7 @@ _IR.define(
 def _quant(x, output_q, output_s, group_size, eps, fp8_min, fp8_max, scale_ue8m0, transposed, tma_aligned):
     floor = 1e-10 if scale_ue8m0 else 0.0
     spec = QuantSpec(group=group_size, floor=eps, scale_by="divide", scale_floor=floor)
-    data, scale = reference.group_quant(x, spec.but(scale="ue8m0") if scale_ue8m0 else spec)
+    data, scale = reference.group_quant(x, spec.replace(scale="ue8m0") if scale_ue8m0 else spec)
     output_q.copy_(data)
     output_s.copy_(scale)
 

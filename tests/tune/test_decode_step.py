@@ -12,43 +12,40 @@ from shared import interpreter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normquant import reference
+from normquant.bench.cases import ADD_NORM, LATENTS, QUANT, ROPE, SILU
 from normquant.cli import entry as cli
 from normquant.kernels import configs, tiling
-from normquant.kernels.configs import RELEASES, Config
+from normquant.kernels.configs import RELEASES, Config, read_row, write_row
 from normquant.linear import dequantized_linear
+from normquant.ops import OPS
 from normquant.tune import by_decode_step, decode_step, launch_configs
-from normquant.tune.by_decode_step import BATCH, MARGIN_US, Result, Trial
-from normquant.tune.decode_step import DEEPSEEK_R1, SPEC, Gemm, Kernels, Shard, Step
+from normquant.tune.by_decode_step import BATCH, MARGIN_US, StepResult, Trial
+from normquant.tune.decode_step import DEEPSEEK_R1, SPEC, CallOp, DecodeStep, Gemm, Shard
 
 H100 = (9, 0)
 TINY = Shard(hidden=256, q_lora=128, kv_lora=128, rope=16, heads=2, nope=64, v=64, intermediate=128)
 GEMM = Gemm("own", decode_step.own_gemm)
-INTERPRETED = Kernels(*(partial(interpreter.run, name) for name in Kernels.__dataclass_fields__))
 CONFIGS = {
-    "add_rms_norm_quant": Config(4, 2, prefetch=True, release="start", keep_sum=True),
-    "latent_norm_quant": Config(2, release="waited"),
-    "group_quant": Config(1),
-    "silu_mul_quant": Config(8),
+    ADD_NORM: Config(4, 2, prefetch=True, release="start", keep_sum=True),
+    LATENTS: Config(2, release="waited"),
+    QUANT: Config(1),
+    SILU: Config(8),
 }
 GRID = [(op, k, m) for op, k in DEEPSEEK_R1.widths.items() for m in (1, 16, 64, 256, 1024)]
 
 
-def of_reference(seen: list) -> Kernels:
-    """The reference as launchers, which tell the op, the shape of x and the config of each call."""
+def of_reference(seen: list) -> CallOp:
+    """Calls of the reference, which are added to `seen`: op, shape of x, config."""
 
-    def called(op, function, x, *args, config=None):
+    def call(op, x, *args, config=None):
         seen.append((op, tuple(x.shape), config))
-        return function(x, *args)
+        outputs = OPS[op].reference(x, *args, SPEC)
+        return (outputs,) if isinstance(outputs, torch.Tensor) else outputs
 
-    return Kernels(
-        *(
-            partial(called, op, getattr(reference, op))
-            for op in ("add_rms_norm_quant", "latent_norm_quant", "rope_last", "group_quant", "silu_mul_quant")
-        )
-    )
+    return call
 
 
-def by_hand(layer: decode_step.Layer, inputs: decode_step.Inputs, x: torch.Tensor, residual: torch.Tensor):
+def by_hand(layer: decode_step.Layer, inputs: decode_step.StepInputs, x: torch.Tensor, residual: torch.Tensor):
     """A layer of the tiny shard in the reference's functions."""
 
     def product(quantized, linear):
@@ -68,7 +65,7 @@ def by_hand(layer: decode_step.Layer, inputs: decode_step.Inputs, x: torch.Tenso
 
 def test_a_step_of_interpreted_kernels_is_that_of_the_reference():
     layers, inputs = decode_step.layers(TINY, 2, GEMM, "cpu"), decode_step.inputs(TINY, 3, "cpu")
-    got = decode_step.run(Step(TINY, layers, INTERPRETED, GEMM), inputs, CONFIGS)
+    got = decode_step.run(DecodeStep(TINY, layers, partial(interpreter.run_op, SPEC), GEMM), inputs, CONFIGS)
     expected = inputs.x, inputs.residual
     for layer in layers:
         expected = by_hand(layer, inputs, *expected)
@@ -90,20 +87,20 @@ def test_each_layer_is_that_of_a_shard_of_deepseek_r1():
     with FakeTensorMode():
         fake = Gemm("fake", gemm)
         layers = decode_step.layers(DEEPSEEK_R1, 2, fake, "cpu")
-        step = Step(DEEPSEEK_R1, layers, of_reference(seen), fake)
+        step = DecodeStep(DEEPSEEK_R1, layers, of_reference(seen), fake)
         x, residual = decode_step.run(step, decode_step.inputs(DEEPSEEK_R1, 5, "cpu"), CONFIGS)
     assert x.shape == residual.shape == (5, 7168)
     layer = [
-        ("add_rms_norm_quant", (5, 7168)),
+        (ADD_NORM, (5, 7168)),
         ("gemm", (2112, 7168)),
-        ("latent_norm_quant", (5, 2112)),
+        (LATENTS, (5, 2112)),
         ("gemm", (3072, 1536)),
-        ("rope_last", (5, 3072)),
-        ("group_quant", (5, 2048)),
+        (ROPE, (5, 3072)),
+        (QUANT, (5, 2048)),
         ("gemm", (7168, 2048)),
-        ("add_rms_norm_quant", (5, 7168)),
+        (ADD_NORM, (5, 7168)),
         ("gemm", (4608, 7168)),
-        ("silu_mul_quant", (5, 4608)),
+        (SILU, (5, 4608)),
         ("gemm", (7168, 2304)),
     ]
     assert [(op, shape) for op, shape, _ in seen] == 2 * layer
@@ -145,9 +142,9 @@ def test_candidates_are_configs_of_their_op(op, k, m, capability):
     assert found[0] == present and len(set(found)) == len(found)
     assert {c.release for c in found} == set(RELEASES)
     assert {c.keep_sum for c in found} == {present.keep_sum}
-    assert {c.prefetch for c in found[1:]} == ({False, True} if op == "add_rms_norm_quant" and m <= 64 else {False})
+    assert {c.prefetch for c in found[1:]} == ({False, True} if op == ADD_NORM and m <= 64 else {False})
     for config in found:
-        if op in ("add_rms_norm_quant", "latent_norm_quant"):
+        if op in (ADD_NORM, LATENTS):
             row = tiling.divided(k, SPEC, config, clusters=True)
             assert sum(row.tiles) * row.cluster * 128 >= k and sum(row.own) * row.programs * 128 >= k
             assert (
@@ -156,8 +153,7 @@ def test_candidates_are_configs_of_their_op(op, k, m, capability):
         else:
             block, programs = tiling.group_blocks(m, k, SPEC, config)
             assert block * programs * 128 >= m * k
-        columns = launch_configs.columns(replace(config, keep_sum=False))
-        assert Config(*json.loads(json.dumps(columns))) == replace(config, keep_sum=False)
+        assert read_row(json.loads(json.dumps(write_row(m, config)))) == (m, replace(config, keep_sum=False))
 
 
 @pytest.mark.parametrize(("op", "k", "m"), [case for case in GRID if case[2] <= 64])
@@ -180,19 +176,19 @@ def test_every_config_is_timed_against_the_present_ones_of_its_batch():
 
     def times(variants):  # every batch slower than the one before, and the present configs apart by 0.2 us
         slower = 10.0 * len(seen)
-        seen.append([v["group_quant"] for v in variants])
-        others = [{op: c for op, c in v.items() if op != "group_quant"} for v in variants]
-        assert all(other == {op: c for op, c in CONFIGS.items() if op != "group_quant"} for other in others)
+        seen.append([v[QUANT] for v in variants])
+        others = [{op: c for op, c in v.items() if op != QUANT} for v in variants]
+        assert all(other == {op: c for op, c in CONFIGS.items() if op != QUANT} for other in others)
         bases = iter((75.0, 75.1, 75.2))
-        return [slower + (next(bases) if v == CONFIGS else 75.1 - 0.01 * v["group_quant"].split) for v in variants]
+        return [slower + (next(bases) if v == CONFIGS else 75.1 - 0.01 * v[QUANT].split) for v in variants]
 
-    found = by_decode_step.trials("group_quant", configs, CONFIGS, times)
+    found = by_decode_step.trials(QUANT, configs, CONFIGS, times)
     assert [t.config for t in found] == configs
     assert [t.gain for t in found] == pytest.approx([0.01 * c.split for c in configs])
     assert [t.noise for t in found] == pytest.approx([0.2] * len(configs))
     assert [len(batch) for batch in seen] == [BATCH + 3, 5 + 3]
     for batch in seen:
-        assert batch[0] == batch[-1] == CONFIGS["group_quant"] and batch.count(CONFIGS["group_quant"]) == 3
+        assert batch[0] == batch[-1] == CONFIGS[QUANT] and batch.count(CONFIGS[QUANT]) == 3
 
 
 A, B, C = Config(4), Config(8, 2), Config(2, release="start")
@@ -213,19 +209,19 @@ def test_a_config_must_win_by_more_than_the_noise_and_the_margin(found, chosen):
 
 @pytest.mark.parametrize(("together_us", "kept"), [(72.7, False), (75.3, True)])
 def test_the_chosen_configs_are_taken_where_they_win_together(together_us, kept):
-    present = {**by_decode_step.present_configs(DEEPSEEK_R1.widths, 64, H100), "group_quant": Config(4, 2)}
+    present = {**by_decode_step.present_configs(DEEPSEEK_R1.widths, 64, H100), QUANT: Config(4, 2)}
     faster = Config(8, 2, release="start")
 
     def times(variants):
-        return [75.0 - (v["group_quant"] == faster) for v in variants]
+        return [75.0 - (v[QUANT] == faster) for v in variants]
 
     def together(variants):
-        assert variants == [present, {**present, "group_quant": faster}]
+        assert variants == [present, {**present, QUANT: faster}]
         return [75.0, together_us]
 
     said: list[str] = []
     result = by_decode_step.tune_rows(64, DEEPSEEK_R1.widths, present, times, together, said.append)
-    assert result == Result(64, 75.0, together_us, present if kept else {**present, "group_quant": faster})
+    assert result == StepResult(64, 75.0, together_us, present if kept else {**present, QUANT: faster})
     assert said[-1] == f"m=64: 75.0 us a layer, {together_us} with the chosen configs" + (
         ", which are left out" if kept else ""
     )
@@ -241,24 +237,38 @@ def test_the_chosen_configs_that_are_the_present_ones_are_not_left_out():
     assert said[-1] == "m=1: 75.0 us a layer, 75.0 with the chosen configs"
 
 
+def rows_of(*rows: tuple[int, Config]) -> list[dict]:
+    return [write_row(up_to, config) for up_to, config in rows]
+
+
+D = Config(16)
+E = Config(2)
+
+
 @pytest.mark.parametrize(
     ("rows", "measured", "expected"),
     [
         # rows up to the largest measured M are replaced, the others stay
-        ([[8, 2], [64, 4], [512, 8]], [(1, A), (16, B), (64, C)], None),
+        (
+            rows_of((8, E), (64, A), (512, Config(8))),
+            [(1, A), (16, B), (64, C)],
+            rows_of((1, A), (16, B), (64, C), (512, Config(8))),
+        ),
         # the row that straddles it is cut
-        ([[8, 2, 1], [256, 16, 1], [512, 8, 1]], [(16, B)], [[16, 8, 2], [256, 16, 1], [512, 8, 1]]),
+        (
+            rows_of((8, E), (256, D), (512, Config(8))),
+            [(16, B)],
+            rows_of((16, B), (256, D), (512, Config(8))),
+        ),
         # the last row held for all M beyond it, and does so still
-        ([[8, 2, 1], [16, 16, 1]], [(16, A), (64, B)], [[16, 4, 1], [64, 8, 2], [65, 16, 1]]),
+        (rows_of((8, E), (16, D)), [(16, A), (64, B)], rows_of((16, A), (64, B), (65, D))),
         # neighbours with one config are one row, below the largest measured M and across it
-        ([[8, 2, 1], [256, 8, 2]], [(1, A), (16, A), (64, B)], [[16, 4, 1], [256, 8, 2]]),
-        # what `launch` adds by a rule is no part of a row
-        ([[8, 2, 1]], [(8, replace(A, keep_sum=True))], [[8, 4, 1], [9, 2, 1]]),
+        (rows_of((8, E), (256, B)), [(1, A), (16, A), (64, B)], rows_of((16, A), (256, B))),
+        # what is added by a rule is no part of a row
+        (rows_of((8, E)), [(8, replace(A, keep_sum=True))], rows_of((8, A), (9, E))),
     ],
 )
 def test_rows_are_merged(rows, measured, expected):
-    start = [2, 1, 1, False, False, False, "start"]
-    expected = expected or [[1, 4, 1], [16, 8, 2], [64, *start], [512, 8, 1]]
     before = json.dumps(rows)
     assert by_decode_step.merged_rows(rows, measured) == expected
     assert json.dumps(rows) == before
@@ -269,11 +279,14 @@ def test_the_merged_table_is_what_the_kernels_get(tmp_path, monkeypatch):
     before = {(op, m): configs.config(op, k, m, H100) for op, k in ops.items() for m in (65, 128, 300, 4096, 10**6)}
     present = {m: by_decode_step.present_configs(ops, m, H100) for m in (1, 64)}
     released = {m: {op: replace(c, release="start") for op, c in configs.items()} for m, configs in present.items()}
-    found = [Result(m, 2.0, 1.0, configs) for m, configs in released.items()]
-    table = {"group_quant": {"512": [[16, 2, 4]]}, "latent_norm_quant": configs._table(H100)["latent_norm_quant"]}
+    found = [StepResult(m, 2.0, 1.0, configs) for m, configs in released.items()]
+    table = {
+        QUANT: {"512": rows_of((16, Config(2, 4)))},
+        LATENTS: configs._table(H100)[LATENTS],
+    }
     merged = by_decode_step.merged(table, found, ops, H100)  # two of the ops are not in this table
-    assert merged["group_quant"]["512"] == [[16, 2, 4]] and "2048" not in table["group_quant"]
-    launch_configs.write(tmp_path / "configs" / "sm90.json", merged)
+    assert merged[QUANT]["512"] == rows_of((16, Config(2, 4))) and "2048" not in table[QUANT]
+    launch_configs.write(tmp_path / "config_tables" / "sm90.json", merged)
     monkeypatch.setattr(configs.resources, "files", lambda _: tmp_path)
     configs._table.cache_clear()
     configs._rows.cache_clear()
@@ -293,7 +306,7 @@ def test_decode_and_strategies_exclude_each_other(capsys):
     assert "not allowed with argument" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("extra", [["--l2"], ["--ops", "group_quant"], ["--k", "7168"]])
+@pytest.mark.parametrize("extra", [["--l2"], ["--ops", QUANT], ["--k", "7168"]])
 def test_decode_takes_no_choice_of_cases(capsys, extra):
     assert cli.main(["tune", "--decode", *extra]) == 2
     assert "takes no --ops, --k or --l2" in capsys.readouterr().err
@@ -314,7 +327,7 @@ def test_the_command_writes_what_was_chosen(tmp_path, capsys, monkeypatch, extra
     def measured(ms, replays, gemm, progress):
         asked.append((ms, replays, gemm))
         progress("m=1: 75.0 us a layer, 72.7 with the chosen configs")
-        return [Result(1, 75.0, 72.7, CONFIGS)]
+        return [StepResult(1, 75.0, 72.7, CONFIGS)]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: H100)
@@ -327,4 +340,5 @@ def test_the_command_writes_what_was_chosen(tmp_path, capsys, monkeypatch, extra
     assert "72.7 with the chosen configs" in capsys.readouterr().out
     table = json.loads(path.read_text())
     assert {op: int(k) for op, rows in table.items() for k in rows} == DEEPSEEK_R1.widths
-    assert table["add_rms_norm_quant"]["7168"][0] == [1, 4, 2, 1, True, False, False, "start"]
+    first = {"up_to": 1, "num_warps": 4, "split": 2, "prefetch": True, "release": "start"}
+    assert table[ADD_NORM]["7168"][0] == first

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normquant import QuantSpec
-from normquant.bench.cases import Case, Inputs
+from normquant.bench.cases import Case
 from normquant.bench.timing import Timing
 from normquant.compile import clear, last_report
 from normquant.compile.measured import StrategyTable
@@ -22,7 +22,7 @@ def us(fused: float, stock: float) -> dict[str, Timing]:
 def test_the_site_becomes_the_op_that_its_entry_names(op, normed):
     case = Case(op, 4, 256, normed)
     x = torch.randn(4, 256, dtype=torch.bfloat16)
-    sample = Inputs(x, torch.ones(256, dtype=torch.bfloat16), x.clone() if case.residual else None)
+    sample = {"x": x, "residual": x.clone(), "weight": torch.ones(256, dtype=torch.bfloat16)}
     clear()
     with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):  # a graph from a cache has no report
         found = torch.compile(strategies.site(case), fullgraph=True, options=strategies.options("fused"))(sample)
@@ -38,7 +38,8 @@ def test_only_what_the_pass_did_is_timed(monkeypatch):
         return us(1.0, 2.0)
 
     case = Case("rms_norm_quant", 4, 256)
-    sets = [Inputs(torch.randn(m, 256, dtype=torch.bfloat16), torch.ones(256, dtype=torch.bfloat16)) for m in (4, 4)]
+    weight = torch.ones(256, dtype=torch.bfloat16)
+    sets = [{"x": torch.randn(4, 256, dtype=torch.bfloat16), "weight": weight} for _ in range(2)]
     monkeypatch.setattr(strategies, "time_calls", time_calls)
     monkeypatch.setattr(strategies, "inputs", lambda case, n: sets)
     monkeypatch.setattr(strategies, "sets_of", lambda case, in_l2: 2)

@@ -92,10 +92,10 @@ def test_a_layer_takes_what_was_quantized(manual: Any, shape: tuple[int, ...]) -
     ("quant", "expected"),
     [
         ({}, VLLM),
-        ({"column_major_scales": True}, VLLM.but(layout="col")),
-        ({"column_major_scales": True, "tma_aligned_scales": True}, VLLM.but(layout="col_tma")),
-        ({"use_ue8m0": True}, VLLM.but(scale="ue8m0", scale_floor=1e-10)),
-        ({"group_size": 64}, VLLM.but(group=64)),
+        ({"column_major_scales": True}, VLLM.replace(layout="col")),
+        ({"column_major_scales": True, "tma_aligned_scales": True}, VLLM.replace(layout="col_tma")),
+        ({"use_ue8m0": True}, VLLM.replace(scale="ue8m0", scale_floor=1e-10)),
+        ({"group_size": 64}, VLLM.replace(group=64)),
     ],
 )
 def test_the_layer_says_how_it_wants_its_input(manual: Any, quant: dict, expected: QuantSpec) -> None:
@@ -112,4 +112,4 @@ def test_layers_without_such_a_kernel_are_refused(manual: Any) -> None:
     with pytest.raises(ValueError, match="groups of 128 or 64"):
         manual.input_spec(layer(group_size=32))
     with pytest.raises(ValueError, match="the group is 32; vLLM has keys for 128, 64"):
-        manual.group_quant(exact(2, 512), spec=VLLM.but(group=32))
+        manual.group_quant(exact(2, 512), spec=VLLM.replace(group=32))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
-from normquant import reference
 from normquant.bench import ceilings
-from normquant.bench.cases import LATENT, Case, Inputs, inputs
-from normquant.bench.providers import EPS, Provider, Run, calls
+from normquant.bench.cases import Case, inputs
+from normquant.bench.providers import Provider, Run, calls
 from normquant.bench.records import KernelRecord, current_run, timing_fields
 from normquant.bench.timing import Call, Timing, sets_of, time_calls
-from normquant.spec import QuantSpec
 from normquant.version import VERSION
 
 COPIES = ("torch copy_", "triton copy")
@@ -66,22 +64,9 @@ def check(case: Case, provider: Provider, run: Run) -> str:
     """How the provider's data compares with the reference of the rule that it claims, on this GPU."""
     if provider.spec is None:
         return "not checked: the compiler rounds as it likes"
-    spec = replace(provider.spec(case), layout="row")
+    spec = provider.spec(case).replace(layout="row")
     sample = inputs(case, 1, seed=1)[0]
-    expected = expected_data(case, sample, spec)
+    expected = case.definition.reference(*sample.values(), spec)[0]
     data = run(sample)[0]
     differ = int((data.view(torch.uint8) != expected.view(torch.uint8)).sum())
     return "bitwise" if differ == 0 else f"{differ} of {data.numel()} values differ"
-
-
-def expected_data(case: Case, i: Inputs, spec: QuantSpec) -> torch.Tensor:
-    """What `spec` gives for these inputs: data [M, K]."""
-    if case.op == "silu_mul_quant":
-        return reference.silu_mul_quant(i.x, spec)[0]
-    if case.op == "group_quant":
-        return reference.group_quant(i.x, spec)[0]
-    if case.op == "latent_norm_quant":
-        return reference.rms_norm_quant(i.x[:, : LATENT[0]], i.weight, EPS, spec)[0]
-    if i.residual is not None:
-        return reference.add_rms_norm_quant(i.x, i.residual, i.weight, EPS, spec)[0]
-    return reference.rms_norm_quant(i.x, i.weight, EPS, spec)[0]

@@ -13,7 +13,7 @@ import torch
 
 from normquant.bench.cases import Case, inputs
 from normquant.bench.providers import PROVIDERS, Provider
-from normquant.ops._warmup import warmup
+from normquant.ops import warmup
 
 CHUNK = 8  # calls that one process makes before it takes the next ones
 

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from normquant import specs
-from normquant.bench.cases import LATENT, SPEC, Case, Inputs
+from normquant.bench.cases import ADD_NORM, LATENTS, NORM, QUANT, SILU, SPEC, Case, CaseInputs
 from normquant.bench.compiling import any_rows, no_recompile_limit
 from normquant.bench.timing import Call
+from normquant.ops import OPS
 from normquant.spec import QuantSpec, empty_scale
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # data, scale, norm, sum
-Run = Callable[[Inputs], Quantized]
+NormOutputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # data, scale, norm, sum
+Run = Callable[[CaseInputs], Quantized]
 EPS = 1e-6
 FP8 = torch.float8_e4m3fn
 
@@ -50,45 +51,34 @@ def packages(*names: str) -> Callable[[], str | None]:
     return lacks
 
 
-def calls(run: Run, sets: Sequence[Inputs]) -> Sequence[Call]:
+def calls(run: Run, sets: Sequence[CaseInputs]) -> Sequence[Call]:
     """One call for each set of inputs."""
     return [partial(run, i) for i in sets]
 
 
 def normquant(case: Case) -> Run:
     """This package's ops, as a compiled graph calls them."""
-    ops, spec = torch.ops.normquant, case.spec.encode()
-    if case.op == "silu_mul_quant":
-        return lambda i: ops.silu_mul_quant(i.x, spec)
-    if case.op == "group_quant":
-        return lambda i: ops.group_quant(i.x, spec)
-    if case.op == "latent_norm_quant":
-        return lambda i: ops.latent_norm_quant(
-            i.x, i.weight, i.kv_weight, i.cos, i.sin, i.positions, EPS, "interleaved", spec
-        )[:2]
-    op = getattr(ops, case.op_name)
-    if case.residual:
-        return lambda i: op(i.x, i.residual, i.weight, EPS, 0.0, spec)[:2]
-    return lambda i: op(i.x, i.weight, EPS, 0.0, spec)[:2]
+    op, spec = case.definition.overload, case.spec.encode()
+    return lambda i: op(*i.values(), spec)[:2]
 
 
 def q_a_alone(case: Case) -> Run | None:
     """The q_a part of the latent op alone: what the other two latents add is measured against it."""
-    if case.op != "latent_norm_quant":
+    if case.op != LATENTS:
         return None
-    spec = case.spec.encode()
-    return lambda i: torch.ops.normquant.rms_norm_quant(i.x[:, : LATENT[0]], i.weight, EPS, 0.0, spec)
+    op, spec = OPS[NORM].overload, case.spec.encode()
+    return lambda i: op(i["x"][:, : case.k], i["q_weight"], EPS, 0.0, spec)
 
 
 def eager(case: Case) -> Run | None:
     """The graph that a model writes, run by eager torch, one kernel an op."""
-    if case.op == "latent_norm_quant":
-        return None
-    if case.op == "group_quant":
-        return lambda i: _aten_quant(i.x)
-    if case.op == "silu_mul_quant":
-        return lambda i: _aten_quant(F.silu(i.x[:, : case.k]) * i.x[:, case.k :])
-    return lambda i: _norm_quant(i.x, i.residual, i.weight, case.normed)[:2]
+    runs: dict[str, Run] = {
+        NORM: lambda i: _norm_quant(i["x"], None, i["weight"], case.normed)[:2],
+        ADD_NORM: lambda i: _norm_quant(i["x"], i["residual"], i["weight"], case.normed)[:2],
+        QUANT: lambda i: _aten_quant(i["x"]),
+        SILU: lambda i: _aten_quant(F.silu(i["x"][:, : case.k]) * i["x"][:, case.k :]),
+    }
+    return runs.get(case.op)
 
 
 def compiled(nested: bool) -> Callable[[Case], Run | None]:
@@ -98,16 +88,17 @@ def compiled(nested: bool) -> Callable[[Case], Run | None]:
     """
 
     def build(case: Case) -> Run | None:
-        if case.op not in ("rms_norm_quant", "add_rms_norm_quant"):
+        if case.op not in (NORM, ADD_NORM):
             return None
 
-        def call(i: Inputs) -> Quantized:
-            any_rows((i.x, i.residual))
-            for t in (i.x, i.residual):
+        def call(i: CaseInputs) -> Quantized:
+            x, residual = i["x"], i.get("residual")
+            any_rows((x, residual))
+            for t in (x, residual):
                 if t is not None:
                     torch._dynamo.mark_static(t, 1)  # else a second K would make K symbolic
             with no_recompile_limit():
-                return _compiled(nested)(i.x, i.residual, i.weight, case.normed)[:2]
+                return _compiled(nested)(x, residual, i["weight"], case.normed)[:2]
 
         return call
 
@@ -115,7 +106,7 @@ def compiled(nested: bool) -> Callable[[Case], Run | None]:
 
 
 @cache
-def _compiled(nested: bool) -> Callable[..., Outputs]:
+def _compiled(nested: bool) -> Callable[..., NormOutputs]:
     options: dict[str, Any] | None = {"triton.nested_reduction": True} if nested else None
     return torch.compile(_norm_quant, fullgraph=True, options=options)
 
@@ -139,7 +130,7 @@ def _aten_quant(y: torch.Tensor) -> Quantized:
     return (grouped / scale).clamp(-448.0, 448.0).to(FP8).flatten(-2), scale.squeeze(-1)
 
 
-def _norm_quant(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, normed: bool) -> Outputs:
+def _norm_quant(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, normed: bool) -> NormOutputs:
     h = x if residual is None else x + residual
     y = norm(h, weight)
     return *_aten_quant(y), (y if normed else None), (None if residual is None else h)
@@ -149,13 +140,16 @@ def vllm_fused(case: Case) -> Run | None:
     """vLLM's `rms_norm_per_block_quant` and `silu_and_mul_per_block_quant`, column-major scales."""
     from vllm import _custom_ops as vllm_ops
 
-    if case.normed or case.op not in ("rms_norm_quant", "add_rms_norm_quant", "silu_mul_quant"):
-        return None
-    if case.op == "silu_mul_quant":
-        return lambda i: vllm_ops.silu_and_mul_per_block_quant(i.x, 128, FP8, is_scale_transposed=True)
-    return lambda i: vllm_ops.rms_norm_per_block_quant(
-        i.x, i.weight, EPS, FP8, [1, 128], residual=i.residual, is_scale_transposed=True, tma_alignment=4
-    )
+    def norm(i: CaseInputs) -> Quantized:
+        columns = {"is_scale_transposed": True, "tma_alignment": 4}
+        return vllm_ops.rms_norm_per_block_quant(
+            i["x"], i["weight"], EPS, FP8, [1, 128], residual=i.get("residual"), **columns
+        )
+
+    def silu(i: CaseInputs) -> Quantized:
+        return vllm_ops.silu_and_mul_per_block_quant(i["x"], 128, FP8, is_scale_transposed=True)
+
+    return None if case.normed else {NORM: norm, ADD_NORM: norm, SILU: silu}.get(case.op)
 
 
 def vllm_unfused(case: Case) -> Run | None:
@@ -166,55 +160,50 @@ def vllm_unfused(case: Case) -> Run | None:
     def quant(y: torch.Tensor) -> Quantized:
         return per_token_group_quant_fp8(y, 128, column_major_scales=True, tma_aligned_scales=True, use_ue8m0=False)
 
-    def norm(i: Inputs) -> Quantized:
-        y = torch.empty_like(i.x)
-        vllm_ops.rms_norm(y, i.x, i.weight, EPS)
+    def norm(i: CaseInputs) -> Quantized:
+        y = torch.empty_like(i["x"])
+        vllm_ops.rms_norm(y, i["x"], i["weight"], EPS)
         return quant(y)
 
-    def add_norm(i: Inputs) -> Quantized:
-        vllm_ops.fused_add_rms_norm(i.x, i.residual, i.weight, EPS)  # overwrites x with the norm
-        return quant(i.x)
+    def add_norm(i: CaseInputs) -> Quantized:
+        vllm_ops.fused_add_rms_norm(i["x"], i.get("residual"), i["weight"], EPS)  # overwrites x with the norm
+        return quant(i["x"])
 
-    def silu(i: Inputs) -> Quantized:
-        y = torch.empty(case.m, case.k, dtype=i.x.dtype, device=i.x.device)
-        torch.ops._C.silu_and_mul(y, i.x)
+    def silu(i: CaseInputs) -> Quantized:
+        y = torch.empty(case.m, case.k, dtype=i["x"].dtype, device=i["x"].device)
+        torch.ops._C.silu_and_mul(y, i["x"])
         return quant(y)
 
-    runs = {
-        "rms_norm_quant": norm,
-        "add_rms_norm_quant": add_norm,
-        "silu_mul_quant": silu,
-        "group_quant": lambda i: quant(i.x),
-    }
-    return runs.get(case.op)
+    return {NORM: norm, ADD_NORM: add_norm, SILU: silu, QUANT: lambda i: quant(i["x"])}.get(case.op)
 
 
 def helion(case: Case) -> Run | None:
     """vLLM's kernels in Helion, with the configs that it brings, which are of widths 2048, 4096 and 5120."""
-    if case.normed or case.op == "latent_norm_quant":
+    if case.normed or case.op == LATENTS:
         return None
 
-    def outputs(i: Inputs) -> Quantized:
-        return torch.empty(case.m, case.k, dtype=FP8, device=i.x.device), empty_scale(case.m, case.k, SPEC, i.x.device)
+    def outputs(i: CaseInputs) -> Quantized:
+        data = torch.empty(case.m, case.k, dtype=FP8, device=i["x"].device)
+        return data, empty_scale(case.m, case.k, SPEC, i["x"].device)
 
-    def norm(i: Inputs) -> Quantized:
+    def norm(i: CaseInputs) -> Quantized:
         data, scale = outputs(i)
-        kernel(data, i.x, i.weight, scale, EPS, None, i.residual, 128, True)
+        kernel(data, i["x"], i["weight"], scale, EPS, None, i.get("residual"), 128, True)
         return data, scale
 
-    def silu(i: Inputs) -> Quantized:
+    def silu(i: CaseInputs) -> Quantized:
         data, scale = outputs(i)
-        kernel(data, i.x, scale, 128, None, True)
+        kernel(data, i["x"], scale, 128, None, True)
         return data, scale
 
-    def quant(i: Inputs) -> Quantized:
+    def quant(i: CaseInputs) -> Quantized:
         data, scale = outputs(i)
-        kernel(i.x, data, scale, 128, 1e-10, -448.0, 448.0, False, True, True)
+        kernel(i["x"], data, scale, 128, 1e-10, -448.0, 448.0, False, True, True)
         return data, scale
 
     name, run = {
-        "silu_mul_quant": ("silu_and_mul_per_block_quant", silu),
-        "group_quant": ("per_token_group_fp8_quant", quant),
+        SILU: ("silu_and_mul_per_block_quant", silu),
+        QUANT: ("per_token_group_fp8_quant", quant),
     }.get(case.op, ("rms_norm_per_block_quant", norm))
     kernel = getattr(import_module(f"vllm.kernels.helion.ops.{name}"), name)
     return run
@@ -226,14 +215,14 @@ def flashinfer(pdl: bool) -> Callable[[Case], Run | None]:
     def build(case: Case) -> Run | None:
         from flashinfer.norm import fused_add_rmsnorm_fp8_block_quant
 
-        if case.op != "add_rms_norm_quant" or not case.normed or case.k % 256:
+        if case.op != ADD_NORM or not case.normed or case.k % 256:
             return None
 
-        def run(i: Inputs) -> Quantized:
-            data = torch.empty_like(i.x, dtype=FP8)
-            norm = torch.empty_like(i.x)
-            scale = torch.empty(case.k // 128, (case.m + 3) // 4 * 4, device=i.x.device)
-            fused_add_rmsnorm_fp8_block_quant(data, scale, norm, i.x, i.residual, i.weight, EPS, pdl)
+        def run(i: CaseInputs) -> Quantized:
+            data = torch.empty_like(i["x"], dtype=FP8)
+            norm = torch.empty_like(i["x"])
+            scale = torch.empty(case.k // 128, (case.m + 3) // 4 * 4, device=i["x"].device)
+            fused_add_rmsnorm_fp8_block_quant(data, scale, norm, i["x"], i.get("residual"), i["weight"], EPS, pdl)
             return data, scale.t()[: case.m]
 
         return run
@@ -242,16 +231,16 @@ def flashinfer(pdl: bool) -> Callable[[Case], Run | None]:
 
 
 def _vllm_fused_spec(case: Case) -> QuantSpec:
-    return specs.VLLM_FUSED_SILU if case.op == "silu_mul_quant" else specs.VLLM_FUSED
+    return specs.VLLM_FUSED_SILU if case.op == SILU else specs.VLLM_FUSED
 
 
 def _vllm_unfused_spec(case: Case) -> QuantSpec:
-    return specs.VLLM if case.op == "silu_mul_quant" else specs.VLLM_OPS
+    return specs.VLLM if case.op == SILU else specs.VLLM_OPS
 
 
 def _helion_spec(case: Case) -> QuantSpec:
     """The scale is a product with 1/448, also on a CPU."""
-    return specs.VLLM if case.op == "group_quant" else _vllm_fused_spec(case).but(scale_by="multiply")
+    return specs.VLLM if case.op == QUANT else _vllm_fused_spec(case).replace(scale_by="multiply")
 
 
 PROVIDERS = {

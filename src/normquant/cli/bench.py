@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from normquant.bench.cases import MS, OPS, Case, kernel_cases
+from normquant.bench.cases import BENCHMARKED, MS, Case, kernel_cases
 from normquant.bench.records import KernelRecord, Record, writing
 from normquant.bench.vllm import supervisor
 from normquant.bench.vllm.job import LINEARS, SETTINGS, Job
@@ -96,7 +96,7 @@ def need_gpu() -> None:
 
 def grid_cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the arguments ask for; raises ValueError where there are none."""
-    ops = tuple(chosen(args.ops, OPS, "ops"))
+    ops = tuple(chosen(args.ops, BENCHMARKED, "ops"))
     cases = list(kernel_cases(ops, args.k, args.m or MS))
     if not cases:
         raise ValueError(f"no case of {', '.join(ops)} has k in {args.k}")

@@ -110,7 +110,7 @@ def strategies(args: argparse.Namespace, cases: list[Case]) -> Path:
     capability = torch.cuda.get_device_capability()
     path = _destination(args.output, strategies.table_path(capability))
     _present(path)
-    norms = sorted((c for c in cases if c.op.endswith("rms_norm_quant")), key=lambda c: (c.op_name, c.k, c.m))
+    norms = sorted((c for c in cases if "cluster" in c.definition.choices), key=lambda c: (c.op_name, c.k, c.m))
     entries = []
     for _, op in groupby(norms, key=lambda c: (c.op_name, c.k)):
         for entry in strategies.measure(list(op), args.samples, args.l2):

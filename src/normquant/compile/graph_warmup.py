@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
-from normquant.compile.find.graph import arguments, value
-from normquant.ops._warmup import warmup
-from normquant.spec import QuantSpec
+from normquant.compile.find.graph import arguments, is_tensor, value
+from normquant.ops import OPS, warmup
 
 _warm: set[tuple] = set()
 
@@ -37,23 +36,6 @@ def kernels(graph: Graph) -> Iterator[dict[str, Any]]:
     """Arguments of `warmup` for each op of this package in the graph that chooses among kernels."""
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "normquant":
-            name = node.target._schema.name.partition("::")[2]
-            if name != "rope_last":  # one kernel for any number of rows: the run that sizes the cache has launched it
-                yield {"op": name, **_arguments(name, node)}
-
-
-def _arguments(name: str, node: Node) -> dict[str, Any]:
-    args = arguments(node)
-    x = value(args[0])
-    common = {"spec": QuantSpec.decode(args[-1]), "dtype": x.dtype, "device": x.device}
-    if name == "group_quant":
-        return common | {"k": x.shape[-1]}
-    if name == "silu_mul_quant":
-        return common | {"k": x.shape[-1] // 2}
-    if name.startswith("latent"):
-        q_weight, kv_weight = (value(arg) for arg in args[1:3])
-        q, c = len(q_weight), len(kv_weight)
-        latent = (c, x.shape[-1] - q - c)
-        return common | {"k": q, "latent": latent, "weight_dtype": q_weight.dtype, "rope": args[-2]}
-    weight = value(args[2 if name.startswith("add") else 1])
-    return common | {"k": x.shape[-1], "weight_dtype": weight.dtype, "weight_offset": args[-2]}
+            op = OPS.get(node.target._schema.name.partition("::")[2])
+            if op is not None and op.configs:  # else one kernel for any number of rows, which has been launched by now
+                yield op.warmup_settings(*(value(arg) if is_tensor(arg) else arg for arg in arguments(node)))

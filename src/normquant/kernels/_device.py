@@ -1,6 +1,6 @@
 """What the kernels share on the device: dependent launch, the roundings, the quantization, the stores.
 
-Every function takes the QuantSpec as a compile-time constant, a `launch.Constant`, and follows `normquant.reference`
+Every function takes the QuantSpec as a compile-time constant, a `launch.KernelSpec`, and follows `normquant.reference`
 line by line.
 """
 
@@ -172,10 +172,10 @@ def quantize_by_scale(y, SPEC: tl.constexpr, ON_CUDA: tl.constexpr):
 
 
 @triton.jit
-def scale_values(s, inside, SPEC: tl.constexpr, G: tl.constexpr):
-    # s [G] fp32, inside [G]: the groups that the row has -> what is stored: s, or [G/4] int32 of four exponents each.
+def scale_values(s, mask, SPEC: tl.constexpr, G: tl.constexpr):
+    # s [G] fp32, mask [G]: which groups the row has -> what is stored: s, or [G/4] int32 of four exponents each.
     if SPEC.scale == "ue8m0_packed":
-        exponent = tl.where(inside, (s.to(tl.int32, bitcast=True) >> 23) & 0xFF, 0)
+        exponent = tl.where(mask, (s.to(tl.int32, bitcast=True) >> 23) & 0xFF, 0)
         value = tl.sum(tl.reshape(exponent, (G // 4, 4)) << (8 * tl.arange(0, 4))[None, :], axis=1)
     else:
         value = s
@@ -187,7 +187,7 @@ def store_scale(
     scale_ptr, value, row, column, mask, may_be_last, m, scale_rows,
     COLUMNS: tl.constexpr, SPEC: tl.constexpr, ON_CUDA: tl.constexpr,
 ):  # fmt: skip
-    # value, column, mask [N]: what scale_values gives, of one row or each of its own. may_be_last: row m - 1 is there.
+    # value, column, mask [N]: what scale_values gives, of one row or each of its own. may_be_last: it may be row m-1.
     if SPEC.layout == "row":
         store_in_place(scale_ptr + row.to(tl.int64) * COLUMNS + column, value, mask, ON_CUDA)
     else:
@@ -205,7 +205,7 @@ def store_in_place(at, value, mask, ON_CUDA: tl.constexpr):
     # place, which is one write. tl.store first moves values to one thread each, which takes two barriers.
     if ON_CUDA:
         tl.inline_asm_elementwise(
-            "{ .reg .pred there; setp.ne.s32 there, $3, 0; @there st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+            "{ .reg .pred mask; setp.ne.s32 mask, $3, 0; @mask st.global.b32 [$1], $2; mov.b32 $0, 0; }",
             "=r,l,r,r",
             [at.to(tl.int64), value.to(tl.int32, bitcast=True), mask.to(tl.int32)],
             dtype=tl.int32,
@@ -225,7 +225,7 @@ def rows_and_columns(first, N: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def own_groups(m, K: tl.constexpr, SPEC: tl.constexpr, BLOCK_G: tl.constexpr):
-    # This program's groups, of one row or several: row [G, 1], column of each value [G, group], which there are [G, 1].
+    # This program's groups, of one row or several: row [G, 1], column of each value [G, group], mask [G, 1].
     PER: tl.constexpr = SPEC.scales_per_element
     COLUMNS: tl.constexpr = (K // SPEC.group + PER - 1) // PER
     row, group = rows_and_columns(tl.program_id(0) * BLOCK_G, BLOCK_G, COLUMNS * PER)
@@ -239,13 +239,16 @@ def quantize_groups(
     K: tl.constexpr, SPEC: tl.constexpr, BLOCK_G: tl.constexpr, ON_CUDA: tl.constexpr,
 ):  # fmt: skip
     # y [G, group] fp32, the values of own_groups -> both outputs.
-    row, column, there = own_groups(m, K, SPEC, BLOCK_G)
+    row, column, mask = own_groups(m, K, SPEC, BLOCK_G)
     q, s = quantize(y, SPEC, ON_CUDA)
-    tl.store(data_ptr + row.to(tl.int64) * K + column, q, mask=there)
+    tl.store(data_ptr + row.to(tl.int64) * K + column, q, mask=mask)
     PER: tl.constexpr = SPEC.scales_per_element
     COLUMNS: tl.constexpr = (K // SPEC.group + PER - 1) // PER
     N: tl.constexpr = BLOCK_G // PER  # stored scales
-    value = scale_values(s, tl.reshape(there, (BLOCK_G,)), SPEC, BLOCK_G)
+    value = scale_values(s, tl.reshape(mask, (BLOCK_G,)), SPEC, BLOCK_G)
     row, column = rows_and_columns(tl.program_id(0) * N, N, COLUMNS)
     may_be_last = (tl.program_id(0) + 1) * N > (m - 1) * COLUMNS
-    store_scale(scale_ptr, value, row, column, row < m, may_be_last, m, scale_rows, COLUMNS, SPEC, ON_CUDA)
+    store_scale(
+        scale_ptr, value, row, column, mask=row < m, may_be_last=may_be_last, m=m, scale_rows=scale_rows,
+        COLUMNS=COLUMNS, SPEC=SPEC, ON_CUDA=ON_CUDA,
+    )  # fmt: skip

@@ -7,55 +7,55 @@ from normquant.kernels._device import row_offset
 
 
 @triton.jit
-def positions(position_ptr, row, there):
-    # row, there [ROWS, 1]. Without positions row i is at position i.
+def positions(position_ptr, row, mask):
+    # row, mask [ROWS, 1]. Without positions row i is at position i.
     position = row.to(tl.int64)
     if position_ptr is not None:
-        position = tl.load(position_ptr + row, mask=there, other=0).to(tl.int64)
+        position = tl.load(position_ptr + row, mask=mask, other=0).to(tl.int64)
     return position
 
 
 @triton.jit
 def load_angles(
-    angle_ptr, position, stride, there, R: tl.constexpr, R_BLOCK: tl.constexpr, ANGLE_UNIT: tl.constexpr
+    angle_ptr, position, stride, mask, R: tl.constexpr, R_BLOCK: tl.constexpr, ANGLE_UNIT: tl.constexpr
 ):  # fmt: skip
     # [ROWS, R/2], padded, fp32
     i = tl.arange(0, R_BLOCK)[None, :]
     at = angle_ptr + row_offset(position, stride, ANGLE_UNIT) + i
-    return tl.load(at, mask=there & (i < R // 2), other=0.0).to(tl.float32)
+    return tl.load(at, mask=mask & (i < R // 2), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_pairs(
-    x_ptr, there, R: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr
+    x_ptr, mask, R: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr
 ):  # fmt: skip
-    # x_ptr, there [ROWS, 1] -> [ROWS, R/2] firsts and seconds of the pairs. Neighbours are loaded together and
-    # taken apart in registers: alone, each would be an access of its own.
+    # x_ptr, mask [ROWS, 1] -> [ROWS, R/2] firsts and seconds of the pairs. Neighbours are loaded together and
+    # split in registers: loaded one by one, each would be an access of its own.
     i = tl.arange(0, R_BLOCK)[None, :]
     if HALVES:
-        a = tl.load(x_ptr + i, mask=there & (i < R // 2), other=0.0)
-        b = tl.load(x_ptr + R // 2 + i, mask=there & (i < R // 2), other=0.0)
+        a = tl.load(x_ptr + i, mask=mask & (i < R // 2), other=0.0)
+        b = tl.load(x_ptr + R // 2 + i, mask=mask & (i < R // 2), other=0.0)
     else:
         j = tl.arange(0, 2 * R_BLOCK)[None, :]
-        both = tl.load(x_ptr + j, mask=there & (j < R), other=0.0)
+        both = tl.load(x_ptr + j, mask=mask & (j < R), other=0.0)
         a, b = tl.split(tl.reshape(both, (ROWS, R_BLOCK, 2)))
     return a, b
 
 
 @triton.jit
-def store_pairs(out_ptr, u, v, there, R: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr):
+def store_pairs(out_ptr, u, v, mask, R: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr):
     i = tl.arange(0, R_BLOCK)[None, :]
     if HALVES:
-        tl.store(out_ptr + i, u, mask=there & (i < R // 2))
-        tl.store(out_ptr + R // 2 + i, v, mask=there & (i < R // 2))
+        tl.store(out_ptr + i, u, mask=mask & (i < R // 2))
+        tl.store(out_ptr + R // 2 + i, v, mask=mask & (i < R // 2))
     else:
         j = tl.arange(0, 2 * R_BLOCK)[None, :]
-        tl.store(out_ptr + j, tl.reshape(tl.join(u, v), (ROWS, 2 * R_BLOCK)), mask=there & (j < R))
+        tl.store(out_ptr + j, tl.reshape(tl.join(u, v), (ROWS, 2 * R_BLOCK)), mask=mask & (j < R))
 
 
 @triton.jit
-def turn(a, b, cos, sin, SPEC: tl.constexpr):
-    # Pairs (a, b) turned by their angles, fp32 -> the firsts and the seconds of the pairs, like a.
+def rotate(a, b, cos, sin, SPEC: tl.constexpr):
+    # Pairs (a, b) rotated by their angles, fp32 -> the firsts and the seconds of the pairs, like a.
     DTYPE: tl.constexpr = a.dtype
     a = a.to(tl.float32)
     b = b.to(tl.float32)

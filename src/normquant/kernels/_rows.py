@@ -6,7 +6,7 @@ It follows `normquant.reference` line by line.
 import triton
 import triton.language as tl
 
-from normquant.kernels import powers_of_two
+from normquant.kernels import tiling
 from normquant.kernels._cluster import sum_of_all
 from normquant.kernels._device import (
     divide_by_constant,
@@ -19,14 +19,14 @@ from normquant.kernels._device import (
     store_scale,
 )
 
-log2 = triton.constexpr_function(powers_of_two.log2)
-power_of_two = triton.constexpr_function(powers_of_two.power_of_two)
+log2 = triton.constexpr_function(tiling.log2)
+power_of_two = triton.constexpr_function(tiling.power_of_two)
 
 
 @triton.jit
 def prefetch_row(x_ptr, residual_ptr, weight_ptr, first, N: tl.constexpr, K: tl.constexpr):
     # Asks the L2 for N values, a power of two, of a row of K and of the weight, from value `first` on, so that they are
-    # there after the wait. A prefetch reads no value: what a predecessor is still writing is as safe as without it.
+    # in it after the wait. A prefetch reads no value: what a predecessor is still writing is as safe as without it.
     # Each lane asks for 128 bytes, of x, of the residual or of the weight, which has twice the bytes where it is fp32.
     LINES: tl.constexpr = max(N // 64, 1)
     lane = tl.arange(0, 4 * LINES)
@@ -72,18 +72,18 @@ def sums_of_squares(h, ROWS: tl.constexpr, N: tl.constexpr, LOG_WARP: tl.constex
 @triton.jit
 def row_tile(first_row, first, m, K: tl.constexpr, SPEC: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr):
     # G groups of each of ROWS rows, from group `first` on: row, scalar or [ROWS * G, 1]; column [ROWS * G, group];
-    # which of them there are.
+    # mask of the same shape as row, or [G, 1].
     if ROWS == 1:
         row = first_row
         group = first + tl.arange(0, G)
-        inside = group[:, None] * SPEC.group < K
+        mask = group[:, None] * SPEC.group < K
     else:
         local, group = rows_and_columns(0, ROWS * G, G)
         row = (first_row + local)[:, None]
         group += first
-        inside = (row < m) & (group[:, None] * SPEC.group < K)
+        mask = (row < m) & (group[:, None] * SPEC.group < K)
     column = group[:, None] * SPEC.group + tl.arange(0, SPEC.group)[None, :]
-    return row, column, inside
+    return row, column, mask
 
 
 @triton.jit
@@ -95,12 +95,12 @@ def load_sums(
     EVICTION: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     tiles = ()
     for i in tl.static_range(len(TILES)):
-        row, column, inside = row_tile(first_row, first, m, K, SPEC, ROWS, TILES[i])
+        row, column, mask = row_tile(first_row, first, m, K, SPEC, ROWS, TILES[i])
         at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + column
-        h = tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        h = tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
         if residual_ptr is not None:
             at = residual_ptr + row_offset(row, stride_rm, STRIDE_UNIT) + column
-            h += tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+            h += tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
         tiles += (h,)
         first += TILES[i]
     return tiles
@@ -161,13 +161,15 @@ def norm_quant_rows(
     SPLIT: tl.constexpr = OWN[0] < TILES[0]
     first = part * OWN[0] if SPLIT or CLUSTER > 1 else 0
     h_own = load_sums(
-        x_ptr, residual_ptr, first_row, first, m, stride_xm, stride_rm, K, SPEC, ROWS, OWN, STRIDE_UNIT, EVICT_FIRST
-    )
+        x_ptr, residual_ptr, first_row, first, m=m, stride_xm=stride_xm, stride_rm=stride_rm, K=K, SPEC=SPEC, ROWS=ROWS,
+        TILES=OWN, STRIDE_UNIT=STRIDE_UNIT, EVICT_FIRST=EVICT_FIRST,
+    )  # fmt: skip
     h = h_own
     if SPLIT:
         h = load_sums(
-            x_ptr, residual_ptr, first_row, 0, m, stride_xm, stride_rm, K, SPEC, ROWS, TILES, STRIDE_UNIT, EVICT_FIRST
-        )
+            x_ptr, residual_ptr, first_row, 0, m=m, stride_xm=stride_xm, stride_rm=stride_rm, K=K, SPEC=SPEC, ROWS=ROWS,
+            TILES=TILES, STRIDE_UNIT=STRIDE_UNIT, EVICT_FIRST=EVICT_FIRST,
+        )  # fmt: skip
     if not LATE_WEIGHT:
         w = load_weights(weight_ptr, first, K, SPEC, ROWS, OWN)
     release_dependents(PDL)
@@ -175,9 +177,9 @@ def norm_quant_rows(
     if sum_ptr is not None:
         start = first
         for i in tl.static_range(len(OWN)):
-            row, column, inside = row_tile(first_row, start, m, K, SPEC, ROWS, OWN[i])
+            row, column, mask = row_tile(first_row, start, m, K, SPEC, ROWS, OWN[i])
             at = sum_ptr + row.to(tl.int64) * K + column
-            tl.store(at, h_own[i].to(DTYPE), mask=inside, eviction_policy="evict_last" if KEEP_SUM else "")
+            tl.store(at, h_own[i].to(DTYPE), mask=mask, eviction_policy="evict_last" if KEEP_SUM else "")
             start += OWN[i]
         if SPEC.sum == "rounded":
             h = rounded(h, DTYPE)
@@ -197,7 +199,10 @@ def norm_quant_rows(
         if weight_offset != 0.0:
             w_own += weight_offset
         y = scale_by_weight(h_own[i] * each_group(rstd, ROWS, OWN[i]), w_own, SPEC, DTYPE, ON_CUDA)
-        store_tile(y, data_ptr, scale_ptr, norm_ptr, first_row, first, m, scale_rows, K, SPEC, ROWS, OWN[i], ON_CUDA)
+        store_tile(
+            y, data_ptr, scale_ptr, norm_ptr, first_row, first, m=m, scale_rows=scale_rows, K=K, SPEC=SPEC, ROWS=ROWS,
+            G=OWN[i], ON_CUDA=ON_CUDA,
+        )  # fmt: skip
         first += OWN[i]
 
 
@@ -207,28 +212,31 @@ def store_tile(
     K: tl.constexpr, SPEC: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, ON_CUDA: tl.constexpr,
 ):  # fmt: skip
     # y [ROWS * G, group] fp32, a row_tile of the norm -> the norm, its quantized values and their scales, as asked for.
-    row, column, inside = row_tile(first_row, first, m, K, SPEC, ROWS, G)
+    row, column, mask = row_tile(first_row, first, m, K, SPEC, ROWS, G)
     out = row.to(tl.int64) * K + column
     if norm_ptr is not None:
-        tl.store(norm_ptr + out, y.to(norm_ptr.dtype.element_ty), mask=inside)
+        tl.store(norm_ptr + out, y.to(norm_ptr.dtype.element_ty), mask=mask)
     if data_ptr is not None:
         q, s = quantize(y, SPEC, ON_CUDA)
-        tl.store(data_ptr + out, q, mask=inside)
+        tl.store(data_ptr + out, q, mask=mask)
         PER: tl.constexpr = SPEC.scales_per_element
         COLUMNS: tl.constexpr = (K // SPEC.group + PER - 1) // PER
-        value = scale_values(s, tl.reshape(inside, (ROWS * G,)), SPEC, ROWS * G)
+        value = scale_values(s, tl.reshape(mask, (ROWS * G,)), SPEC, ROWS * G)
         at_column = first // PER
         if ROWS == 1:
             at_row = first_row
             at_column += tl.arange(0, G // PER)
-            there = at_column < COLUMNS
+            scale_mask = at_column < COLUMNS
         else:
             local, column = rows_and_columns(0, ROWS * G // PER, G // PER)
             at_row = first_row + local
             at_column += column
-            there = (at_row < m) & (at_column < COLUMNS)
+            scale_mask = (at_row < m) & (at_column < COLUMNS)
         may_be_last = first_row + ROWS >= m
-        store_scale(scale_ptr, value, at_row, at_column, there, may_be_last, m, scale_rows, COLUMNS, SPEC, ON_CUDA)
+        store_scale(
+            scale_ptr, value, at_row, at_column, mask=scale_mask, may_be_last=may_be_last, m=m, scale_rows=scale_rows,
+            COLUMNS=COLUMNS, SPEC=SPEC, ON_CUDA=ON_CUDA,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Which launch config a kernel gets, and what a launch needs to know about its device.
+"""Which launch config a kernel gets.
 
 Configs change speed and never a bit of the result. They come from a committed table for each compute capability,
 measured by the tuner; what the table lacks follows the rule in `_rule`.
@@ -9,18 +9,23 @@ from __future__ import annotations
 import json
 import sys
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from normquant.kernels.capability import MAX_CLUSTER, has_clusters
-from normquant.kernels.powers_of_two import power_of_two, power_of_two_in
+from normquant.kernels.tiling import power_of_two, power_of_two_in
 
 # When the next kernel may be scheduled: before this one waits for the one before it, right after, or when it has loaded
 # its inputs.
 RELEASES = ("start", "waited", "loaded")
 KEPT_SUM = 4 << 20  # bytes of x + residual that the L2 is asked to keep at the most, of 50 MB on an H100
+
+ConfigRow = dict[str, Any]  # {"up_to": largest M, field of a Config: value, ...}, without defaults
+ConfigTable = dict[
+    str, dict[str, list[ConfigRow]]
+]  # by op and K; rows ascend in M, and the last holds for every larger M
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,7 @@ def configs(op: str, k: int, capability: tuple[int, int] | None) -> list[Config]
 def _rows(op: str, k: int, capability: tuple[int, int] | None) -> tuple[list[int], list[Config]]:
     # The largest M of each row but the last, which has no upper limit, and the rows' configs.
     table = _table(capability).get(op, {}).get(str(k), []) if capability else []
-    rows = [(limit, Config(*fields)) for limit, *fields in table]
-    rows = rows or [(m, _rule(op, k, m, has_clusters(capability))) for m in _RULE_LIMITS]
+    rows = [read_row(row) for row in table] or [(m, _rule(op, k, m, has_clusters(capability))) for m in _RULE_LIMITS]
     rows[-1] = sys.maxsize, rows[-1][1]
     if kept := rows_kept(op, k):
         rows = _keeping(kept, rows)
@@ -103,9 +107,19 @@ def _keeping(m: int, rows: list[tuple[int, Config]]) -> list[tuple[int, Config]]
     return kept + [row for row in rows if row[0] > m]
 
 
+def read_row(row: ConfigRow) -> tuple[int, Config]:
+    """The largest M that a row of a table is for, and its config."""
+    return row["up_to"], Config(**{name: value for name, value in row.items() if name != "up_to"})
+
+
+def write_row(up_to: int, config: Config) -> ConfigRow:
+    """The row of a table for a config, without its defaults; keep_sum is a rule by M, and in no table."""
+    defaults = {field.name: field.default for field in fields(Config)} | {"keep_sum": config.keep_sum}
+    return {"up_to": up_to, **{name: value for name, value in asdict(config).items() if value != defaults[name]}}
+
+
 @cache
-def _table(capability: tuple[int, int]) -> dict[str, dict[str, list[list[Any]]]]:
-    # {op: {K: [[largest M, *fields of a Config], ...]}}, defaults at the end left out, ascending in M
+def _table(capability: tuple[int, int]) -> ConfigTable:
     file = resources.files("normquant.kernels") / "config_tables" / f"sm{capability[0]}{capability[1]}.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 

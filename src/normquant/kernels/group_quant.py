@@ -18,8 +18,7 @@ from normquant.kernels._device import own_groups, quantize_groups, release_depen
 from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
 from normquant.kernels.configs import config as choose_config
-from normquant.kernels.launch import Launcher, Plan, plan, quantized
-from normquant.kernels.spec_constant import constant
+from normquant.kernels.launch import Outputs, Plan, kernel_spec, launch, plan, quantized
 from normquant.kernels.tiling import group_blocks, stride_unit
 from normquant.spec import QuantSpec
 
@@ -39,17 +38,16 @@ def group_quant_kernel(
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    row, column, there = own_groups(m, K, SPEC, BLOCK_G)
+    row, column, mask = own_groups(m, K, SPEC, BLOCK_G)
     at = row_offset(row, stride_xm, STRIDE_UNIT) + column  # [BLOCK_G, group]
     wait_for_predecessor(PDL)
-    x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     release_dependents(PDL)
-    quantize_groups(x, data_ptr, scale_ptr, m, scale_rows, K, SPEC, BLOCK_G, ON_CUDA)
+    quantize_groups(x, data_ptr, scale_ptr, m, scale_rows, K=K, SPEC=SPEC, BLOCK_G=BLOCK_G, ON_CUDA=ON_CUDA)
 
 
-@Launcher
-def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
-    """For checked inputs: -> data, scale."""
+def plan_group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
+    """The launch of `group_quant` on checked inputs like these."""
     m, k = x.shape
     spec = spec.at(m)
     where = target(x.device)
@@ -58,16 +56,21 @@ def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) 
     unit = stride_unit(x)
     return plan(
         group_quant_kernel,
-        (programs, 1, 1),
-        (x,),
-        quantized(m, k, spec),
-        (m, x.stride(0) // unit, spec.scale_rows(m)),
-        where,
-        config,
+        grid=(programs, 1, 1),
+        inputs=(x,),
+        outputs=quantized(m, k, spec),
+        numbers=(m, x.stride(0) // unit, spec.scale_rows(m)),
+        where=where,
+        config=config,
         K=k,
-        SPEC=constant(spec),
+        SPEC=kernel_spec(spec),
         BLOCK_G=block_g,
         STRIDE_UNIT=unit,
         PDL=where.release(config),
         ON_CUDA=where.on_cuda,
     )
+
+
+def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Outputs:
+    """Launch on checked inputs: -> data, scale."""
+    return launch(plan_group_quant(x, spec, config), x)

@@ -10,8 +10,8 @@ A row of the projection is [q_a | kv_a | k_pe], 1536 + 512 + 64 values for DeepS
 Bytes moved per row in bf16, with Q, C and R the three widths, group 128, fp32 scales: read 2(Q + C + R) and 2R of cos
 and sin; written Q + Q/32 + 2C + 2R, and C + C/32 more with quantized kv_a.
 
-Grid: M / rows * PARTS. The last of the PARTS programs of a row does kv_a and k_pe, the others share q_a as in
-`rms_norm_quant`. They are neighbours in the grid, so that a row, which lies in one piece, is read at one time.
+Grid: M / rows * PARTS. The last of the PARTS programs of a row does kv_a and k_pe, the others share q_a, each reading
+all of it for the sum of squares. They are neighbours in the grid, so that a contiguous row is read at one time.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import row_offset, wait_for_predecessor
-from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
+from normquant.kernels._rope import load_angles, load_pairs, positions, rotate, store_pairs
 from normquant.kernels._rows import norm_quant_rows
 from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
 from normquant.kernels.configs import config as choose_config
-from normquant.kernels.launch import Launcher, Plan, matrix, plan, quantized
-from normquant.kernels.powers_of_two import power_of_two
-from normquant.kernels.spec_constant import constant
-from normquant.kernels.tiling import divided, stride_unit, unsplit
+from normquant.kernels.launch import Outputs, Plan, kernel_spec, launch, matrix, plan, quantized
+from normquant.kernels.tiling import divided, power_of_two, stride_unit, unsplit
 from normquant.spec import QuantSpec
 
 
@@ -78,30 +76,34 @@ def latent_norm_quant_kernel(
     wait_for_predecessor(PDL)
     if part < PARTS - 1:
         norm_quant_rows(
-            x_ptr, None, q_weight_ptr, q_data_ptr, q_scale_ptr, None, None, stride_xm, 0, first_row, part, m,
-            scale_rows, eps, None, 0.0, Q, SPEC, ROWS, 1, Q_TILES, Q_OWN, LOG_Q_WARPS, LATE_WEIGHT, EVICT_FIRST,
-            False, STRIDE_UNIT, PDL, ON_CUDA,
+            x_ptr=x_ptr, residual_ptr=None, weight_ptr=q_weight_ptr, data_ptr=q_data_ptr, scale_ptr=q_scale_ptr,
+            sum_ptr=None, norm_ptr=None, stride_xm=stride_xm, stride_rm=0, first_row=first_row, part=part, m=m,
+            scale_rows=scale_rows, eps=eps, mailbox=None, weight_offset=0.0, K=Q, SPEC=SPEC, ROWS=ROWS, CLUSTER=1,
+            TILES=Q_TILES, OWN=Q_OWN, LOG_WARPS=LOG_Q_WARPS, LATE_WEIGHT=LATE_WEIGHT, EVICT_FIRST=EVICT_FIRST,
+            KEEP_SUM=False, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL, ON_CUDA=ON_CUDA,
         )  # fmt: skip
     else:
         # k_pe is stored last, so that its loads do not keep those of kv_a waiting behind a store
         row = first_row + tl.arange(0, ROWS)[:, None]
-        there = row < m
-        position = positions(position_ptr, row, there)
+        mask = row < m
+        position = positions(position_ptr, row, mask)
         k_pe = x_ptr + Q + C + row_offset(row, stride_xm, STRIDE_UNIT)
-        a, b = load_pairs(k_pe, there, R, R_BLOCK, ROWS, ROPE == "half")
-        cos = load_angles(cos_ptr, position, stride_cos, there, R, R_BLOCK, ANGLE_UNIT)
-        sin = load_angles(sin_ptr, position, stride_sin, there, R, R_BLOCK, ANGLE_UNIT)
-        u, v = turn(a, b, cos, sin, SPEC)
+        a, b = load_pairs(k_pe, mask, R=R, R_BLOCK=R_BLOCK, ROWS=ROWS, HALVES=ROPE == "half")
+        cos = load_angles(cos_ptr, position, stride_cos, mask, R=R, R_BLOCK=R_BLOCK, ANGLE_UNIT=ANGLE_UNIT)
+        sin = load_angles(sin_ptr, position, stride_sin, mask, R=R, R_BLOCK=R_BLOCK, ANGLE_UNIT=ANGLE_UNIT)
+        u, v = rotate(a, b, cos, sin, SPEC)
         norm_quant_rows(
-            x_ptr + Q, None, kv_weight_ptr, kv_data_ptr, kv_scale_ptr, None, kv_norm_ptr, stride_xm, 0, first_row, 0, m,
-            scale_rows, eps, None, 0.0, C, SPEC, ROWS, 1, C_TILES, C_TILES, LOG_C_WARPS, LATE_WEIGHT, EVICT_FIRST,
-            False, STRIDE_UNIT, PDL, ON_CUDA,
+            x_ptr=x_ptr + Q, residual_ptr=None, weight_ptr=kv_weight_ptr, data_ptr=kv_data_ptr, scale_ptr=kv_scale_ptr,
+            sum_ptr=None, norm_ptr=kv_norm_ptr, stride_xm=stride_xm, stride_rm=0, first_row=first_row, part=0, m=m,
+            scale_rows=scale_rows, eps=eps, mailbox=None, weight_offset=0.0, K=C, SPEC=SPEC, ROWS=ROWS, CLUSTER=1,
+            TILES=C_TILES, OWN=C_TILES, LOG_WARPS=LOG_C_WARPS, LATE_WEIGHT=LATE_WEIGHT, EVICT_FIRST=EVICT_FIRST,
+            KEEP_SUM=False, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL, ON_CUDA=ON_CUDA,
         )  # fmt: skip
-        store_pairs(k_pe_ptr + row.to(tl.int64) * R, u, v, there, R, R_BLOCK, ROWS, ROPE != "interleaved")
+        out_ptr = k_pe_ptr + row.to(tl.int64) * R
+        store_pairs(out_ptr, u, v, mask, R=R, R_BLOCK=R_BLOCK, ROWS=ROWS, HALVES=ROPE != "interleaved")
 
 
-@Launcher
-def latent_norm_quant(
+def plan_latent_norm_quant(
     x: torch.Tensor,
     q_weight: torch.Tensor,
     kv_weight: torch.Tensor,
@@ -114,7 +116,7 @@ def latent_norm_quant(
     quantize_kv: bool = False,
     config: Config | None = None,
 ) -> Plan:
-    """For checked inputs: -> q data, q scale, kv norm, k_pe, kv data, kv scale (these two None unless asked)."""
+    """The launch of `latent_norm_quant` on checked inputs like these."""
     m, q, c = x.shape[0], q_weight.shape[0], kv_weight.shape[0]
     r = x.shape[1] - q - c
     spec = spec.at(m)
@@ -122,31 +124,21 @@ def latent_norm_quant(
     config = config or choose_config("latent_norm_quant", q, m, where.capability)
     q_row, c_row = divided(q, spec, config), divided(c, spec, unsplit(config))
     unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
+    strides = x.stride(0) // unit, cos.stride(0) // angle_unit, sin.stride(0) // angle_unit
+    kv_quantized = quantized(m, c, spec) if quantize_kv else (None, None)
     return plan(
         latent_norm_quant_kernel,
-        (-(-m // config.rows) * (q_row.programs + 1), 1, 1),
-        (x, q_weight, kv_weight, cos, sin, positions),
-        (
-            *quantized(m, q, spec),
-            matrix(m, c, x.dtype),
-            matrix(m, r, x.dtype),
-            *(quantized(m, c, spec) if quantize_kv else (None, None)),
-        ),
-        (
-            m,
-            x.stride(0) // unit,
-            cos.stride(0) // angle_unit,
-            sin.stride(0) // angle_unit,
-            spec.scale_rows(m),
-            eps,
-        ),
-        where,
-        config,
+        grid=(-(-m // config.rows) * (q_row.programs + 1), 1, 1),
+        inputs=(x, q_weight, kv_weight, cos, sin, positions),
+        outputs=(*quantized(m, q, spec), matrix(m, c, x.dtype), matrix(m, r, x.dtype), *kv_quantized),
+        numbers=(m, *strides, spec.scale_rows(m), eps),
+        where=where,
+        config=config,
         Q=q,
         C=c,
         R=r,
         ROPE=rope,
-        SPEC=constant(spec),
+        SPEC=kernel_spec(spec),
         PARTS=q_row.programs + 1,
         ROWS=config.rows,
         Q_TILES=q_row.tiles,
@@ -162,3 +154,21 @@ def latent_norm_quant(
         PDL=where.release(config),
         ON_CUDA=where.on_cuda,
     )
+
+
+def latent_norm_quant(
+    x: torch.Tensor,
+    q_weight: torch.Tensor,
+    kv_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    eps: float,
+    rope: str,
+    spec: QuantSpec,
+    quantize_kv: bool = False,
+    config: Config | None = None,
+) -> Outputs:
+    """Launch on checked inputs: -> q data, q scale, kv norm, k_pe, kv data, kv scale (these two None unless asked)."""
+    inputs = x, q_weight, kv_weight, cos, sin, positions
+    return launch(plan_latent_norm_quant(*inputs, eps, rope, spec, quantize_kv, config), *inputs)

@@ -1,18 +1,17 @@
-"""From the arguments of an op to a launch of its kernel, without working anything out twice.
+"""From a plan to a launch, without computing anything twice.
 
 A kernel module plans: it says for inputs of some shapes, strides and dtypes which kernel runs over which grid with
 which constants, and what it writes. A `Launch` makes the outputs and launches. It asks Triton for the binary only once:
-`kernel[grid](...)` looks at each argument, spells out its options and walks through the globals that the kernel reads,
-to find the binary of the call before. Where a prompt is short, the GPU waits for the CPU, and all of this counts.
+`kernel[grid](...)` inspects each argument, formats its options and walks through the globals that the kernel reads, to
+find the binary of the previous call. Where a prompt is short, the GPU waits for the CPU, and all of this counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, update_wrapper
-from inspect import signature
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from triton.compiler.compiler import make_backend
@@ -27,6 +26,32 @@ from normquant.spec import QuantSpec
 # without the question whether CUDA is initialized.
 _empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+Outputs = tuple[torch.Tensor | None, ...]
+
+
+class KernelSpec(NamedTuple):
+    """What kernels read of a QuantSpec, as a compile-time constant.
+
+    A tuple, which Triton can hash and compare, and write as JSON for launch hooks, such as serving engines set to watch
+    for compiles.
+    """
+
+    group: int
+    scale: str
+    layout: str
+    rounding: str
+    sum: str
+    floor: float
+    scale_floor: float
+    scale_by: str
+    divide: str
+    scales_per_element: int
+
+
+@cache
+def kernel_spec(spec: QuantSpec) -> KernelSpec:
+    """The constant that stands for a spec."""
+    return KernelSpec(*(getattr(spec, field) for field in KernelSpec._fields))
 
 
 @dataclass(frozen=True)
@@ -57,7 +82,7 @@ class Plan:
     """A launch for all inputs of the same shapes, strides, dtypes and alignment on one device.
 
     The kernel takes its inputs, its outputs, numbers that it does not specialize on, and constants, in this order.
-    given: which inputs there are; the kernel gets None for the others, as for outputs that are None.
+    given: which inputs are not None; the kernel gets None for the others, as for outputs that are None.
     grid: of clusters of `cluster` programs each, along x; no kernel is launched where a side of it is 0.
     """
 
@@ -74,6 +99,7 @@ class Plan:
 
 def plan(
     kernel: Any,
+    *,
     grid: tuple[int, int, int],
     inputs: tuple[torch.Tensor | None, ...],
     outputs: tuple[Output | None, ...],
@@ -83,7 +109,7 @@ def plan(
     cluster: int = 1,
     **constants: Any,
 ) -> Plan:
-    """The plan for inputs like these, of which the first is there; the constants in the kernel's order."""
+    """The plan for inputs like these, the first of them not None; the constants in the kernel's order."""
     device = inputs[0].device  # type: ignore[union-attr]
     given = tuple(t is not None for t in inputs)
     return Plan(kernel, grid, device, given, outputs, numbers, constants, where.options(config), cluster)
@@ -92,7 +118,8 @@ def plan(
 class Launch:
     """Makes the outputs of a plan and launches its kernel, on the current stream of the plan's device.
 
-    What a call needs is at hand after the first, since every Python function that it goes through costs microseconds.
+    What a call needs is prepared once, since every Python function that a call goes through costs a fraction of a
+    microsecond.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -100,7 +127,9 @@ class Launch:
         self._index = plan.device.index if plan.device.type == "cuda" else None
         self._makers = [maker(output, plan.device) for output in plan.outputs if output is not None]
         self._pointers: list[int | None] = [None] * len(plan.given + plan.outputs)
-        self._places = [at for at, there in enumerate(plan.given + plan.outputs) if there]  # of the tensors among them
+        self._places = [
+            at for at, tensor in enumerate(plan.given + plan.outputs) if tensor
+        ]  # of the tensors among them
         self._values = (*plan.numbers, *plan.constants.values())
         self._run: Callable[..., None] | None = None  # these three are Triton's, from the first launch on
         self._stream: Callable[[int], int] = int
@@ -164,26 +193,12 @@ def maker(output: Output, device: torch.device) -> Callable[[], torch.Tensor]:
 
 
 def _hooked() -> bool:
-    # Whether a launch is told to somebody, such as a profiler; a hook is a chain of functions, or what replaced one.
+    # Whether anything, such as a profiler, is to be told of a launch; a hook is a chain of functions, or a function.
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-class Launcher:
-    """A function from tensors and settings to a plan, which as a call launches at once.
-
-    plan: the function itself. Its tensors are the kernel's inputs, in the kernel's order.
-    """
-
-    def __init__(self, plan: Callable[..., Plan]) -> None:
-        update_wrapper(self, plan)
-        self.plan = plan
-        self._signature = signature(plan)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs, None as in the plan; of a single one the tensor itself."""
-        values = self._signature.bind(*args, **kwargs).arguments.values()
-        plan = self.plan(*args, **kwargs)
-        made = iter(Launch(plan)(*(v for v in values if isinstance(v, torch.Tensor))))
-        outputs = tuple(next(made) if output is not None else None for output in plan.outputs)
-        return outputs if len(outputs) > 1 else outputs[0]
+def launch(plan: Plan, *inputs: torch.Tensor | None) -> Outputs:
+    """Launch once: -> the outputs, None as in the plan."""
+    made = iter(Launch(plan)(*(tensor for tensor in inputs if tensor is not None)))
+    return tuple(next(made) if output is not None else None for output in plan.outputs)

@@ -23,8 +23,7 @@ from normquant.kernels._rows import norm_quant_rows, power_of_two, prefetch_row
 from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
 from normquant.kernels.configs import config as choose_config
-from normquant.kernels.launch import Launcher, Plan, matrix, plan, quantized
-from normquant.kernels.spec_constant import constant
+from normquant.kernels.launch import Outputs, Plan, kernel_spec, launch, matrix, plan, quantized
 from normquant.kernels.tiling import divided, stride_unit
 from normquant.spec import QuantSpec
 
@@ -75,36 +74,12 @@ def rms_norm_quant_kernel(
         prefetch_row(x_row, residual_row, weight_ptr, first, READ, K)
     wait_for_predecessor(PDL)
     norm_quant_rows(
-        x_ptr,
-        residual_ptr,
-        weight_ptr,
-        data_ptr,
-        scale_ptr,
-        sum_ptr,
-        norm_ptr,
-        stride_xm,
-        stride_rm,
-        first_row,
-        part,
-        m,
-        scale_rows,
-        eps,
-        mailbox,
-        weight_offset,
-        K,
-        SPEC,
-        ROWS,
-        CLUSTER,
-        TILES,
-        OWN,
-        LOG_WARPS,
-        LATE_WEIGHT,
-        EVICT_FIRST,
-        KEEP_SUM,
-        STRIDE_UNIT,
-        PDL,
-        ON_CUDA,
-    )
+        x_ptr=x_ptr, residual_ptr=residual_ptr, weight_ptr=weight_ptr, data_ptr=data_ptr, scale_ptr=scale_ptr,
+        sum_ptr=sum_ptr, norm_ptr=norm_ptr, stride_xm=stride_xm, stride_rm=stride_rm, first_row=first_row, part=part,
+        m=m, scale_rows=scale_rows, eps=eps, mailbox=mailbox, weight_offset=weight_offset, K=K, SPEC=SPEC, ROWS=ROWS,
+        CLUSTER=CLUSTER, TILES=TILES, OWN=OWN, LOG_WARPS=LOG_WARPS, LATE_WEIGHT=LATE_WEIGHT, EVICT_FIRST=EVICT_FIRST,
+        KEEP_SUM=KEEP_SUM, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL, ON_CUDA=ON_CUDA,
+    )  # fmt: skip
 
 
 def op_name(with_residual: bool, with_norm: bool) -> str:
@@ -112,8 +87,7 @@ def op_name(with_residual: bool, with_norm: bool) -> str:
     return f"{'add_' if with_residual else ''}rms_norm_quant{'_with_norm' if with_norm else ''}"
 
 
-@Launcher
-def rms_norm_quant(
+def plan_rms_norm_quant(
     x: torch.Tensor,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
@@ -123,7 +97,7 @@ def rms_norm_quant(
     return_norm: bool = False,
     config: Config | None = None,
 ) -> Plan:
-    """For checked inputs: -> data, scale, x + residual (None without residual), norm (None unless asked for)."""
+    """The launch of `rms_norm_quant` on checked inputs like these."""
     m, k = x.shape
     spec = spec.at(m)
     where = target(x.device)
@@ -133,26 +107,26 @@ def rms_norm_quant(
     unit = stride_unit(x, residual)
     return plan(
         rms_norm_quant_kernel,
-        (-(-m // config.rows), row.programs // row.cluster, 1),
-        (x, residual, weight),
-        (
+        grid=(-(-m // config.rows), row.programs // row.cluster, 1),
+        inputs=(x, residual, weight),
+        outputs=(
             *quantized(m, k, spec),
             matrix(m, k, x.dtype) if residual is not None else None,
             matrix(m, k, x.dtype) if return_norm else None,
         ),
-        (
+        numbers=(
             m,
             x.stride(0) // unit,
             residual.stride(0) // unit if residual is not None else 0,
             spec.scale_rows(m),
             eps,
         ),
-        where,
-        config,
-        row.cluster,
+        where=where,
+        config=config,
+        cluster=row.cluster,
         weight_offset=weight_offset,
         K=k,
-        SPEC=constant(spec),
+        SPEC=kernel_spec(spec),
         ROWS=config.rows,
         CLUSTER=row.cluster,
         TILES=row.tiles,
@@ -166,3 +140,18 @@ def rms_norm_quant(
         PDL=where.release(config),
         ON_CUDA=where.on_cuda,
     )
+
+
+def rms_norm_quant(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    spec: QuantSpec,
+    weight_offset: float = 0.0,
+    return_norm: bool = False,
+    config: Config | None = None,
+) -> Outputs:
+    """Launch on checked inputs: -> data, scale, x + residual (None without residual), norm (None unless asked for)."""
+    planned = plan_rms_norm_quant(x, residual, weight, eps, spec, weight_offset, return_norm, config)
+    return launch(planned, x, residual, weight)

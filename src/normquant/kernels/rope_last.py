@@ -5,7 +5,7 @@ A row is H heads of [nope | pe], 128 + 64 values for DeepSeek-R1:
     nope  copied
     pe    rotary position embedding by the angles of the row
 
-Bytes moved per row in bf16, with D values in a head and R of them turned: read 2HD, and 2R of cos and sin; written 2HD.
+Bytes moved per row in bf16, D values in a head and R of them rotated: read 2HD, and 2R of cos and sin; written 2HD.
 
 Grid: M * H / BLOCK_H. A program takes neighbouring heads, of one row or of several, and one binary does for every M.
 """
@@ -17,13 +17,11 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import release_dependents, row_offset, wait_for_predecessor
-from normquant.kernels._rope import load_angles, load_pairs, positions, store_pairs, turn
+from normquant.kernels._rope import load_angles, load_pairs, positions, rotate, store_pairs
 from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
-from normquant.kernels.launch import Launcher, Plan, matrix, plan
-from normquant.kernels.powers_of_two import power_of_two, power_of_two_in
-from normquant.kernels.spec_constant import constant
-from normquant.kernels.tiling import stride_unit
+from normquant.kernels.launch import Plan, kernel_spec, launch, matrix, plan
+from normquant.kernels.tiling import power_of_two, power_of_two_in, stride_unit
 from normquant.spec import QuantSpec
 
 CONFIG = Config(4)
@@ -55,24 +53,24 @@ def rope_last_kernel(
 ):
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     row = head // H
-    there = row < m
+    mask = row < m
     x_at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + head % H * D
     out_at = out_ptr + head.to(tl.int64) * D
     column = tl.arange(0, COPY_BLOCK)[None, :]
 
     wait_for_predecessor(PDL)
-    position = positions(position_ptr, row, there)
+    position = positions(position_ptr, row, mask)
     if D > R:
-        copied = tl.load(x_at + column, mask=there & (column < D - R))
-    a, b = load_pairs(x_at + (D - R), there, R, R_BLOCK, BLOCK_H, ROPE == "half")
-    cos = load_angles(cos_ptr, position, stride_cos, there, R, R_BLOCK, ANGLE_UNIT)
-    sin = load_angles(sin_ptr, position, stride_sin, there, R, R_BLOCK, ANGLE_UNIT)
+        copied = tl.load(x_at + column, mask=mask & (column < D - R))
+    a, b = load_pairs(x_at + (D - R), mask, R=R, R_BLOCK=R_BLOCK, ROWS=BLOCK_H, HALVES=ROPE == "half")
+    cos = load_angles(cos_ptr, position, stride_cos, mask, R=R, R_BLOCK=R_BLOCK, ANGLE_UNIT=ANGLE_UNIT)
+    sin = load_angles(sin_ptr, position, stride_sin, mask, R=R, R_BLOCK=R_BLOCK, ANGLE_UNIT=ANGLE_UNIT)
     release_dependents(PDL)
 
     if D > R:
-        tl.store(out_at + column, copied, mask=there & (column < D - R))
-    u, v = turn(a, b, cos, sin, SPEC)
-    store_pairs(out_at + (D - R), u, v, there, R, R_BLOCK, BLOCK_H, ROPE != "interleaved")
+        tl.store(out_at + column, copied, mask=mask & (column < D - R))
+    u, v = rotate(a, b, cos, sin, SPEC)
+    store_pairs(out_at + (D - R), u, v, mask, R=R, R_BLOCK=R_BLOCK, ROWS=BLOCK_H, HALVES=ROPE != "interleaved")
 
 
 def heads_of_program(d: int) -> int:
@@ -80,8 +78,7 @@ def heads_of_program(d: int) -> int:
     return power_of_two_in(max(1, VALUES // d))
 
 
-@Launcher
-def rope_last(
+def plan_rope_last(
     x: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -91,24 +88,24 @@ def rope_last(
     rope: str,
     spec: QuantSpec,
 ) -> Plan:
-    """For checked inputs: x [M, H * D] -> the same with the last r values of each head turned."""
+    """The launch of `rope_last` on checked inputs like these."""
     m, d = x.shape[0], x.shape[1] // heads
     where = target(x.device)
     unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
     block = heads_of_program(d)
     return plan(
         rope_last_kernel,
-        (-(-m * heads // block), 1, 1),
-        (x, cos, sin, positions),
-        (matrix(m, x.shape[1], x.dtype),),
-        (m, x.stride(0) // unit, cos.stride(0) // angle_unit, sin.stride(0) // angle_unit),
-        where,
-        CONFIG,
+        grid=(-(-m * heads // block), 1, 1),
+        inputs=(x, cos, sin, positions),
+        outputs=(matrix(m, x.shape[1], x.dtype),),
+        numbers=(m, x.stride(0) // unit, cos.stride(0) // angle_unit, sin.stride(0) // angle_unit),
+        where=where,
+        config=CONFIG,
         H=heads,
         D=d,
         R=r,
         ROPE=rope,
-        SPEC=constant(spec),
+        SPEC=kernel_spec(spec),
         BLOCK_H=block,
         COPY_BLOCK=power_of_two(max(1, d - r)),
         R_BLOCK=power_of_two(r // 2),
@@ -116,3 +113,19 @@ def rope_last(
         ANGLE_UNIT=angle_unit,
         PDL=where.release(CONFIG),
     )
+
+
+def rope_last(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    heads: int,
+    r: int,
+    rope: str,
+    spec: QuantSpec,
+) -> torch.Tensor:
+    """Launch on checked inputs: x [M, H * D] -> the same with the last r values of each head rotated."""
+    inputs = x, cos, sin, positions
+    (out,) = launch(plan_rope_last(*inputs, heads, r, rope, spec), *inputs)
+    return out

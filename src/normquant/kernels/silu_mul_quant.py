@@ -5,7 +5,7 @@
 
 Bytes moved per row of 2K bf16 values, group 128, fp32 scales: read 4K, written K + K/32.
 
-Grid: groups / BLOCK_G, as in `group_quant`.
+Grid: groups / BLOCK_G, numbered through all rows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from normquant.kernels._device import (
 from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
 from normquant.kernels.configs import config as choose_config
-from normquant.kernels.launch import Launcher, Plan, plan, quantized
-from normquant.kernels.spec_constant import constant
+from normquant.kernels.launch import Outputs, Plan, kernel_spec, launch, plan, quantized
 from normquant.kernels.tiling import group_blocks, stride_unit
 from normquant.spec import QuantSpec
 
@@ -48,14 +47,14 @@ def silu_mul_quant_kernel(
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    row, column, there = own_groups(m, K, SPEC, BLOCK_G)
+    row, column, mask = own_groups(m, K, SPEC, BLOCK_G)
     at = row_offset(row, stride_xm, STRIDE_UNIT) + column  # [BLOCK_G, group]
     wait_for_predecessor(PDL)
-    gate = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + K + at, mask=there, other=0.0).to(tl.float32)
+    gate = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + K + at, mask=mask, other=0.0).to(tl.float32)
     release_dependents(PDL)
     y = scale_by_weight(silu(gate, ON_CUDA), up, SPEC, x_ptr.dtype.element_ty, ON_CUDA)
-    quantize_groups(y, data_ptr, scale_ptr, m, scale_rows, K, SPEC, BLOCK_G, ON_CUDA)
+    quantize_groups(y, data_ptr, scale_ptr, m, scale_rows, K=K, SPEC=SPEC, BLOCK_G=BLOCK_G, ON_CUDA=ON_CUDA)
 
 
 @triton.jit
@@ -81,9 +80,8 @@ def divide(g, d):
     return tl.where((d > 1.0) & (d < float("inf")), q * 0.25, g * (approximate * 0.25))
 
 
-@Launcher
-def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
-    """For checked inputs: x [M, 2K] -> data [M, K], scale."""
+def plan_silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
+    """The launch of `silu_mul_quant` on checked inputs like these."""
     m, k = x.shape[0], x.shape[1] // 2
     spec = spec.at(m)
     where = target(x.device)
@@ -92,16 +90,21 @@ def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = Non
     unit = stride_unit(x)
     return plan(
         silu_mul_quant_kernel,
-        (programs, 1, 1),
-        (x,),
-        quantized(m, k, spec),
-        (m, x.stride(0) // unit, spec.scale_rows(m)),
-        where,
-        config,
+        grid=(programs, 1, 1),
+        inputs=(x,),
+        outputs=quantized(m, k, spec),
+        numbers=(m, x.stride(0) // unit, spec.scale_rows(m)),
+        where=where,
+        config=config,
         K=k,
-        SPEC=constant(spec),
+        SPEC=kernel_spec(spec),
         BLOCK_G=block_g,
         STRIDE_UNIT=unit,
         PDL=where.release(config),
         ON_CUDA=where.on_cuda,
     )
+
+
+def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Outputs:
+    """Launch on checked inputs: x [M, 2K] -> data [M, K], scale."""
+    return launch(plan_silu_mul_quant(x, spec, config), x)

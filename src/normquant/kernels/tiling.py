@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
-from normquant.kernels.configs import Config
-from normquant.kernels.powers_of_two import log2, power_of_two, power_of_two_in
 from normquant.spec import QuantSpec
 
+if TYPE_CHECKING:
+    from normquant.kernels.configs import Config
+
 MAX_ROW = 65536  # values of a normed row, which one program holds in registers
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def power_of_two_in(n: int) -> int:
+    """The largest power of two that is at most n, which is at least 1."""
+    return 1 << n.bit_length() - 1
+
+
+def log2(n: int) -> int:
+    """Base-2 logarithm of a power of two."""
+    return n.bit_length() - 1
 
 
 def stride_unit(*tensors: torch.Tensor | None) -> int:
@@ -47,8 +64,8 @@ def group_blocks(m: int, k: int, spec: QuantSpec, config: Config) -> tuple[int, 
 
 
 @dataclass(frozen=True)
-class Rows:
-    """How programs divide rows between them.
+class RowTiling:
+    """How the programs of a kernel divide rows among them.
 
     tiles: groups of each tile that a program reads. own: of each that it writes. log_warps: for each of `tiles` log2 of
     the neighbours that one warp holds. programs: how many share a row. cluster: how many of them are a cluster, each
@@ -63,7 +80,7 @@ class Rows:
 
 
 @cache
-def divided(k: int, spec: QuantSpec, config: Config, clusters: bool = False) -> Rows:
+def divided(k: int, spec: QuantSpec, config: Config, clusters: bool = False) -> RowTiling:
     """How a config divides rows of k values; raises ValueError for a row that is too long.
 
     clusters: whether the kernel and its GPU do as the config says about them.
@@ -81,7 +98,7 @@ def divided(k: int, spec: QuantSpec, config: Config, clusters: bool = False) -> 
     own = whole if config.split == 1 else (block,)
     cluster = programs if clusters and config.cluster else 1
     read = whole if cluster == 1 else own
-    return Rows(read, own, _log_warps(read, own, spec, config), programs, cluster)
+    return RowTiling(read, own, _log_warps(read, own, spec, config), programs, cluster)
 
 
 def _log_warps(tiles: tuple[int, ...], own: tuple[int, ...], spec: QuantSpec, config: Config) -> tuple[int, ...]:

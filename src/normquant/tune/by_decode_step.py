@@ -17,17 +17,18 @@ from normquant.bench.cases import MS, Case
 from normquant.bench.precompile import everywhere
 from normquant.bench.timing import capture_once, interleaved, middle_mean
 from normquant.kernels import configs, tiling
-from normquant.kernels.configs import RELEASES, Config
+from normquant.kernels.configs import RELEASES, Config, ConfigRow, ConfigTable, read_row
+from normquant.ops import OPS
 from normquant.tune import decode_step
 from normquant.tune.decode_step import DEEPSEEK_R1, LAYERS, SPEC, Configs, Gemm
-from normquant.tune.launch_configs import PREFETCH_UP_TO, PROGRAMS, Rows, Table, clusters, joined, launch_once
+from normquant.tune.launch_configs import PREFETCH_UP_TO, PROGRAMS, clusters, joined, launch_once
 
 DECODE_MS = (1, 16, 64)
 REPLAYS = 100
 BATCH = 24  # variants that take turns with the present configs: more, and clocks drift within a turn
 MARGIN_US = 0.05  # a layer: a config must win by more to displace the present one, so that the table stays short
 TOGETHER = 4  # times as many replays for the two steps that are reported
-WARPS = {"add_rms_norm_quant": (8, 16, 32)}
+WARPS = (8, 16, 32)  # of a norm over the hidden width
 FEW_WARPS = (1, 2, 4, 8)  # of the narrower ops
 WHOLE_READ = 4  # programs at the most that each read a norm's whole row; more of them are a cluster
 PER_THREAD = (2, 64)  # values of the groups that a program writes, or of the row that a norm's reads
@@ -45,7 +46,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Result:
+class StepResult:
     """us a layer with the present configs and with the chosen ones; `configs` are the faster of the two."""
 
     m: int
@@ -60,8 +61,8 @@ def present_configs(widths: Mapping[str, int], m: int, capability: tuple[int, in
 
 
 def candidates(op: str, k: int, m: int, present: Config) -> list[Config]:
-    """The configs worth measuring, the present one first; all keep x + residual in the L2 as `launch` has it for m."""
-    prefetches = (False, True) if op == "add_rms_norm_quant" and m <= PREFETCH_UP_TO else (False,)
+    """The configs worth measuring, the present one first; all keep x + residual in the L2 as the present one does."""
+    prefetches = (False, True) if "prefetch" in OPS[op].choices and m <= PREFETCH_UP_TO else (False,)
     found = [present]
     for shape in shapes(op, k, m):
         for prefetch in prefetches:
@@ -72,13 +73,13 @@ def candidates(op: str, k: int, m: int, present: Config) -> list[Config]:
 
 def shapes(op: str, k: int, m: int) -> Iterator[Config]:
     """Numbers of warps and splits that leave no thread without work, nor with more than fits its registers."""
-    normed = op in ("add_rms_norm_quant", "latent_norm_quant")
+    normed = bool(OPS[op].choices)
     least, most = PER_THREAD
     for split in (1, 2, 4, 8, 16):
         if split > k // SPEC.group or (normed and split > 1 and (split > WHOLE_READ or split * m > PROGRAMS)):
             continue
         own = tiling.own_groups(k, SPEC, Config(4, split))[0] * SPEC.group
-        for num_warps in WARPS.get(op, FEW_WARPS):
+        for num_warps in WARPS if "cluster" in OPS[op].choices else FEW_WARPS:
             if least <= (k if normed else own) / (32 * num_warps) <= most:
                 yield Config(num_warps, split)
     yield from clusters(Case(op, m, k, spec=SPEC))
@@ -116,7 +117,7 @@ def choose(found: Sequence[Trial], present: Config) -> Config:
 
 def tune_rows(
     m: int, widths: Mapping[str, int], present: Configs, times: Times, together: Times, progress: Callable[[str], None]
-) -> Result:
+) -> StepResult:
     """The configs of a step of m tokens: those of one op at a time, then all against the present ones.
 
     times, together: us a layer of steps, the second of those that are reported.
@@ -130,7 +131,7 @@ def tune_rows(
     lost = chosen != present and after >= before  # wins that do not add up
     left_out = ", which are left out" if lost else ""
     progress(f"m={m}: {before:.1f} us a layer, {after:.1f} with the chosen configs{left_out}")
-    return Result(m, before, after, present if lost else chosen)
+    return StepResult(m, before, after, present if lost else chosen)
 
 
 def outcome(found: Sequence[Trial], chosen: Config, present: Config) -> str:
@@ -142,12 +143,12 @@ def outcome(found: Sequence[Trial], chosen: Config, present: Config) -> str:
     return f"{chosen} saves {trial.gain:.2f} us a layer, noise {trial.noise:.2f}"
 
 
-def tune(ms: Sequence[int], replays: int, gemm: Gemm, progress: Callable[[str], None]) -> list[Result]:
+def tune(ms: Sequence[int], replays: int, gemm: Gemm, progress: Callable[[str], None]) -> list[StepResult]:
     """Measure steps of each number of tokens on this GPU, ascending; `progress` is told each result."""
     capability = torch.cuda.get_device_capability()
     progress(f"a decode step of {LAYERS} layers of DeepSeek-R1, one of eight shards; GEMM: {gemm.name}")
     layers = decode_step.layers(DEEPSEEK_R1, LAYERS, gemm)
-    step = decode_step.Step(DEEPSEEK_R1, layers, decode_step.kernels(), gemm)
+    step = decode_step.DecodeStep(DEEPSEEK_R1, layers, decode_step.launch_op, gemm)
     found = []
     for m in sorted(set(ms)):
         run = partial(decode_step.run, step, decode_step.inputs(DEEPSEEK_R1, m))
@@ -165,7 +166,9 @@ def layer_us(run: Callable[[Configs], object], count: int, replays: int, variant
     return [middle_mean(values) / count for values in interleaved(graphs, replays)]
 
 
-def merged(table: Table, found: Sequence[Result], widths: Mapping[str, int], capability: tuple[int, int]) -> Table:
+def merged(
+    table: ConfigTable, found: Sequence[StepResult], widths: Mapping[str, int], capability: tuple[int, int]
+) -> ConfigTable:
     """The table with the rows of the ops in a step replaced as far as they were measured; `found` ascends in m."""
     new = {op: dict(rows) for op, rows in table.items()}
     for op, k in widths.items():
@@ -174,17 +177,17 @@ def merged(table: Table, found: Sequence[Result], widths: Mapping[str, int], cap
     return new
 
 
-def in_use(op: str, k: int, capability: tuple[int, int] | None) -> Rows:
-    """What `launch` chooses, as rows of a table: for an op and width that the table at hand lacks."""
+def in_use(op: str, k: int, capability: tuple[int, int] | None) -> list[ConfigRow]:
+    """What the kernels choose, as rows of a table: for an op and width that the table at hand lacks."""
     return joined([(m, configs.config(op, k, m, capability)) for m in MS])
 
 
-def merged_rows(rows: Rows, measured: Sequence[tuple[int, Config]]) -> Rows:
-    """Rows [[largest M, *config], ...] with the measured configs up to the largest measured M, ascending in M.
+def merged_rows(rows: Sequence[ConfigRow], measured: Sequence[tuple[int, Config]]) -> list[ConfigRow]:
+    """Rows of a table with the measured configs up to the largest measured M, ascending in M.
 
     A config holds from the last measured M, exclusive, to its own. Above the largest every M keeps its config, where
     the last row held for all M beyond it.
     """
     last = measured[-1][0]
-    above = [(limit, Config(*fields)) for limit, *fields in rows if limit > last]
-    return joined([*measured, *(above or [(last + 1, Config(*rows[-1][1:]))])])
+    above = [(limit, config) for limit, config in map(read_row, rows) if limit > last]
+    return joined([*measured, *(above or [(last + 1, read_row(rows[-1])[1])])])

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from normquant.bench.cases import ADD_NORM, LATENTS, QUANT, ROPE, SILU
 from normquant.bench.decoder_layers import MODELS
 from normquant.kernels.configs import Config
 from normquant.linear import HOPPER, pad_weight_scale, quantize_weight
+from normquant.ops import OPS
 from normquant.spec import QuantSpec
 
 SPEC = QuantSpec(layout="col_tma", scale="ue8m0")  # as vLLM has them for DeepGEMM on Hopper
@@ -26,6 +28,7 @@ ANGLES = 4096  # positions of the cos and sin cache
 DEEP_GEMM = ("deep_gemm", "vllm.third_party.deep_gemm")  # where it may be imported from
 
 Configs = Mapping[str, Config]  # by op
+CallOp = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,10 @@ class Shard:
     def widths(self) -> dict[str, int]:
         """K of each op that has a table of configs."""
         return {
-            "add_rms_norm_quant": self.hidden,
-            "latent_norm_quant": self.q_lora,
-            "group_quant": self.heads * self.v,
-            "silu_mul_quant": self.intermediate,
+            ADD_NORM: self.hidden,
+            LATENTS: self.q_lora,
+            QUANT: self.heads * self.v,
+            SILU: self.intermediate,
         }
 
 
@@ -95,7 +98,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class StepInputs:
     """Of a step of M tokens: x, residual [M, hidden] bf16, cos, sin [ANGLES, rope/2] bf16, positions [M] int64."""
 
     x: torch.Tensor
@@ -115,35 +118,18 @@ class Gemm:
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """The launchers in a step."""
-
-    rms_norm_quant: Callable[..., Any]
-    latent_norm_quant: Callable[..., Any]
-    rope_last: Callable[..., Any]
-    group_quant: Callable[..., Any]
-    silu_mul_quant: Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What is the same for every config and M."""
+class DecodeStep:
+    """What is the same for every config and M. call: as `launch_op`."""
 
     shard: Shard
     layers: tuple[Layer, ...]
-    kernels: Kernels
+    call: CallOp
     gemm: Gemm
 
 
-def kernels() -> Kernels:
-    """The launchers of this package."""
-    from normquant.kernels.group_quant import group_quant
-    from normquant.kernels.latent_norm_quant import latent_norm_quant
-    from normquant.kernels.rms_norm_quant import rms_norm_quant
-    from normquant.kernels.rope_last import rope_last
-    from normquant.kernels.silu_mul_quant import silu_mul_quant
-
-    return Kernels(rms_norm_quant, latent_norm_quant, rope_last, group_quant, silu_mul_quant)
+def launch_op(op: str, *args: Any, config: Config | None = None) -> Any:
+    """The outputs of an op on its arguments, the spec left out, from its kernel with this config."""
+    return OPS[op].run(*args, SPEC, config=config)
 
 
 def find_gemm(capability: tuple[int, int]) -> Gemm:
@@ -211,7 +197,7 @@ def layers(shard: Shard, count: int, gemm: Gemm, device: str = "cuda", seed: int
     return tuple(layer() for _ in range(count))
 
 
-def inputs(shard: Shard, m: int, device: str = "cuda", seed: int = 0) -> Inputs:
+def inputs(shard: Shard, m: int, device: str = "cuda", seed: int = 0) -> StepInputs:
     """Random inputs of a step of m tokens."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -220,10 +206,10 @@ def inputs(shard: Shard, m: int, device: str = "cuda", seed: int = 0) -> Inputs:
 
     x, residual, cache = randn(m, shard.hidden), randn(m, shard.hidden), randn(ANGLES, shard.rope)
     cos, sin = cache[:, : shard.rope // 2], cache[:, shard.rope // 2 :]
-    return Inputs(x, residual, cos, sin, torch.randint(0, ANGLES, (m,), generator=generator, device=device))
+    return StepInputs(x, residual, cos, sin, torch.randint(0, ANGLES, (m,), generator=generator, device=device))
 
 
-def run(step: Step, inputs: Inputs, configs: Configs) -> tuple[torch.Tensor, torch.Tensor]:
+def run(step: DecodeStep, inputs: StepInputs, configs: Configs) -> tuple[torch.Tensor, torch.Tensor]:
     """All layers on the inputs: -> x, residual, both [M, hidden] bf16."""
     x, residual = inputs.x, inputs.residual
     for layer in step.layers:
@@ -233,32 +219,28 @@ def run(step: Step, inputs: Inputs, configs: Configs) -> tuple[torch.Tensor, tor
 
 
 def attention(
-    step: Step, layer: Layer, inputs: Inputs, configs: Configs, x: torch.Tensor, residual: torch.Tensor
+    step: DecodeStep, layer: Layer, inputs: StepInputs, configs: Configs, x: torch.Tensor, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is before and after the attention itself: x, residual [M, hidden] -> the same."""
-    s, k, gemm = step.shard, step.kernels, step.gemm.run
-    config = configs["add_rms_norm_quant"]
-    data, scale, residual, _ = k.rms_norm_quant(x, residual, layer.input_norm, EPS, SPEC, config=config)
+    s, gemm = step.shard, step.gemm.run
+    data, scale, residual, *_ = step.call(ADD_NORM, x, residual, layer.input_norm, EPS, 0.0, config=configs[ADD_NORM])
     latent = gemm(data, scale, layer.qkv_a)  # [M, q_lora + kv_lora + rope]
     angles = inputs.cos, inputs.sin, inputs.positions
-    config = configs["latent_norm_quant"]
-    data, scale, *_ = k.latent_norm_quant(
-        latent, layer.q_norm, layer.kv_norm, *angles, EPS, "interleaved", SPEC, config=config
-    )
-    q = k.rope_last(gemm(data, scale, layer.q_b), *angles, s.heads, s.rope, "interleaved", SPEC)
+    norms = layer.q_norm, layer.kv_norm
+    data, scale, *_ = step.call(LATENTS, latent, *norms, *angles, EPS, "interleaved", config=configs[LATENTS])
+    (q,) = step.call(ROPE, gemm(data, scale, layer.q_b), *angles, s.heads, s.rope, "interleaved")
     q = q.view(-1, s.heads, s.nope + s.rope)[:, :, : s.nope].transpose(0, 1)  # [heads, M, nope]
     out = torch.bmm(torch.bmm(q, layer.w_uk), layer.w_uv)  # [heads, M, v]
-    data, scale = k.group_quant(out.transpose(0, 1).reshape(-1, s.heads * s.v), SPEC, config=configs["group_quant"])
+    data, scale = step.call(QUANT, out.transpose(0, 1).reshape(-1, s.heads * s.v), config=configs[QUANT])
     return gemm(data, scale, layer.o), residual
 
 
 def mlp(
-    step: Step, layer: Layer, configs: Configs, x: torch.Tensor, residual: torch.Tensor
+    step: DecodeStep, layer: Layer, configs: Configs, x: torch.Tensor, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The dense MLP and the norm before it: x, residual [M, hidden] -> the same."""
-    k, gemm = step.kernels, step.gemm.run
-    config = configs["add_rms_norm_quant"]
-    data, scale, residual, _ = k.rms_norm_quant(x, residual, layer.mlp_norm, EPS, SPEC, config=config)
+    gemm = step.gemm.run
+    data, scale, residual, *_ = step.call(ADD_NORM, x, residual, layer.mlp_norm, EPS, 0.0, config=configs[ADD_NORM])
     both = gemm(data, scale, layer.gate_up)  # [M, 2 * intermediate]
-    data, scale = k.silu_mul_quant(both, SPEC, config=configs["silu_mul_quant"])
+    data, scale = step.call(SILU, both, config=configs[SILU])
     return gemm(data, scale, layer.down), residual

@@ -1,34 +1,29 @@
-"""`normquant tune`: measures launch configs on this GPU and writes the table that `kernels/launch.py` reads."""
+"""`normquant tune`: measures launch configs on this GPU and writes the table that `kernels/configs.py` reads."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from normquant import specs
-from normquant.bench.cases import Case, Inputs, inputs
+from normquant.bench.cases import Case, CaseInputs, inputs
 from normquant.bench.precompile import everywhere
-from normquant.bench.providers import EPS
 from normquant.bench.timing import Call, Timing, sets_of, time_calls
 from normquant.kernels import capability, configs, tiling
-from normquant.kernels.configs import Config
+from normquant.kernels.configs import Config, ConfigRow, ConfigTable, write_row
 from normquant.kernels.tiling import divided
 from normquant.spec import QuantSpec
 
-Rows = list[list[Any]]  # [[largest M, *fields of a Config], ...], ascending in M
-Table = dict[str, dict[str, Rows]]
 NOISE = 0.01  # a config must win by more than this to displace a neighbour's, so that the table stays short
 PROGRAMS = 512  # a row is split only as long as there are no more programs than this, some four a multiprocessor
 PREFETCH_UP_TO = 64  # rows: above, a prefetch competes with the loads of the kernel before
 EVICT_FROM = 256  # rows: fewer are together small beside the L2
 SEVERAL_FROM = 512  # rows: from here a program may take several
-INDEPENDENT = ("group_quant", "silu_mul_quant")  # ops whose programs take any groups, and have no further choices
 CLUSTER_VALUES = (8, 16)  # values of a thread where programs are clusters: one load of 16 bytes, or two
 SAMPLE_US = 300.0
 
@@ -36,7 +31,7 @@ SAMPLE_US = 300.0
 def candidates(case: Case) -> list[Config]:
     """The configs worth measuring."""
     shapes = [*plain(case), *clusters(case)]
-    if case.op in INDEPENDENT:
+    if not case.definition.choices:
         return shapes
     keep_sum = case.m <= configs.rows_kept(case.op_name, case.k)
     return [replace(config, keep_sum=keep_sum) for shape in shapes for config in variants(case, shape)]
@@ -50,7 +45,7 @@ def present_and_clusters(case: Case) -> list[Config]:
 
 def plain(case: Case) -> Iterator[Config]:
     """Numbers of warps, splits and rows: from 4 to 64 values a thread, and rows split only where they are few."""
-    groups, independent = case.k // case.spec.group, case.op in INDEPENDENT
+    groups, independent = case.k // case.spec.group, not case.definition.choices  # programs take any groups
     splits = [s for s in (1, 2, 4, 8, 16) if s <= groups and (independent or s == 1 or s * case.m <= PROGRAMS)]
     shapes = [(split, 1) for split in splits]
     if case.m >= SEVERAL_FROM:
@@ -65,7 +60,7 @@ def plain(case: Case) -> Iterator[Config]:
 def clusters(case: Case) -> list[Config]:
     """Numbers of warps and splits in which the programs of a row are a cluster, which only norms have."""
     shapes: dict[tuple[int, int], Config] = {}
-    if case.op.endswith("rms_norm_quant"):
+    if "cluster" in case.definition.choices:
         for split in (2, 4, capability.MAX_CLUSTER):
             block, programs = tiling.own_groups(case.k, case.spec, Config(4, split))
             for per_thread in CLUSTER_VALUES:
@@ -78,7 +73,7 @@ def clusters(case: Case) -> list[Config]:
 def variants(case: Case, shape: Config) -> list[Config]:
     """A config of an op with a norm, and the same with each choice that may pay for so many rows."""
     found = [shape]
-    if case.op.endswith("rms_norm_quant") and case.m <= PREFETCH_UP_TO:
+    if "prefetch" in case.definition.choices and case.m <= PREFETCH_UP_TO:
         found.append(replace(shape, prefetch=True))
         if shape.cluster:  # which leaves much of the GPU to the next kernel
             found.append(replace(shape, prefetch=True, release="start"))
@@ -105,32 +100,16 @@ def rules(case: Case) -> list[QuantSpec]:
     """The arithmetic that a config is timed with: where x + residual is rounded before the norm, as models do, some are
     10 to 25 % slower than others, at the same DRAM traffic."""
     if case.residual and case.m >= EVICT_FROM:
-        return [case.spec, specs.HF.but(layout=case.spec.layout)]
+        return [case.spec, specs.HF.replace(layout=case.spec.layout)]
     return [case.spec]
 
 
-def calls(case: Case, config: Config, data: Sequence[Inputs]) -> list[Call]:
-    """A launch with a config for each set of inputs, worked out once for all of them."""
-    from normquant.kernels.group_quant import group_quant
-    from normquant.kernels.latent_norm_quant import latent_norm_quant
-    from normquant.kernels.launch import Launch, Launcher
-    from normquant.kernels.rms_norm_quant import rms_norm_quant
-    from normquant.kernels.silu_mul_quant import silu_mul_quant
+def calls(case: Case, config: Config, data: Sequence[CaseInputs]) -> list[Call]:
+    """A launch with a config for each set of inputs, planned once for all of them."""
+    from normquant.kernels.launch import Launch
 
-    launcher: Launcher
-    settings: tuple[Any, ...]
-    tensors: list[tuple[Any, ...]]
-    if case.op.endswith("rms_norm_quant"):
-        launcher, settings = rms_norm_quant, (EPS, case.spec, 0.0, case.normed)
-        tensors = [(i.x, i.residual, i.weight) for i in data]
-    elif case.op == "latent_norm_quant":
-        launcher, settings = latent_norm_quant, (EPS, "interleaved", case.spec, False)
-        tensors = [(i.x, i.weight, i.kv_weight, i.cos, i.sin, i.positions) for i in data]
-    else:
-        launcher, settings = {"group_quant": group_quant, "silu_mul_quant": silu_mul_quant}[case.op], (case.spec,)
-        tensors = [(i.x,) for i in data]
-    launched = Launch(launcher.plan(*tensors[0], *settings, config))
-    return [partial(launched, *(t for t in given if t is not None)) for given in tensors]
+    launched = Launch(case.definition.plan(*data[0].values(), case.spec, config=config))
+    return [partial(launched, *(t for t in given.values() if isinstance(t, torch.Tensor))) for given in data]
 
 
 def measure(
@@ -175,8 +154,8 @@ def launch_once(case: Case, config: Config) -> None:
     torch.cuda.synchronize()
 
 
-def choose(measured: Sequence[tuple[int, dict[Config, Timing]]]) -> Rows:
-    """[[largest M, *config], ...] from measurements at ascending M; the last row holds for every larger M.
+def choose(measured: Sequence[tuple[int, dict[Config, Timing]]]) -> list[ConfigRow]:
+    """Rows of a table from measurements at ascending M; the last row holds for every larger M.
 
     A row keeps its neighbour's config unless another is faster by more than the noise.
     """
@@ -190,27 +169,16 @@ def choose(measured: Sequence[tuple[int, dict[Config, Timing]]]) -> Rows:
     return joined(chosen)
 
 
-def joined(chosen: Sequence[tuple[int, Config]]) -> Rows:
+def joined(chosen: Sequence[tuple[int, Config]]) -> list[ConfigRow]:
     """Rows of a table from (M, config) at ascending M, neighbours with one config as one row."""
-    rows: Rows = []
+    rows: list[ConfigRow] = []
     for m, config in chosen:
-        row = [m, *columns(config)]
-        if rows and rows[-1][1:] == row[1:]:
+        row = write_row(m, config)
+        if rows and rows[-1] | {"up_to": m} == row:
             rows[-1] = row
         else:
             rows.append(row)
     return rows
-
-
-def columns(config: Config) -> list[Any]:
-    """A config as a row of the table holds it: its fields, without defaults at the end.
-
-    keep_sum is a rule of `launch` by M, and no field of a table.
-    """
-    values = list(astuple(replace(config, keep_sum=False)))
-    while len(values) > 2 and values[-1] == fields(config)[len(values) - 1].default:
-        values.pop()
-    return values
 
 
 def table_path(capability: tuple[int, int]) -> Path:
@@ -220,14 +188,18 @@ def table_path(capability: tuple[int, int]) -> Path:
     return Path(normquant.kernels.__path__[0]) / "config_tables" / f"sm{capability[0]}{capability[1]}.json"
 
 
-def write(path: Path, table: Table) -> None:
-    """Write the table, one line for each op and width."""
-    lines = []
-    for op in sorted(table):
-        widths = ",\n".join(f'    "{k}": {json.dumps(table[op][k])}' for k in sorted(table[op], key=int))
-        lines.append(f'  "{op}": {{\n{widths}\n  }}')
+def write(path: Path, table: ConfigTable) -> None:
+    """Write the table, one line for each row."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.write_text(_braces("", (f'"{op}": {_widths(table[op])}' for op in sorted(table))) + "\n")
+
+
+def _widths(rows: dict[str, list[ConfigRow]]) -> str:
+    return _braces("  ", (f'"{k}": {_braces("    ", map(json.dumps, rows[k]), "[]")}' for k in sorted(rows, key=int)))
+
+
+def _braces(indent: str, items: Iterable[str], braces: str = "{}") -> str:
+    return braces[0] + "\n" + ",\n".join(f"{indent}  {item}" for item in items) + f"\n{indent}" + braces[1]
 
 
 def tune(
@@ -236,7 +208,7 @@ def tune(
     progress: Callable[[str], None],
     in_l2: bool = False,
     candidates: Callable[[Case], Iterable[Config]] = candidates,
-) -> Table:
+) -> ConfigTable:
     """Measure all cases and build the table; `progress` is told each result."""
     measured: dict[tuple[str, int], list[tuple[int, dict[Config, Timing]]]] = {}
     for case in sorted(cases, key=lambda c: (c.op_name, c.k, c.m)):
@@ -245,7 +217,7 @@ def tune(
         best = min(times, key=lambda config: times[config].us)
         progress(f"{case.op_name} k={case.k} m={case.m}: {times[best].us:.2f} us with {best}")
         torch.cuda.empty_cache()
-    table: Table = {}
+    table: ConfigTable = {}
     for (op, k), rows in measured.items():
         table.setdefault(op, {})[str(k)] = choose(rows)
     return table

@@ -16,26 +16,27 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor_config
 
-from normquant.bench.cases import Case, Inputs, inputs
+from normquant.bench.cases import QUANT, Case, CaseInputs, inputs
 from normquant.bench.compiling import any_rows, no_recompile_limit
 from normquant.bench.providers import norm
 from normquant.bench.timing import Call, Timing, sets_of, time_calls
 from normquant.compile import clear, inductor_options, reports
+from normquant.ops import OPS
 
 POLICIES = {"fused": "always", "native": "native", "stock": "never"}
 LAST = 2**31 - 1  # what was measured at the most rows speaks for all above
-Site = Callable[[Inputs], tuple[torch.Tensor, ...]]
+SiteFunction = Callable[[CaseInputs], tuple[torch.Tensor, ...]]
 
 
-def site(case: Case) -> Site:
+def site(case: Case) -> SiteFunction:
     """The graph of a norm op, as a model writes it."""
-    spec = case.spec.encode()
+    quant, spec, residual, normed = OPS[QUANT].overload, case.spec.encode(), case.residual, case.normed
 
-    def run(i: Inputs) -> tuple[torch.Tensor, ...]:
-        h = i.x if i.residual is None else i.x + i.residual
-        y = norm(h, i.weight)
-        outputs = tuple(torch.ops.normquant.group_quant(y, spec))
-        return (*outputs, *((h,) if case.residual else ()), *((y,) if case.normed else ()))
+    def run(i: CaseInputs) -> tuple[torch.Tensor, ...]:
+        h = i["x"] + i["residual"] if residual else i["x"]
+        y = norm(h, i["weight"])
+        outputs = tuple(quant(y, spec))
+        return (*outputs, *((h,) if residual else ()), *((y,) if normed else ()))
 
     return run
 
@@ -70,11 +71,11 @@ def firsts(cases: Sequence[Case]) -> list[int]:
     return [1, *(before.m + 1 for before, _ in pairwise(cases))]
 
 
-def calls(run: Site, sets: Sequence[Inputs]) -> list[Call]:
+def calls(run: SiteFunction, sets: Sequence[CaseInputs]) -> list[Call]:
     """One call for each set, compiled for any number of rows above one."""
     found: list[Call] = []
     for i in sets:
-        any_rows((i.x, i.residual))
+        any_rows((i["x"], i.get("residual")))
         found.append(partial(run, i))
         found[-1]()
     return found

@@ -55,11 +55,11 @@ def input_spec(layer: torch.nn.Module) -> QuantSpec:
     if not quant.is_group_quant or quant.static or quant.group_size not in KEYS:
         raise ValueError(f"{_name(layer)} quantizes its input in another way than in groups of 128 or 64")
     if _is_packed(quant):
-        return VLLM_UE8M0.but(scale="ue8m0_packed", layout="col_tma")
+        return VLLM_UE8M0.replace(scale="ue8m0_packed", layout="col_tma")
     layout = "row"
     if quant.column_major_scales:
         layout = "col_tma" if quant.tma_aligned_scales else "col"
-    return (VLLM_UE8M0 if quant.use_ue8m0 else VLLM).but(group=quant.group_size, layout=layout)
+    return (VLLM_UE8M0 if quant.use_ue8m0 else VLLM).replace(group=quant.group_size, layout=layout)
 
 
 def block_linear(

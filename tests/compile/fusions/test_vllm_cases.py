@@ -32,7 +32,7 @@ def test_what_runs_on_a_gpu_has_every_choice() -> None:
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("rounding", ["none", "once", "twice"])
 def test_a_weight_of_fp32(rounding: str, with_residual: bool) -> None:
-    check_mixed_weight(VLLM.but(group=64, rounding=rounding), with_residual, "cpu")
+    check_mixed_weight(VLLM.replace(group=64, rounding=rounding), with_residual, "cpu")
 
 
 @pytest.mark.parametrize("group", [64, 128])

@@ -115,7 +115,7 @@ def test_zeros_keep_the_scale_of_the_kernel() -> None:
 
 def test_batch_invariant_engines_take_deepgemm_alone() -> None:
     _, (site,), _ = run(dynamic_linear, exact(4, K), deepgemm_alone=True)
-    assert QuantSpec.decode(site.spec) == specs.VLLM_UE8M0.but(layout="col_tma")
+    assert QuantSpec.decode(site.spec) == specs.VLLM_UE8M0.replace(layout="col_tma")
 
 
 @pytest.mark.parametrize("policy", ["never", "native", "auto"])

@@ -188,7 +188,7 @@ def _compared(x: torch.Tensor, angles: torch.Tensor, y: torch.Tensor, spec: Quan
     for rope in get_args(Rope):
         if torch.equal(reference.rotate(x, cos, sin, rope, spec), y):
             return rope
-        if torch.equal(reference.rotate(x, cos, sin, rope, spec.but(rounding=other)), y):
+        if torch.equal(reference.rotate(x, cos, sin, rope, spec.replace(rounding=other)), y):
             beside = f"beside a norm of rounding={spec.rounding!r} the op does not"
             raise Unsupported(f"the rotary embedding rounds {how}; {beside}")
     return None

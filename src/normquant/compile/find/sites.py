@@ -146,7 +146,7 @@ def _group(
         except ValueError as error:
             found.rejected.append(Rejected(anchor, str(error), norm))
             continue
-        by_row = spec if spec.scale == "ue8m0_packed" else spec.but(layout="row")
+        by_row = spec if spec.scale == "ue8m0_packed" else spec.replace(layout="row")
         groups.setdefault((same, regions[anchor], by_row), []).append(quant)
     return [_match(norms, quants) for (norms, *_), quants in groups.items()]
 
@@ -154,7 +154,7 @@ def _group(
 def _match(norms: Sequence[Norm], quants: Sequence[Quant]) -> Match:
     """A norm, computed once or again, and quantizations of it that differ in nothing but the layout of the scales."""
     layout = max(map(_layout, quants), key=LAYOUTS.index)
-    return Match(tuple(norms), tuple(quants), _with_norm(quants[0].spec, norms[0]).but(layout=layout))
+    return Match(tuple(norms), tuple(quants), _with_norm(quants[0].spec, norms[0]).replace(layout=layout))
 
 
 def _layout(quant: Quant) -> Layout:
@@ -164,7 +164,7 @@ def _layout(quant: Quant) -> Layout:
 
 
 def _with_norm(spec: QuantSpec, norm: Norm) -> QuantSpec:
-    return spec.but(rounding=norm.rounding, sum=norm.addition.sum if norm.addition else "fp32")
+    return spec.replace(rounding=norm.rounding, sum=norm.addition.sum if norm.addition else "fp32")
 
 
 def _apart(match: Match) -> list[Match]:

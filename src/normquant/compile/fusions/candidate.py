@@ -19,7 +19,7 @@ from normquant.compile.edit.build import Builder, Rewrite
 from normquant.compile.fusion_report import Site
 from normquant.compile.measured import Strategy
 from normquant.compile.policy import Facts
-from normquant.ops import _bytes
+from normquant.ops import OPS
 from normquant.spec import QuantSpec
 
 PACKAGE = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def rejected(name: str, where: str, reason: str, lone: Node | None = None, **kno
 
 def bytes_of(op: str, *args: Any, **kwargs: Any) -> int:
     """The DRAM bytes that an op must move, read and written."""
-    return sum(getattr(_bytes, op)(*args, **kwargs))
+    return sum(OPS[op].traffic(*args, **kwargs))
 
 
 def rows_seen(rows: Any) -> int:

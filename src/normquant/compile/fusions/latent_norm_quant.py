@@ -250,7 +250,7 @@ def _traffic(latents: Latents, rows: Any) -> dict[str, int]:
     """
     q, m, r = latents.q.norm, rows_seen(rows), value(latents.k_pe.cache).shape[-1]
     return {
-        "bytes_moved": bytes_of("latent_norm_quant", m, q.k, latents.kv.k, r, latents.spec),
+        "bytes_moved": bytes_of("latent_norm_quant", m, q.k, latents.spec, latent=(latents.kv.k, r)),
         "bytes_saved": m * q.k * q.dtype.itemsize * 2,  # the norm of q_a is neither written nor read
         "kernels_saved": 2,
     }

@@ -119,7 +119,7 @@ def _traffic(match: Match, add: bool, rows: Any) -> dict[str, int]:
     """
     norm, spec, m = match.norm, match.spec, rows_seen(rows)
     weight_bytes, normed = dtype(norm.weight).itemsize, bool(match.norms)
-    moved = bytes_of("rms_norm_quant", m, norm.k, spec, residual=add, normed=normed, weight_bytes=weight_bytes)
+    moved = bytes_of(fused_op_name(match, add), m, norm.k, spec, weight_bytes=weight_bytes)
     tensor = m * norm.k * norm.dtype.itemsize
     saved = tensor * (len(match.quants) + (not normed)) + spec.bytes(m, norm.k) * (len(match.quants) - 1)
     kernels = len(match.quants) - sum(map(match.copies_scale, match.quants))
@@ -224,13 +224,17 @@ def results_of(match: Match, add: bool, outputs: list[Node], new: Builder) -> li
 
 def op_spec(match: Match, add: bool) -> QuantSpec:
     """The spec of the site's op; without an add, `sum` says nothing and is left at its default."""
-    return match.spec if add else match.spec.but(sum=QuantSpec().sum)
+    return match.spec if add else match.spec.replace(sum=QuantSpec().sum)
+
+
+def fused_op_name(match: Match, add: bool) -> str:
+    """The op of a site, by name."""
+    return ("add_" if add else "") + "rms_norm_quant" + ("_with_norm" if match.norms else "")
 
 
 def fused_op(match: Match, add: bool) -> Any:
     """The op of a site."""
-    name = ("add_" if add else "") + "rms_norm_quant" + ("_with_norm" if match.norms else "")
-    packet = getattr(torch.ops.normquant, name)
+    packet = getattr(torch.ops.normquant, fused_op_name(match, add))
     return packet.tensor if isinstance(match.norm.eps, Node) else packet.default
 
 

@@ -104,7 +104,7 @@ def find(graph: Graph) -> Findings:
             known: dict[str, Any] = {"m": str(rows), "k": k, "dtype": str(x.dtype).removeprefix("torch.")}
             yield rejected(name, where, f"the rotary embedding of q: {reason}", **known)
             continue
-        traffic = {"bytes_moved": bytes_of("rope_last", rows_seen(rows), k, turned.r)}
+        traffic = {"bytes_moved": bytes_of("rope_last", rows_seen(rows), k, turned.spec, r=turned.r)}
         fuse = partial(_fuse, turned)
         yield Candidate(name, where, "rope_last", x, rows, k, turned.spec, fuse, traffic=traffic)
 

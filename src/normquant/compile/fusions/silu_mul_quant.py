@@ -56,7 +56,7 @@ class GatedProduct:
 
     @property
     def spec(self) -> QuantSpec:
-        return self.quant.spec.but(rounding="twice")
+        return self.quant.spec.replace(rounding="twice")
 
 
 def find(graph: Graph) -> Findings:

@@ -109,7 +109,7 @@ def _read_silu(anchor: Node) -> FusedOp:
     spec, data, scale = _read_quant(anchor, VLLM_FUSED_SILU, "out", "scales", k)
     _check_rows(x)
     aligns = spec.layout == "col" and _is_read_by_deepgemm_alone(scale)
-    return FusedOp(x, None, k, (data, scale), (), spec.but(layout="col_tma") if aligns else spec, aligns)
+    return FusedOp(x, None, k, (data, scale), (), spec.replace(layout="col_tma") if aligns else spec, aligns)
 
 
 def _read_quant(
@@ -135,7 +135,7 @@ def _read_quant(
         order = "columns" if args["is_scale_transposed"] else "rows"
         raise Unsupported(f"the scales have stride {tuple(stored.stride())} and are written as {order}")
     try:
-        return like.but(group=args["group_size"], layout=layout), data, scale
+        return like.replace(group=args["group_size"], layout=layout), data, scale
     except ValueError as error:
         raise Unsupported(str(error)) from None
 

@@ -28,7 +28,6 @@ from normquant.compile.find.graph import arguments, overload_name, rows_are_even
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
-    OpCall,
     Rejection,
     rejected,
     site_name,
@@ -60,7 +59,7 @@ class SelfQuantizing:
         """How the kernel quantizes its input."""
         if self.rows_below == EVERY_ROW:
             return FLASHINFER_LINEAR
-        return (VLLM_UE8M0 if self.e8m0 else VLLM).but(layout="col_tma", few_rows=self.rows_below)
+        return (VLLM_UE8M0 if self.e8m0 else VLLM).replace(layout="col_tma", few_rows=self.rows_below)
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,8 @@ class QuantizedInputs:
         reason = self.lacks or _unsupported(x, value(found.weight))
         if reason is not None:
             return rejected(name, where, f"{overload_name(node.target)} quantizes inside: {reason}")
-        call = OpCall("group_quant", x, x.numel() // x.shape[-1], x.shape[-1], found.spec)
-        site = call.record(name, where)
-        return Candidate(site, call.facts, {"fused": partial(_take_out, node, found)})
+        k = x.shape[-1]
+        return Candidate(name, where, "group_quant", x, x.numel() // k, k, found.spec, partial(_take_out, node, found))
 
     def _read(self, node: Node) -> SelfQuantizing:
         args = arguments(node)

@@ -1,0 +1,76 @@
+"""The gated product of an MLP and group quantization as one op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from normquant import reference
+from normquant.ops._checks import check_quant, rows
+from normquant.ops._examples import Examples
+from normquant.ops._op import DEFAULT, Op, Traffic, register
+from normquant.ops._outputs import ACTIVATION_BYTES, activation, fake_quant
+from normquant.spec import QuantizedActivation, QuantSpec
+
+WIDTHS = (2304, 18432, 2048)  # DeepSeek-R1's dense MLP at TP8 and whole, and its expert
+
+
+def silu_mul_quant(x: torch.Tensor, *, spec: QuantSpec = DEFAULT) -> QuantizedActivation:
+    """silu(gate) * up, quantized in groups, in one kernel.
+
+    silu(g) = g / (1 + exp(-g)) in fp32; `spec.rounding` "twice" rounds it and the product to x's dtype, as an eager
+    model does, "once" the product alone.
+
+    x: [..., 2K] bfloat16 or float16, gate in the first K values and up in the others; the last stride is 1, rows may be
+    any distance apart; K a multiple of the group. Returns [..., K]. Raises ValueError for anything else.
+    """
+    return activation(x.shape[:-1], torch.ops.normquant.silu_mul_quant(rows("x", x), spec.encode()), spec)
+
+
+def _check(x: torch.Tensor, spec: QuantSpec) -> None:
+    """x must be [M, 2K] bf16 or fp16 with last stride 1 and K a positive multiple of spec.group."""
+    check_quant(x, spec)
+    if x.shape[1] % (2 * spec.group):
+        raise ValueError(
+            f"x has {x.shape[1]} columns; gate and up must each have a multiple of the group, {spec.group}"
+        )
+
+
+def _fake(x, spec):
+    return fake_quant(x, x.shape[0], x.shape[1] // 2, spec)
+
+
+def _plan(x, spec, config=None):
+    from normquant.kernels.silu_mul_quant import plan_silu_mul_quant
+
+    return plan_silu_mul_quant(x, spec, config)
+
+
+def _traffic(m: int, k: int, spec: QuantSpec) -> Traffic:
+    return 2 * m * k * ACTIVATION_BYTES, spec.bytes(m, k)
+
+
+def _example(e: Examples) -> dict[str, Any]:
+    return {"x": e.rows(2 * e.k)}
+
+
+def _sizes(x: torch.Tensor) -> dict[str, Any]:
+    return {"k": x.shape[-1] // 2}
+
+
+register(
+    Op(
+        name="silu_mul_quant",
+        schema="(Tensor x, str spec) -> (Tensor data, Tensor scale)",
+        check=_check,
+        fake=_fake,
+        reference=reference.silu_mul_quant,
+        plan=_plan,
+        traffic=_traffic,
+        example=_example,
+        sizes=_sizes,
+        configs="silu_mul_quant",
+        widths=WIDTHS,
+    )
+)
