@@ -34,16 +34,28 @@ def test_groups_are_those_of_a_linear(tmp_path: Path):
         return [[j.name for j in group] for group in command.vllm_groups(parsed(*words), tmp_path)]
 
     three = [f"{s}-deepgemm" for s in ("default", "off", "normquant")]
-    assert names() == [three]
+    assert names() == names("--as-installed") == [["installed", "installed-normquant"]]
+    assert names("--linear", "deepgemm") == names("--settings", "default,off,normquant") == [three]
     assert names("--linear", "deepgemm,cutlass", "--settings", "off") == [["off-deepgemm"], ["off-cutlass"]]
-    assert names("--workers", "2") == [three[:2], three[2:]]
+    assert names("--linear", "deepgemm", "--workers", "2") == [three[:2], three[2:]]
     both = [*three, *(f"{name}-moe" for name in three)]
-    assert names("--moe", "0,4", "--workers", "6") == [both]
-    jobs = [job for group in command.vllm_groups(parsed("--moe", "0,4"), tmp_path) for job in group]
+    assert names("--linear", "deepgemm", "--moe", "0,4", "--workers", "6") == [both]
+    jobs = [
+        job for group in command.vllm_groups(parsed("--linear", "deepgemm", "--moe", "0,4"), tmp_path) for job in group
+    ]
     assert len({job.folder for job in jobs}) == 6 and [job.moe for job in jobs] == [0] * 3 + [4] * 3
 
 
-@pytest.mark.parametrize("words", [("--settings", "on"), ("--linear", "triton"), ("--samples", "1"), ("--moe", "99")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--settings", "on"),
+        ("--linear", "triton"),
+        ("--samples", "1"),
+        ("--moe", "99"),
+        ("--as-installed", "--linear", "cutlass"),
+    ],
+)
 def test_arguments_that_are_none(words: tuple[str, ...], tmp_path: Path):
     with pytest.raises(ValueError):
         command.vllm_groups(parsed(*words), tmp_path)

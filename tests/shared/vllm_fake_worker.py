@@ -15,6 +15,8 @@ READY = {
     "torch": "2.11.0",
     "triton": "3.6.0",
     "vllm": "0.26.0",
+    "flashinfer": "0.6.14",
+    "linear_kernels": ["FlashInferFp8DeepGEMMDynamicBlockScaledKernel"],
     "logit_error": 0.02,
     "logit_error_p10": 0.01,
     "logit_error_p90": 0.03,
@@ -30,6 +32,7 @@ BATCH = {
     "classes": {"gemm": 60.0, "norm_quant": 40.0},
     "kernels": 300,
     "tpot_ms": 0.2,
+    "replay_us": 98.0,
 }
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +79,18 @@ class LayerRecord(Provenance):
 class VllmRecord(Provenance):
     """One setting of vLLM at one batch size: a step that decodes `batch` requests, over n windows of steps.
 
-    setting: "default", "off" (vLLM without its norm-quant fusion), "unfused" (without that of silu either) or
-        "normquant", with its policy, else "".
+    setting: "installed", vLLM as pip installs it, or "installed-normquant". In a laboratory, with the linear kernel
+        chosen for vLLM: "default", "off" (without its norm-quant fusion), "unfused" (without that of silu either) or
+        "normquant". policy: normquant's, else "".
     linear: the block-FP8 kernel that vLLM used. layers: all of them; moe: whether some have experts.
     gpu_us_per_step: microseconds in which any kernel ran; classes: the same by class; sum_us_per_step: the sum of all
         kernels' lengths, more where kernels overlap. kernels: in a step. tpot_ms: wall time of a step.
+    replay_us: the captured step, replayed back to back with no host in between; None where vLLM captured none.
     prefill_ms, prefill_gpu_us: one prompt, by its tokens.
     logit_error: norm of the difference from a float32 run over that run's norm; p10, p90: over positions.
     scales, scales_not_power_of_two: activation scales that reached DeepGEMM in a separate run.
-    findings: of `normquant audit` in the code that vLLM generated, by rule.
+    findings: of `normquant audit` in the code that vLLM generated, by rule. flashinfer: its version, "" where it is not
+        installed. switches: environment variables that chose a kernel.
     """
 
     suite: str
@@ -114,6 +117,9 @@ class VllmRecord(Provenance):
     findings: dict[str, int]
     policy: str
     vllm: str
+    flashinfer: str = ""
+    replay_us: float | None = None
+    switches: dict[str, str] = field(default_factory=dict)
 
 
 Record = KernelRecord | LayerRecord | VllmRecord
@@ -179,8 +185,8 @@ def writing(path: Path | None) -> Iterator[Callable[[Iterable[Record]], None]]:
 def _figures_first(record: Record) -> dict[str, Any]:
     """The fields of a record as they are written, those of the provenance at the end."""
     values = asdict(record)
-    for field in fields(Provenance):
-        values[field.name] = values.pop(field.name)
+    for own in fields(Provenance):
+        values[own.name] = values.pop(own.name)
     return values
 
 
@@ -223,7 +229,7 @@ def problems(record: dict) -> list[str]:
     if record["suite"] not in SUITES:
         return [_unknown_suite(record)]
     types = _types(record)
-    found = [f"missing {name}" for name in types if name not in record]
+    found = _missing(record, types)
     found += [f"unknown {name}" for name in record if name not in types]
     return found or _mistyped(record, types) or _contradictions(record)[:1]
 
@@ -249,9 +255,15 @@ def _types(record: dict) -> dict[str, Any]:
 
 
 def _mistyped(record: dict, types: Mapping[str, Any]) -> list[str]:
-    return [f"missing {n}" for n in types if n not in record] or [
-        f"{n} is {record[n]!r}" for n, t in types.items() if not _is(t, record[n])
+    return _missing(record, types) or [
+        f"{n} is {record[n]!r}" for n, t in types.items() if n in record and not _is(t, record[n])
     ]
+
+
+def _missing(record: dict, types: Mapping[str, Any]) -> list[str]:
+    """Fields that later versions added have a default: older records lack them."""
+    needed = [f.name for f in fields(SUITES[record["suite"]]) if f.default is MISSING and f.default_factory is MISSING]
+    return [f"missing {name}" for name in types if name not in record and name in needed]
 
 
 def _is(name: Any, value: object) -> bool:

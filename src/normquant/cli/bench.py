@@ -18,7 +18,7 @@ from typing import Any, get_args
 from normquant.bench.cases import BENCHMARKED, MS, Case, kernel_cases
 from normquant.bench.records import KernelRecord, Record, writing
 from normquant.bench.vllm import supervisor
-from normquant.bench.vllm.job import LINEARS, SETTINGS, Job
+from normquant.bench.vllm.job import INSTALLED, LABORATORY, LINEARS, Job
 from normquant.bench.vllm.seeded_model import config
 from normquant.bench.vllm.supervisor import Failure
 from normquant.cli.arguments import chosen, integers
@@ -65,12 +65,17 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_vllm(parser: argparse.ArgumentParser) -> None:
-    add, settings = parser.add_argument, ",".join(SETTINGS)
+    add, settings = parser.add_argument, ",".join(LABORATORY)
     add(
-        "--settings", default=settings,
-        help=f"comma-separated (default: {settings}); also unfused, vLLM without its fused silu either",
+        "--as-installed", action="store_true",
+        help="vLLM as pip installs it, without and with normquant (the default without --settings and --linear)",
     )  # fmt: skip
-    add("--linear", default="deepgemm", help="deepgemm, cutlass, or both (default: deepgemm)")
+    add(
+        "--settings",
+        help="in a laboratory, where FlashInfer's linear kernel is switched off: comma-separated "
+        f"(default there: {settings}); also unfused, vLLM without its fused silu either",
+    )  # fmt: skip
+    add("--linear", help="the linear kernel there: deepgemm, cutlass, or both (default there: deepgemm)")
     add("--layers", type=int, default=16, help="decoder layers (default: 16)")
     add(
         "--moe", type=expert_layers, default=(0,), metavar="N,...",
@@ -179,8 +184,7 @@ def vllm_suite(args: argparse.Namespace) -> Found:
 
 def vllm_groups(args: argparse.Namespace, folder: Path) -> list[list[Job]]:
     """The jobs, in groups that start together. Raises ValueError for arguments that make no sense."""
-    settings = chosen(args.settings, (*SETTINGS, "unfused"), "settings")
-    linears = chosen(args.linear, LINEARS, "linear kernels")
+    settings, linears = _settings(args)
     if min(args.samples, args.steps, args.timeout, args.workers or 1) < 1 or args.samples < 2:
         raise ValueError("--samples starts at 2; --steps, --timeout and --workers start at 1")
     jobs = [
@@ -194,6 +198,16 @@ def vllm_groups(args: argparse.Namespace, folder: Path) -> list[list[Job]]:
     jobs = [replace(job, folder=os.fspath(folder / job.name)) for job in jobs]
     size = args.workers or len(settings)
     return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+
+
+def _settings(args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:
+    """The settings, and the linear kernels of each."""
+    if args.settings is None and args.linear is None:
+        return INSTALLED, ("installed",)
+    if args.as_installed:
+        raise ValueError("--as-installed chooses nothing for vLLM; it goes with neither --settings nor --linear")
+    settings = chosen(args.settings or ",".join(LABORATORY), (*LABORATORY, "unfused"), "settings")
+    return settings, chosen(args.linear or "deepgemm", LINEARS, "linear kernels")
 
 
 @contextlib.contextmanager

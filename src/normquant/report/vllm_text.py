@@ -28,13 +28,16 @@ def summary(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def decoding(records: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each record: a step's GPU time, beside default's and off's and by class of kernel, in microseconds."""
+    """A row for each record: a step's GPU time, beside those of other settings and by class, in microseconds."""
     classes = [name for name in SHOWN if any(r["classes"].get(name, 0) >= 0.05 for r in records)]
-    header = ["linear", "batch", "setting", "GPU us/step", "vs default", "vs off", "sum us", "kernels", "TPOT ms"]
+    others = [name for name in ("installed", "default", "off") if any(r["setting"] == name for r in records)]
+    header = ["linear", "batch", "setting", "GPU us/step", *(f"vs {name}" for name in others)]
+    header += ["replay us", "sum us", "kernels", "TPOT ms"]
     rows = []
     for r in sorted(records, key=lambda r: (_model(r), r["batch"])):
         row = [_model(r), str(r["batch"]), r["setting"], f"{r['gpu_us_per_step']:.1f}"]
-        row += [_change(r, records, other) for other in ("default", "off")]
+        row += [_change(r, records, other) for other in others]
+        row += ["" if r.get("replay_us") is None else f"{r['replay_us']:.1f}"]
         row += [f"{r['sum_us_per_step']:.1f}", str(r["kernels"]), f"{r['tpot_ms']:.3f}"]
         rows.append([*row, *(f"{r['classes'].get(name, 0):.1f}" for name in classes)])
     return table([*header, *classes], rows, "<><" + ">" * (len(header) + len(classes) - 3))

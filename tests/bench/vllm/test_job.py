@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shared.vllm_jobs import job
 
-from normquant.bench.vllm.job import engine_arguments, environment, read, write
+from normquant.bench.vllm.job import engine_arguments, environment, read, switches, write
 
 
 def test_a_job_is_the_same_after_a_file(tmp_path: Path):
@@ -39,6 +39,17 @@ def test_settings_differ_in_one_thing(tmp_path: Path):
     for arguments in (default, off, ours):
         del arguments["model"]
     assert default == off == ours
+
+
+def test_nothing_is_chosen_for_vllm_as_it_is_installed(tmp_path: Path):
+    base = {"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0", "VLLM_USE_DEEP_GEMM": "0", "NORMQUANT": "1"}
+    without, ours = (job(tmp_path, s, linear="installed") for s in ("installed", "installed-normquant"))
+    assert switches(without) == switches(ours) == {}
+    a, b = environment(without, base), environment(ours, base)
+    assert "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER" not in a and "VLLM_USE_DEEP_GEMM" not in a and "NORMQUANT" not in a
+    assert b["NORMQUANT"] == "1" and set(b) - set(a) == {"NORMQUANT"}
+    assert engine_arguments(without)["compilation_config"] == {}  # vLLM's own sizes of CUDA graphs, too
+    assert switches(job(tmp_path)) == {"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0"}
 
 
 def test_every_request_fits(tmp_path: Path):

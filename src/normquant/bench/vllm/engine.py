@@ -86,13 +86,26 @@ class Engine:
     @contextlib.contextmanager
     def without_graphs(self) -> Iterator[None]:
         """Run the compiled code directly, not from CUDA graphs, so that Python sees each of its calls."""
-        dispatcher = self.runner.cudagraph_dispatcher
-        before = dispatcher.keys_initialized
-        dispatcher.keys_initialized = False
+        if hasattr(self.runner, "cudagraph_dispatcher"):
+            owner, name = self.runner.cudagraph_dispatcher, "keys_initialized"
+        else:  # vLLM's second model runner
+            owner, name = self.runner.cudagraph_manager, "_graphs_captured"
+        before = getattr(owner, name)
+        setattr(owner, name, False)
         try:
             yield
         finally:
-            dispatcher.keys_initialized = before
+            setattr(owner, name, before)
+
+    def decode_graph(self, batch: int) -> torch.cuda.CUDAGraph | None:
+        """The CUDA graph of a whole step that decodes `batch` requests; None where vLLM captured none."""
+        wrapped = getattr(self.runner.model, "concrete_cudagraph_entries", None)
+        if wrapped is not None:
+            graphs = {descriptor: entry.cudagraph for descriptor, entry in wrapped.items()}
+        else:
+            graphs = dict(getattr(getattr(self.runner, "cudagraph_manager", None), "graphs", {}))
+        found = (graph for descriptor, graph in graphs.items() if graph and descriptor.num_tokens == batch)
+        return next(found, None)
 
 
 def linear_kernels(model: torch.nn.Module) -> set[str]:

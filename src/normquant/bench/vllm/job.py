@@ -11,21 +11,23 @@ from typing import Any
 
 from normquant.bench.vllm.seeded_model import cache_bytes
 
-SETTINGS = ("default", "off", "normquant")
+INSTALLED = ("installed", "installed-normquant")  # vLLM as pip installs it, without and with the plugin
+LABORATORY = ("default", "off", "normquant")  # with one linear kernel chosen for all of them
 # What vLLM is told to leave alone; "unfused" is the model as it is written, whose numerics the plugin keeps.
 PASSES = {
     "off": {"fuse_norm_quant": False},
     "unfused": {"fuse_norm_quant": False, "fuse_act_quant": False},
 }
 LINEARS = ("deepgemm", "cutlass")
+FLASHINFER_LINEAR = "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER"
+CHOICES = ("NORMQUANT", FLASHINFER_LINEAR)  # not taken over from the environment
 PROMPT = 64  # tokens of a request that is decoded
 WARM_UP = 8  # steps before the first window
 # What each process gets, whatever the caller's environment says: the engine inside the process, no network, and as
-# little unmeasured start-up work as possible. FlashInfer's linear kernel would quantize inside.
+# little unmeasured start-up work as possible. None of it chooses a kernel of the model.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
     "VLLM_DEEP_GEMM_WARMUP": "skip",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -37,10 +39,11 @@ ENVIRONMENT = {
 class Job:
     """One setting on one model.
 
-    setting: "default", vLLM as it comes; "off", without its norm-quant fusion; "unfused", without that of silu either;
-        "normquant", with the plugin.
-    linear: the block-FP8 kernel that vLLM must choose, by the start of its name in lower case. layers, moe: of the
-        model, and how many of them have experts.
+    setting: "installed", as pip installs vLLM, and "installed-normquant", the same with the plugin. In a laboratory,
+        where FlashInfer's linear kernel is switched off: "default", else as it comes; "off", without its norm-quant
+        fusion; "unfused", without that of silu either; "normquant", with the plugin.
+    linear: in a laboratory the block-FP8 kernel that vLLM must choose, by the start of its name in lower case; else
+        "installed", vLLM's own choice. layers, moe: of the model, and how many of them have experts.
     batches: requests decoded at once. prefill: lengths of prompts. samples: windows of `steps` steps each.
     compared: prompts whose logits are compared with those of float32.
     model: the model's config.json. engine: arguments of `vllm.LLM` that replace ours.
@@ -63,7 +66,18 @@ class Job:
     @property
     def name(self) -> str:
         """The job in logs and folders."""
-        return f"{self.setting}-{self.linear}{'-moe' * (self.moe > 0)}"
+        linear = "" if self.installed else f"-{self.linear}"
+        return f"{self.setting}{linear}{'-moe' * (self.moe > 0)}"
+
+    @property
+    def installed(self) -> bool:
+        """Whether nothing of the model is chosen for vLLM."""
+        return self.setting in INSTALLED
+
+    @property
+    def plugin(self) -> bool:
+        """Whether normquant is switched on."""
+        return self.setting.endswith("normquant")
 
     @property
     def decoded(self) -> int:
@@ -100,14 +114,22 @@ def read(path: Path) -> Job:
 def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of the job's process: its own caches, except for the GEMMs', and the setting's switches only."""
     folder = Path(job.folder)
-    found = {n: v for n, v in base.items() if n != "NORMQUANT" and not n.startswith("VLLM_USE_DEEP_GEMM")}
-    found |= ENVIRONMENT
+    found = {n: v for n, v in base.items() if n not in CHOICES and not n.startswith("VLLM_USE_DEEP_GEMM")}
+    found |= ENVIRONMENT | switches(job)
     found["VLLM_CACHE_ROOT"] = str(job.cache)
     found["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     found["TRITON_CACHE_DIR"] = str(folder / "triton")
     found["DG_JIT_CACHE_DIR"] = str(folder.parent / "deep_gemm")  # the same GEMMs in every setting, minutes of nvcc
-    if job.setting == "normquant":
+    if job.plugin:
         found["NORMQUANT"] = "1"
+    return found
+
+
+def switches(job: Job) -> dict[str, str]:
+    """What chooses kernels for vLLM, in a laboratory: nothing for vLLM as it is installed."""
+    if job.installed:
+        return {}
+    found = {FLASHINFER_LINEAR: "0"}  # it would quantize inside
     if job.linear == "cutlass":  # vLLM prefers DeepGEMM anyway; asking for it by name would also move the experts to it
         found["VLLM_USE_DEEP_GEMM"] = "0"
     return found
@@ -121,7 +143,7 @@ def engine_arguments(job: Job) -> dict[str, Any]:
     """
     batch = max(job.batches)
     tokens = max(batch * (PROMPT + job.decoded + 64), job.longest)
-    compilation: dict[str, Any] = {"cudagraph_capture_sizes": sorted(job.batches)}
+    compilation: dict[str, Any] = {} if job.installed else {"cudagraph_capture_sizes": sorted(job.batches)}
     if job.setting in PASSES:
         compilation["pass_config"] = dict(PASSES[job.setting])
     arguments: dict[str, Any] = {
@@ -138,6 +160,6 @@ def engine_arguments(job: Job) -> dict[str, Any]:
         "disable_log_stats": True,
         "compilation_config": compilation,
     }
-    if job.setting == "normquant":
+    if job.plugin:
         arguments["additional_config"] = {"normquant": {"policy": job.policy}}
     return arguments | dict(job.engine)

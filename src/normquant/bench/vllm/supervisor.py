@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from normquant.bench.records import VllmRecord, current_command
-from normquant.bench.vllm.job import Job, environment, write
+from normquant.bench.vllm.job import Job, environment, switches, write
 from normquant.version import VERSION
 
 COMMAND = (sys.executable, "-m", "normquant.bench.vllm.worker")
@@ -169,14 +169,15 @@ def record(job: Job, facts: dict[str, Any], prefill: dict[str, Any], batch: dict
     return VllmRecord(
         suite="vllm",
         setting=job.setting,
-        linear=job.linear,
+        linear=", ".join(facts["linear_kernels"]) if job.installed else job.linear,
         layers=job.layers,
         moe=job.moe > 0,
         **batch,
         prefill_ms=prefill["ms"],
         prefill_gpu_us=prefill["gpu_us"],
         **{name: facts[name] for name in FACTS},
-        policy=job.policy if job.setting == "normquant" else "",
+        policy=job.policy if job.plugin else "",
+        switches=switches(job),
         version=VERSION,
         command=current_command(),
     )
@@ -184,5 +185,5 @@ def record(job: Job, facts: dict[str, Any], prefill: dict[str, Any], batch: dict
 
 FACTS = (
     *("logit_error", "logit_error_p10", "logit_error_p90", "scales", "scales_not_power_of_two"),
-    *("findings", "vllm", "gpu", "torch", "triton"),
+    *("findings", "vllm", "flashinfer", "gpu", "torch", "triton"),
 )

@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +62,13 @@ def lines() -> Send:
 
 
 def start(job: Job) -> tuple[Engine, dict[str, torch.Tensor]]:
-    """vLLM with the job's setting, and the weights that it got. Raises ValueError if it chose another linear kernel."""
-    if job.setting == "normquant":
+    """vLLM with the job's setting, and the weights that it was given.
+
+    Raises ValueError if it chose another linear kernel, or if FlashInfer is missing, which pip installs beside vLLM.
+    """
+    if job.installed and find_spec("flashinfer") is None:
+        raise ValueError("FlashInfer is not installed; as pip installs vLLM it is there, and decides over the kernels")
+    if job.plugin:
         from normquant.vllm.plugin import register
 
         register()  # where normquant is on the path and not installed, vLLM finds no entry point
@@ -71,7 +78,7 @@ def start(job: Job) -> tuple[Engine, dict[str, torch.Tensor]]:
     register_loader(loaded)
     engine = Engine(LLM(load_format=LOAD_FORMAT, **engine_arguments(job)))
     kernels = linear_kernels(engine.model)
-    if not kernels or not all(name.lower().startswith(job.linear) for name in kernels):
+    if not kernels or not (job.installed or all(name.lower().startswith(job.linear) for name in kernels)):
         raise ValueError(f"vLLM chose {', '.join(sorted(kernels)) or 'no kernel'} for the linears, not {job.linear}")
     return engine, loaded
 
@@ -99,6 +106,7 @@ def facts(engine: Engine) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "vllm": vllm.__version__,
+        "flashinfer": version("flashinfer-python") if find_spec("flashinfer") else "",
         "linear_kernels": sorted(linear_kernels(engine.model)),
         "expert_kernels": sorted(expert_kernels(engine.model)),
     }
@@ -158,11 +166,13 @@ def measure(engine: Engine, job: Job, send: Send) -> None:
     """Wall times first: once a profiler has run, every later launch is slower."""
     ms = {str(length): prefill_ms(engine, job, length) for length in job.prefill}
     tpot = {batch: step_ms(engine, job, batch) for batch in job.batches}
+    replay = {batch: replay_us(engine, job, batch) for batch in job.batches}
     for length in job.prefill:
         keep_calls(job, f"prefill-{length}-calls", partial(prefill, engine, job, length))
     send({"kind": "prefill", "ms": ms, "gpu_us": {str(n): prefill_us(engine, job, n) for n in job.prefill}})
     for batch in job.batches:
-        send({"kind": "batch", "batch": batch, "tpot_ms": tpot[batch], **profile_batch(engine, job, batch)})
+        step = {"kind": "batch", "batch": batch, "tpot_ms": tpot[batch], "replay_us": replay[batch]}
+        send(step | profile_batch(engine, job, batch))
 
 
 def prefill_ms(engine: Engine, job: Job, length: int) -> float:
@@ -209,6 +219,30 @@ def step_ms(engine: Engine, job: Job, batch: int) -> float:
     with decoding(engine, job, batch):
         windows = [timed(lambda: decode(engine, batch, job.steps)) for _ in range(job.samples)]
     return round(statistics.median(windows) / job.steps * 1e3, 4)
+
+
+def replay_us(engine: Engine, job: Job, batch: int) -> float | None:
+    """GPU time of the captured step, replayed back to back with no host in between; None where none was captured.
+
+    The replays write again what the last step of the batch wrote.
+    """
+    with decoding(engine, job, batch):
+        graph = engine.decode_graph(batch)
+        if graph is None:
+            return None
+        return round(statistics.median(replayed(graph, job.steps) for _ in range(job.samples)), 2)
+
+
+def replayed(graph: torch.cuda.CUDAGraph, times: int) -> float:
+    """Microseconds of one of so many replays."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    start.record()
+    for _ in range(times):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / times
 
 
 def profile_batch(engine: Engine, job: Job, batch: int) -> dict[str, Any]:
