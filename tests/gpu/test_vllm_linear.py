@@ -1,5 +1,5 @@
-"""The rule of FlashInfer's linear kernel, and products on data that it quantized, against FlashInfer and vLLM where they
-are installed: equal to the bit."""
+"""The rule of FlashInfer's linear kernel, and products of data quantized so, against FlashInfer and vLLM where they are
+installed: equal to the bit."""
 
 from __future__ import annotations
 

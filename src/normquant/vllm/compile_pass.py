@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 from torch.fx import Graph
 from vllm import __version__ as vllm_version
-from vllm import envs
 from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 
 from normquant.compile import FusionReport
@@ -89,7 +89,8 @@ class VllmNormQuantPass(InductorPass):
 
 
 def _fusion(switches: Switches) -> NormQuantPass:
-    quantized_inputs = QuantizedInputs(fp8_linear.lacks(), bool(getattr(envs, "VLLM_BATCH_INVARIANT", False)))
+    deepgemm_alone = os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0"
+    quantized_inputs = QuantizedInputs(fp8_linear.lacks, fp8_linear.flashinfer_version(), deepgemm_alone)
     return NormQuantPass(switches.rules, switches.strict, (quantized_inputs, *VLLM_FUSIONS))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,6 +50,14 @@ LIBRARY.impl("block_fp8_linear", block_fp8_linear, "CUDA")
 @torch.library.register_fake("normquant_vllm::block_fp8_linear", lib=LIBRARY)
 def _fake(data: torch.Tensor, scale: Any, weight: torch.Tensor, *args: Any) -> torch.Tensor:
     return data.new_empty((data.shape[0], weight.shape[0]), dtype=torch.bfloat16)
+
+
+def flashinfer_version() -> str:
+    """FlashInfer's version, "" where it is not installed. Nothing of it is imported, which might touch CUDA."""
+    try:
+        return version("flashinfer-python")
+    except PackageNotFoundError:
+        return ""
 
 
 @cache

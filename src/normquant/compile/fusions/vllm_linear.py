@@ -16,7 +16,8 @@ kernel of ours in place of the one inside.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -64,10 +65,15 @@ class SelfQuantizing:
 
 @dataclass(frozen=True)
 class QuantizedInputs:
-    """The fusion. lacks: why the products cannot be given FP8 inputs here, None where they can.
-    deepgemm_alone: whether vLLM takes DeepGEMM for any number of rows, as its batch-invariant mode does."""
+    """The fusion.
 
-    lacks: str | None = None
+    lacks: says why the products cannot be given FP8 inputs here, None where they can; asked when a graph has one, since
+        the answer may need a GPU. flashinfer: the version that the answer is for, part of the pass's identity.
+    deepgemm_alone: whether vLLM takes DeepGEMM for any number of rows, as its batch-invariant mode does.
+    """
+
+    lacks: Callable[[], str | None] = field(default=lambda: None, repr=False, compare=False)
+    flashinfer: str = ""
     deepgemm_alone: bool = False
 
     def __call__(self, graph: Graph) -> Findings:
@@ -79,7 +85,7 @@ class QuantizedInputs:
         name, where = site_name(node), source_line(node)
         found = self._read(node)
         x = value(found.x)
-        reason = self.lacks or _unsupported(x, value(found.weight))
+        reason = self.lacks() or _unsupported(x, value(found.weight))
         if reason is not None:
             return rejected(name, where, f"{overload_name(node.target)} quantizes inside: {reason}")
         k = x.shape[-1]
