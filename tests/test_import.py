@@ -89,7 +89,10 @@ except SystemExit as ended:
     assert python(source, argument).endswith("False 0")
 
 
-@pytest.mark.parametrize("order", ["import torch, normquant", "import normquant, torch"])
+LOOKED_UP = "import normquant, importlib.util\nassert importlib.util.find_spec('torch')\nimport torch"
+
+
+@pytest.mark.parametrize("order", ["import torch, normquant", "import normquant, torch", LOOKED_UP])
 def test_the_ops_are_registered_with_torch_in_whichever_order(order: str) -> None:
     python(f"{order}\nassert all(hasattr(torch.ops.normquant, name) for name in {OPS})")
 
@@ -108,6 +111,12 @@ compiled = torch.compile(lambda x: nq.group_quant(x).data, backend="eager", full
 print(compiled(torch.ones(2, 128, dtype=torch.bfloat16)).dtype)
 """
     assert python(source) == "torch.float8_e4m3fn"
+
+
+@pytest.mark.parametrize("module", ["spec", "reference", "kernels.capability", "compile.driver"])
+def test_any_module_may_be_the_first_to_import_torch(module: str) -> None:
+    ask = "import torch\nassert hasattr(torch.ops.normquant, 'group_quant')"
+    python(f"import normquant.{module}\nimport normquant.linear\n{ask}")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
