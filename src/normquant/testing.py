@@ -21,7 +21,7 @@ def assert_generated(
 
     Args:
         fn, make_inputs, target, options, dynamic: as for `normquant.audit`.
-        expect: launches by name, e.g. {"rms_norm_quant": 3, "kernels": 5}: an operator with or without its namespace,
+        expect: launches by name, e.g. {"mm": 3, "kernels": 5}: an operator with or without its namespace,
             a generated kernel, a pattern with * and ?, or "kernels" for all generated kernels.
         forbid: ids of rules that must find nothing.
         max_bytes: the most bytes that may be read from and written to DRAM.

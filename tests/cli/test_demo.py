@@ -129,12 +129,12 @@ def test_a_missing_package_is_one_line(package: str, extra: str) -> None:
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from normquant.audit.capture import device_guard
+    from normquant.audit.capture import fake_gpu
 
     def ensure() -> None:
         raise RuntimeError("found no C++ compiler")
 
-    monkeypatch.setattr(device_guard, "ensure", ensure)
+    monkeypatch.setattr(fake_gpu, "ensure_device_guard", ensure)
     assert cli.main(["demo"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "normquant: error: found no C++ compiler"
 

@@ -13,7 +13,7 @@ import pytest
 from normquant.cli.entry import main
 from normquant.cli.vllm_report import default_root
 from normquant.compile.fusion_report import FusionReport, Site
-from normquant.vllm.graph_records import FILE, GraphRecord, append, read
+from normquant.vllm.graph_records import FILE, SELF_QUANTIZING, GraphRecord, append, read
 
 ADD = Site("layers.3.input_layernorm", "m.py:1", "fused", "policy auto", "add_rms_norm_quant", "e4m3", "s0", 7168)
 NEXT = Site("layers.12.input_layernorm", "m.py:1", "fused", "policy auto", "add_rms_norm_quant", "e4m3", "s0", 7168)
@@ -48,7 +48,7 @@ def test_what_stood_in_the_way_is_said(tmp_path: Path, capsys: Any) -> None:
     written(tmp_path, record(linear={"FlashInfer": 3}), record(error="RuntimeError: planted"))
     assert main(["vllm-report", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "FlashInfer, 3 calls; takes bf16 and quantizes inside: nothing to fuse in front of it" in out
+    assert f"FlashInfer, 3 calls; {SELF_QUANTIZING}" in out and "nothing is fused in front of it" in SELF_QUANTIZING
     assert "compiled as it was: RuntimeError: planted" in out
 
 

@@ -8,8 +8,8 @@ import pytest
 from shared.generated_code import ON
 
 from normquant.audit import audit_path
-from normquant.report import audit_text, units
-from normquant.report.text_table import shorten, table
+from normquant.report import audit_text, formatting
+from normquant.report.formatting import shorten, table
 
 
 @pytest.fixture
@@ -29,13 +29,17 @@ def report() -> dict[str, Any]:
     ],
 )
 def test_sizes(count: int, text: str) -> None:
-    assert units.size(count) == text
+    assert formatting.size(count) == text
 
 
 def test_other_units() -> None:
-    assert (units.microseconds(0.94), units.microseconds(74.07), units.microseconds(1687.2)) == ("0.9", "74.1", "1687")
-    assert units.share(0.0183) == "1.8 %"
-    assert (units.count(1, "kernel"), units.count(1200, "kernel")) == ("1 kernel", "1 200 kernels")
+    assert (formatting.microseconds(0.94), formatting.microseconds(74.07), formatting.microseconds(1687.2)) == (
+        "0.9",
+        "74.1",
+        "1687",
+    )
+    assert formatting.share(0.0183) == "1.8 %"
+    assert (formatting.count(1, "kernel"), formatting.count(1200, "kernel")) == ("1 kernel", "1 200 kernels")
 
 
 def test_columns_line_up() -> None:

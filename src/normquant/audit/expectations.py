@@ -41,8 +41,8 @@ def check_rules(rules: Sequence[str]) -> None:
 def count(report: AuditReport, name: str) -> int:
     """How many launches are called `name`, in which * and ? are wildcards.
 
-    An opaque operator matches by its full name and by the part after its namespace: `rms_norm_quant` counts
-    `normquant.rms_norm_quant`, not `normquant.add_rms_norm_quant`. `kernels` counts every generated kernel.
+    An opaque operator matches by its full name and by the part after its namespace: `mm` counts `aten.mm`, not
+    `aten.addmm`. `kernels` counts every generated kernel.
     """
     if name == ALL_KERNELS:
         return len(report.kernels)

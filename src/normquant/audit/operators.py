@@ -19,7 +19,7 @@ class Operator:
 
     mutates: tuple[int, ...] = ()
     quantizes: bool = False
-    ue8m0: int | None = None  # the argument that asks for power-of-two scales; None where there is none
+    ue8m0: int | None = None  # the argument that asks for power-of-two scales; None without such an argument
     always_ue8m0: bool = False
     takes_scales: tuple[int, ...] = ()  # scales that are copied unless column-major with columns padded to 16 bytes
 

@@ -68,7 +68,7 @@ TARGETS: dict[str, Target] = {
 
 
 def resolve(name: str) -> Target:
-    """The target called `name`; ValueError when there is none, Unavailable when `here` has no GPU."""
+    """The target called `name`; ValueError for an unknown name, Unavailable when `here` has no GPU."""
     if name in TARGETS:
         return TARGETS[name]
     if name == HERE:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from normquant.bench.compiling import any_rows, no_recompile_limit
+from normquant.bench.providers import any_rows, no_recompile_limit
 from normquant.bench.records import LayerRecord, current_run, time_fields
 from normquant.bench.timing import Call, modules_past_l2, time_calls
 from normquant.compile import inductor_options

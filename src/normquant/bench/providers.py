@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 
 from normquant import specs
 from normquant.bench.cases import ADD_NORM, LATENTS, NORM, QUANT, SILU, SPEC, Case, CaseInputs
-from normquant.bench.compiling import any_rows, no_recompile_limit
 from normquant.bench.timing import Call
 from normquant.ops import OPS
 from normquant.spec import QuantSpec, empty_scale
@@ -79,6 +79,20 @@ def eager(case: Case) -> Run | None:
         SILU: lambda i: _aten_quant(F.silu(i["x"][:, : case.k]) * i["x"][:, case.k :]),
     }
     return runs.get(case.op)
+
+
+def any_rows(tensors: Iterable[torch.Tensor | None], dim: int = 0) -> None:
+    """Make the next compile accept any number of rows above one along `dim`; a single row has its own compile."""
+    for t in tensors:
+        if t is not None and t.shape[dim] > 1:
+            torch._dynamo.mark_dynamic(t, dim)
+
+
+@contextmanager
+def no_recompile_limit() -> Iterator[None]:
+    """Every layer, width and M has its own compile; beyond Dynamo's limit of eight it would silently run eager."""
+    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+        yield
 
 
 def compiled(nested: bool) -> Callable[[Case], Run | None]:

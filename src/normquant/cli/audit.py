@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     compiling.add_argument("--dynamic", action="store_true", default=None, help="compile with symbolic sizes")
     compiling.add_argument("--tokens", type=_positive, default=64, help="tokens for a transformers model; default 64")
-    compiling.add_argument("--layers", type=_positive, help="build only so many layers of a transformers model")
+    compiling.add_argument("--layers", type=_positive, help="build only this many layers of a transformers model")
     sizes = parser.add_argument_group("symbolic sizes")
     sizes.add_argument("--m", type=integers, default=(), metavar="1,64,8192", help="evaluate at these numbers of rows")
     sizes.add_argument(

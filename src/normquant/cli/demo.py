@@ -58,10 +58,10 @@ def require() -> None:
             raise ImportError(
                 f"normquant demo needs {package} ({error}); install it with: pip install 'normquant[{extra}]'"
             ) from error
-    from normquant.audit.capture import device_guard
+    from normquant.audit.capture import fake_gpu
 
     try:
-        device_guard.ensure()
+        fake_gpu.ensure_device_guard()
     except RuntimeError as error:
         raise OSError(str(error)) from error
 

@@ -218,7 +218,7 @@ def _torch_gpu(torch: Any, index: int) -> Gpu:
 
 
 def _smi_gpus() -> tuple[tuple[Gpu, ...], str | None]:
-    """The GPUs and the driver version that nvidia-smi reports; nothing where there is none or it fails."""
+    """The GPUs and the driver version that nvidia-smi reports; nothing without nvidia-smi or when it fails."""
     query = "name,compute_cap,memory.total,driver_version"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from normquant.demo.sections import NEXT, Section, SectionTable
-from normquant.report.text_table import table
+from normquant.report.formatting import table
 
 WIDTH = 100
 INDENT = "   "

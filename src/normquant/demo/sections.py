@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from normquant.audit.program import Extern, ProgramLaunch
 from normquant.bench.timing import Timing
 from normquant.compile.verify import ALLOWED, Checks, total
-from normquant.demo.codegen import Compiled, is_matrix_product
+from normquant.demo.codegen import Compiled, NormLaunches, is_matrix_product
 from normquant.demo.deepseek_layer import R1_TP8
 from normquant.demo.demonstration import Demonstration, OnCpu, estimate_us, site_name
 from normquant.demo.gpu_timing import OnGpu
-from normquant.report import units
+from normquant.report import formatting
 
 NEXT = (
     ("fuse your own model", "torch.compile(model, options=normquant.inductor_options())"),
@@ -54,7 +54,8 @@ def verdict(result: Demonstration) -> str:
     fused = sum(site.fused for site in result.after.fusion.sites)
     return (
         f"{fused} of {len(after.fusion.sites)} norms are one kernel now: {len(before.kernels)} kernels become "
-        f"{len(after.kernels)}, {units.size(before.bytes)} become {units.size(after.bytes)}, and {_agreement(result)}."
+        f"{len(after.kernels)}, {formatting.size(before.bytes)} become {formatting.size(after.bytes)}, "
+        f"and {_agreement(result)}."
     )
 
 
@@ -90,7 +91,7 @@ def same_values(cpu: OnCpu) -> Section:
 
 
 def timed(gpu: OnGpu | None, no_gpu: str) -> Section:
-    """The layer's time on the GPU, or why there is none."""
+    """The layer's time on the GPU, or why it was not measured."""
     if gpu is None:
         return Section("3  How fast?", f"{no_gpu} On an H100, this command also times both compiles.")
     rows = tuple(
@@ -131,24 +132,28 @@ def _agreement(result: Demonstration) -> str:
 
 def _norms_table(before: Compiled, after: Compiled) -> SectionTable:
     rows: list[tuple[str, ...]] = [
-        (b.name, str(b.k), describe(b.launches), units.size(b.bytes), describe(a.launches), units.size(a.bytes))
-        for b, a in zip(before.norms, after.norms, strict=True)
+        (b.name, str(b.k), *_cells(b), *_cells(a)) for b, a in zip(before.norms, after.norms, strict=True)
     ]
     rows.append((
         "together", "",
         *(cell for c in (before, after) for cell in (
-            units.count(sum(len(n.launches) for n in c.norms), "kernel"), units.size(sum(n.bytes for n in c.norms)),
+            formatting.count(sum(len(n.launches) for n in c.norms), "kernel"),
+            formatting.size(sum(n.bytes for n in c.norms)),
         )),
     ))  # fmt: skip
     header = ("around the norm", "K", "torch.compile", "DRAM", "with normquant", "DRAM")
     return SectionTable(header, tuple(rows), "<><><>", footer=True)
 
 
+def _cells(norm: NormLaunches) -> tuple[str, str]:
+    return describe(norm.launches), formatting.size(norm.bytes)
+
+
 def _layer_table(before: Compiled, after: Compiled) -> SectionTable:
     products = sum(map(is_matrix_product, before.report.launches))
     rows = [
         (f"kernels besides its {products} matrix products", str(len(before.kernels)), str(len(after.kernels))),
-        ("DRAM bytes of those", units.size(before.bytes), units.size(after.bytes)),
+        ("DRAM bytes of those", formatting.size(before.bytes), formatting.size(after.bytes)),
         ("their time, estimated at copy speed, us", f"{estimate_us(before):.1f}", f"{estimate_us(after):.1f}"),
     ]
     rules = dict.fromkeys(("identity", "layout-copy", *(f.rule for f in before.report.findings)))
@@ -157,7 +162,7 @@ def _layer_table(before: Compiled, after: Compiled) -> SectionTable:
 
 
 def describe(launches: Sequence[ProgramLaunch]) -> str:
-    """What a few launches are: "norm, 2 x group_quant"."""
+    """What a few launches are: "norm, 2 x bmm"."""
     counts = Counter(_kind(launch) for launch in launches)
     return ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in counts.items())
 
@@ -183,7 +188,7 @@ def _left_over(after: Compiled) -> list[str]:
     around = {launch.position for norm in after.norms for launch in norm.launches}
     return [
         f"{f.rule} left, {'AROUND a norm' if f.position in around else 'not around a norm'}: {_source(f.origins)} "
-        f"({units.size(f.bytes)})"
+        f"({formatting.size(f.bytes)})"
         for f in after.report.findings
         if f.rule in ("identity", "layout-copy")
     ]

@@ -132,7 +132,7 @@ def _rule(op: str, k: int, m: int, clusters: bool) -> Config:
     # rows: fewer warps and no idle lanes, so that several programs share a multiprocessor.
     per_warp = 512 if m <= 256 else 1024
     num_warps = min(32, power_of_two_in(max(4, k // per_warp)))
-    if "rms_norm_quant" in op and k >= 4096:
+    if "rms_norm" in op and k >= 4096:
         if clusters and m <= 128:  # 8 values a thread, a load of 16 bytes
             return Config(power_of_two(-(-k // MAX_CLUSTER)) // 256, split=MAX_CLUSTER, cluster=True)
         if m <= 16:

@@ -10,6 +10,8 @@ neighbours, whether of one row or of several: no thread is left without work whe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -46,16 +48,16 @@ def group_quant_kernel(
     quantize_groups(x, data_ptr, scale_ptr, m, scale_rows, K=K, SPEC=SPEC, BLOCK_G=BLOCK_G, ON_CUDA=ON_CUDA)
 
 
-def plan_group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
-    """The launch of `group_quant` on checked inputs like these."""
-    m, k = x.shape
+def plan_groups(kernel: Any, op: str, x: torch.Tensor, k: int, spec: QuantSpec, config: Config | None) -> Plan:
+    """The launch of a kernel with the arguments of `group_quant_kernel`, which writes [M, k] from rows of x."""
+    m = x.shape[0]
     spec = spec.at(m)
     where = target(x.device)
-    config = config or choose_config("group_quant", k, m, where.capability)
+    config = config or choose_config(op, k, m, where.capability)
     block_g, programs = group_blocks(m, k, spec, config)
     unit = stride_unit(x)
     return plan(
-        group_quant_kernel,
+        kernel,
         grid=(programs, 1, 1),
         inputs=(x,),
         outputs=quantized(m, k, spec),
@@ -69,6 +71,11 @@ def plan_group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = N
         PDL=where.release(config),
         ON_CUDA=where.on_cuda,
     )
+
+
+def plan_group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
+    """The launch of `group_quant` on checked inputs like these."""
+    return plan_groups(group_quant_kernel, "group_quant", x, x.shape[1], spec, config)
 
 
 def group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Outputs:

@@ -173,7 +173,7 @@ class Launch:
 
 
 def set_cluster(binary: Any, programs: int) -> None:
-    """Have Triton's launcher make a cluster of so many programs, along the grid's x, for each place in the grid.
+    """Have Triton's launcher make a cluster of `programs` programs, along the grid's x, for each place in the grid.
 
     It does so for its own num_ctas; told about that, the compiler would spread one program over the cluster, and cannot
     compile a sum over one.

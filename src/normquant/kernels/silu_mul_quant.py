@@ -24,11 +24,9 @@ from normquant.kernels._device import (
     scale_by_weight,
     wait_for_predecessor,
 )
-from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
-from normquant.kernels.configs import config as choose_config
-from normquant.kernels.launch import Outputs, Plan, kernel_spec, launch, plan, quantized
-from normquant.kernels.tiling import group_blocks, stride_unit
+from normquant.kernels.group_quant import plan_groups
+from normquant.kernels.launch import Outputs, Plan, launch
 from normquant.spec import QuantSpec
 
 
@@ -82,27 +80,7 @@ def divide(g, d):
 
 def plan_silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
     """The launch of `silu_mul_quant` on checked inputs like these."""
-    m, k = x.shape[0], x.shape[1] // 2
-    spec = spec.at(m)
-    where = target(x.device)
-    config = config or choose_config("silu_mul_quant", k, m, where.capability)
-    block_g, programs = group_blocks(m, k, spec, config)
-    unit = stride_unit(x)
-    return plan(
-        silu_mul_quant_kernel,
-        grid=(programs, 1, 1),
-        inputs=(x,),
-        outputs=quantized(m, k, spec),
-        numbers=(m, x.stride(0) // unit, spec.scale_rows(m)),
-        where=where,
-        config=config,
-        K=k,
-        SPEC=kernel_spec(spec),
-        BLOCK_G=block_g,
-        STRIDE_UNIT=unit,
-        PDL=where.release(config),
-        ON_CUDA=where.on_cuda,
-    )
+    return plan_groups(silu_mul_quant_kernel, "silu_mul_quant", x, x.shape[1] // 2, spec, config)
 
 
 def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Outputs:

@@ -7,10 +7,9 @@ from typing import Literal, overload
 import torch
 
 from normquant import reference
-from normquant.ops._checks import rows
 from normquant.ops._examples import EPS
 from normquant.ops._op import DEFAULT
-from normquant.ops._outputs import activation
+from normquant.ops._tensors import activation, rows
 from normquant.ops.rms_norm_quant import register_norm
 from normquant.spec import QuantizedActivation, QuantSpec
 

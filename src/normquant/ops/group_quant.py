@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from normquant import reference
-from normquant.ops._checks import check_quant, rows
 from normquant.ops._examples import Examples
 from normquant.ops._op import DEFAULT, Op, Traffic, register
-from normquant.ops._outputs import ACTIVATION_BYTES, activation, fake_quant
+from normquant.ops._tensors import ACTIVATION_BYTES, activation, check_quant, fake_quant, rows
 from normquant.spec import QuantizedActivation, QuantSpec
 
 

@@ -7,10 +7,19 @@ from typing import Any, Literal, overload
 import torch
 
 from normquant import reference
-from normquant.ops._checks import check_angles, check_rows, check_weight, check_width, rows, shapes
 from normquant.ops._examples import EPS, LATENT, Examples
 from normquant.ops._op import DEFAULT, Op, Traffic, register
-from normquant.ops._outputs import ACTIVATION_BYTES, activation, fake_quant
+from normquant.ops._tensors import (
+    ACTIVATION_BYTES,
+    activation,
+    check_angles,
+    check_rows,
+    check_weight,
+    check_width,
+    fake_quant,
+    rows,
+    shapes,
+)
 from normquant.spec import QuantizedActivation, QuantSpec, Rope
 
 WIDTHS = (1536,)  # q_a of DeepSeek-R1

@@ -7,10 +7,9 @@ from typing import Any, Literal, overload
 import torch
 
 from normquant import reference
-from normquant.ops._checks import check_norm, rows
 from normquant.ops._examples import EPS, Examples
 from normquant.ops._op import DEFAULT, Impl, Op, Traffic, register
-from normquant.ops._outputs import ACTIVATION_BYTES, activation, fake_quant
+from normquant.ops._tensors import ACTIVATION_BYTES, activation, check_norm, fake_quant, rows
 from normquant.spec import QuantizedActivation, QuantSpec
 
 CHOICES = ("prefetch", "late_weight", "evict_first", "tiles", "cluster")

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from normquant import reference
-from normquant.ops._checks import check_angles, describe, names
 from normquant.ops._examples import Examples
 from normquant.ops._op import Op, Traffic, register
-from normquant.ops._outputs import ACTIVATION_BYTES
+from normquant.ops._tensors import ACTIVATION_BYTES, check_angles, describe, names
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 HEAD = 192  # values of a head of DeepSeek-V3

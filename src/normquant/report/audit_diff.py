@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normquant.report import units
+from normquant.report import formatting
 from normquant.report.audit_text import Report, findings_at, opaque_calls, sizes
-from normquant.report.text_table import shorten, table
+from normquant.report.formatting import shorten, table
 
 _COPIES = ("identity", "layout-copy", "mutated-input-copy", "cast-round-trip")
 _NUMBER = re.compile(r"_\d+$")
@@ -89,15 +89,15 @@ def _totals(before: Report, after: Report) -> str:
     rows = [
         ["generated kernels", *_counts(len(before["kernels"]), len(after["kernels"]))],
         ["opaque calls", *_counts(opaque_calls(before), opaque_calls(after))],
-        ["DRAM", *_pair(before["bytes"], after["bytes"], units.size)],
-        ["wasted", *_pair(before["wasted_bytes"], after["wasted_bytes"], units.size)],
-        ["est. us", *_pair(before["est_us"], after["est_us"], units.microseconds)],
+        ["DRAM", *_pair(before["bytes"], after["bytes"], formatting.size)],
+        ["wasted", *_pair(before["wasted_bytes"], after["wasted_bytes"], formatting.size)],
+        ["est. us", *_pair(before["est_us"], after["est_us"], formatting.microseconds)],
     ]
     return table(["", "before", "after", "change"], rows, "<>>>")
 
 
 def _pair(a: float, b: float, form: Any) -> list[str]:
-    return [form(a), form(b), units.signed(form(b - a), b > a) if a != b else "="]
+    return [form(a), form(b), formatting.signed(form(b - a), b > a) if a != b else "="]
 
 
 def _row(change: LaunchChange) -> list[str]:
@@ -107,9 +107,9 @@ def _row(change: LaunchChange) -> list[str]:
         shorten(change.origin, 70),
         change.kind,
         f"{launches} -> {launches_after}",
-        f"{units.size(size)} -> {units.size(size_after)}",
-        units.signed(units.size(size_after - size), size_after > size),
-        units.signed(units.microseconds(time_after - time), time_after > time),
+        f"{formatting.size(size)} -> {formatting.size(size_after)}",
+        formatting.signed(formatting.size(size_after - size), size_after > size),
+        formatting.signed(formatting.microseconds(time_after - time), time_after > time),
     ]
 
 

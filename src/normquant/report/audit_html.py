@@ -6,7 +6,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from normquant.report import dataflow_svg, units
+from normquant.report import dataflow_svg, formatting
 from normquant.report.audit_text import Report, findings_at, grouped, opaque_calls, sizes
 
 _KINDS = (
@@ -86,13 +86,13 @@ def _section(index: int, report: Report, several: bool) -> str:
 
 def _tiles(report: Report) -> str:
     wasted = report["wasted_bytes"]
-    part = units.share(wasted / report["bytes"]) if report["bytes"] else "0 %"
+    part = formatting.share(wasted / report["bytes"]) if report["bytes"] else "0 %"
     tiles = [
         (str(len(report["kernels"])), "generated kernels"),
         (str(opaque_calls(report)), "opaque calls"),
-        (units.size(report["bytes"]), "through DRAM"),
-        (units.size(wasted), f"wasted, {part}"),
-        (units.microseconds(report["est_us"]) + " us", "estimated"),
+        (formatting.size(report["bytes"]), "through DRAM"),
+        (formatting.size(wasted), f"wasted, {part}"),
+        (formatting.microseconds(report["est_us"]) + " us", "estimated"),
         (str(len(report["findings"])), "findings"),
     ]
     if report["sizes"]:
@@ -113,7 +113,7 @@ def _flow(program: Mapping[str, Any], report: Report, several: bool) -> str:
     if not several:
         return drawing
     opened = " open" if program["number"] == 0 else ""
-    name, size = escape(program["name"]), units.size(program["bytes"])
+    name, size = escape(program["name"]), formatting.size(program["bytes"])
     summary = f'<summary>{name} <span class="muted">{len(program["launches"])} launches, {size}</span></summary>'
     return f"<details{opened}>{summary}{drawing}</details>"
 
@@ -129,8 +129,8 @@ def _finding(group: Sequence[Mapping[str, Any]]) -> str:
     """Findings that say the same about several launches, as one."""
     first = group[0]
     size, time = sum(f["bytes"] for f in group), sum(f["est_us"] for f in group)
-    cost = [units.size(size), units.share(sum(f["share"] for f in group))] if size else []
-    cost += [f"~{units.microseconds(time)} us"] if time else []
+    cost = [formatting.size(size), formatting.share(sum(f["share"] for f in group))] if size else []
+    cost += [f"~{formatting.microseconds(time)} us"] if time else []
     links = ", ".join(
         f'<a href="#launch-{f["program"]}-{f["position"]}">{escape(f["kernel"])} (#{f["position"]})</a>' for f in group
     )
@@ -150,8 +150,8 @@ def _launches(report: Report) -> str:
     for program in report["programs"]:
         for launch in program["launches"]:
             link = f"#launch-{program['number']}-{launch['position']}"
-            moved = units.size(launch["bytes_read"]), units.size(launch["bytes_written"])
-            numbers = (*moved, units.microseconds(launch["est_us"]))
+            moved = formatting.size(launch["bytes_read"]), formatting.size(launch["bytes_written"])
+            numbers = (*moved, formatting.microseconds(launch["est_us"]))
             rows.append(
                 f"<tr><td class='n'>{launch['position']}</td><td><a href='{link}'>{escape(launch['name'])}</a></td>"
                 f"<td>{escape(launch['kind'])}</td>{''.join(f'<td class=n>{number}</td>' for number in numbers)}</tr>"
@@ -178,7 +178,7 @@ def _details(report: Report) -> dict[str, Any]:
                 "name": launch["name"],
                 "kind": launch["kind"],
                 "where": f"{launch['file']}:{launch['line']}" if launch["line"] else launch["file"],
-                "time": f"~{units.microseconds(launch['est_us'])} us",
+                "time": f"~{formatting.microseconds(launch['est_us'])} us",
                 "reads": [_buffer(name, count, program) for name, count in launch["reads"].items()],
                 "writes": [_buffer(name, count, program) for name, count in launch["writes"].items()],
                 "aten": ", ".join(launch["aten"]),
@@ -192,4 +192,4 @@ def _buffer(name: str, count: int, program: Mapping[str, Any]) -> list[str]:
     held = program["buffers"].get(name)
     form = f"{held['dtype']}[{', '.join(held['shape'])}]" if held and held["dtype"] else ""
     role = held["role"] if held and held["role"] != "intermediate" else ""
-    return [name, f"{form} {role}".strip(), units.size(count)]
+    return [name, f"{form} {role}".strip(), formatting.size(count)]

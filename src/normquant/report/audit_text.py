@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from normquant.report import units
-from normquant.report.text_table import shorten, table
+from normquant.report import formatting
+from normquant.report.formatting import shorten, table
 
 Report = Mapping[str, Any]
 _NAME_WIDTH = 56
@@ -30,9 +30,9 @@ def summary(reports: Sequence[Report]) -> str:
             sizes(report) or "-",
             str(len(report["kernels"])),
             str(opaque_calls(report)),
-            units.size(report["bytes"]),
-            units.size(report["wasted_bytes"]),
-            units.microseconds(report["est_us"]),
+            formatting.size(report["bytes"]),
+            formatting.size(report["wasted_bytes"]),
+            formatting.microseconds(report["est_us"]),
             str(len(report["findings"])),
         ]
         for report in reports
@@ -59,12 +59,12 @@ def heading(report: Report, title: str) -> str:
     by_rule = ", ".join(f"{count} {rule}" for rule, count in rules.items())
     lines = [
         ", ".join(filter(None, [f"{title}, for {report['target']}", sizes(report)])),
-        f"  {units.count(len(report['kernels']), 'generated kernel')}, "
-        f"{units.count(opaque_calls(report), 'opaque call')}, "
-        f"{units.size(report['bytes'])} through DRAM, about {units.microseconds(report['est_us'])} us"
+        f"  {formatting.count(len(report['kernels']), 'generated kernel')}, "
+        f"{formatting.count(opaque_calls(report), 'opaque call')}, "
+        f"{formatting.size(report['bytes'])} through DRAM, about {formatting.microseconds(report['est_us'])} us"
         " (every launch, and its bytes at copy speed)",
-        f"  {units.count(len(report['findings']), 'finding')}"
-        + (f": {by_rule}; {units.size(wasted)} wasted ({units.share(part)})" if by_rule else ""),
+        f"  {formatting.count(len(report['findings']), 'finding')}"
+        + (f": {by_rule}; {formatting.size(wasted)} wasted ({formatting.share(part)})" if by_rule else ""),
     ]
     return "\n".join(lines)
 
@@ -74,8 +74,8 @@ def launches(program: Mapping[str, Any], report: Report) -> str:
     rows = []
     for launch in program["launches"]:
         rules = [finding["rule"] for finding in findings_at(report, program["number"], launch["position"])]
-        moved = units.size(launch["bytes_read"]), units.size(launch["bytes_written"])
-        name, time = shorten(launch["name"], _NAME_WIDTH), units.microseconds(launch["est_us"])
+        moved = formatting.size(launch["bytes_read"]), formatting.size(launch["bytes_written"])
+        name, time = shorten(launch["name"], _NAME_WIDTH), formatting.microseconds(launch["est_us"])
         rows.append([str(launch["position"]), name, launch["kind"], *moved, time, ", ".join(dict.fromkeys(rules))])
     return table(["#", "launch", "kind", "reads", "writes", "est. us", "findings"], rows, "><<>>><", "  ")
 
@@ -88,8 +88,8 @@ def findings(report: Report) -> str:
 def _finding(group: Sequence[Mapping[str, Any]]) -> str:
     first = group[0]
     size, time = sum(f["bytes"] for f in group), sum(f["est_us"] for f in group)
-    cost = f", {units.size(size)}, {units.share(sum(f['share'] for f in group))} of the bytes" if size else ""
-    cost += f", about {units.microseconds(time)} us" if time else ""
+    cost = f", {formatting.size(size)}, {formatting.share(sum(f['share'] for f in group))} of the bytes" if size else ""
+    cost += f", about {formatting.microseconds(time)} us" if time else ""
     times = f" ({len(group)} times)" if len(group) > 1 else ""
     lines = [f"{first['severity']}: {first['rule']} in {first['kernel']}{times}{cost}", *_wrapped(first["message"])]
     lines += _wrapped(f"fix: {first['fix']}")

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from normquant.report import dataflow, units
+from normquant.report import dataflow, formatting
 from normquant.report.dataflow import BOX_HEIGHT, BOX_WIDTH, Layout, Line
-from normquant.report.text_table import shorten
+from normquant.report.formatting import shorten
 
 _WIDEST, _NARROWEST = 26.0, 1.4
 _STUB = 26
@@ -43,7 +43,7 @@ def svg(program: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _edge(line: Line, scale: float, number: int, marked: bool) -> str:
-    title = f"{line.buffer}: {units.size(line.bytes)}"
+    title = f"{line.buffer}: {formatting.size(line.bytes)}"
     classes = "edge marked" if marked else "edge"
     return (
         f'<path class="{classes}" data-from="{number}-{line.source}" data-to="{number}-{line.target}" '
@@ -81,7 +81,7 @@ def _box(
     x, y = placed.boxes[launch["position"]]
     left, upper = x - BOX_WIDTH / 2, y - BOX_HEIGHT / 2
     worst = _worst(found)
-    moved = f"reads {units.size(launch['bytes_read'])}, writes {units.size(launch['bytes_written'])}"
+    moved = f"reads {formatting.size(launch['bytes_read'])}, writes {formatting.size(launch['bytes_written'])}"
     rules = dict.fromkeys(f["rule"] for f in found)
     label = ", ".join([launch["name"], launch["kind"], moved, *(f"finding {rule}" for rule in rules)])
     parts = [
@@ -111,8 +111,8 @@ def kind_class(launch: Mapping[str, Any]) -> str:
 
 
 def _detail(launch: Mapping[str, Any]) -> str:
-    time = units.microseconds(launch["est_us"])
-    return f"{units.size(launch['bytes_read'])} in, {units.size(launch['bytes_written'])} out, ~{time} us"
+    time = formatting.microseconds(launch["est_us"])
+    return f"{formatting.size(launch['bytes_read'])} in, {formatting.size(launch['bytes_written'])} out, ~{time} us"
 
 
 def _returned(launch: Mapping[str, Any], program: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -131,8 +131,8 @@ def _stub(x: float, y: float, edges: Sequence[Mapping[str, Any]], scale: float, 
     word = "out" if down else "in"
     return (
         f'<path class="stub" stroke-width="{width:.1f}" d="M{x:.1f} {y:.1f}V{end:.1f}"><title>{escape(names)}: '
-        f"{units.size(total)}</title></path>"
-        + _text(x + width / 2 + 5, end + (0 if down else 10), "stub-label", f"{word} {units.size(total)}")
+        f"{formatting.size(total)}</title></path>"
+        + _text(x + width / 2 + 5, end + (0 if down else 10), "stub-label", f"{word} {formatting.size(total)}")
     )
 
 

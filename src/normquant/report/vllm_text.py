@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from normquant.report.text_table import table
+from normquant.report.formatting import table
 
 SHOWN = (
     *("norm_quant", "norm", "quant", "silu_quant", "silu", "copy", "pointwise", "rope"),
@@ -66,7 +66,7 @@ def _model(record: Mapping[str, Any]) -> str:
 
 
 def _change(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]], setting: str) -> str:
-    """Of a record's GPU time against that of another setting; "" for itself and where there is none."""
+    """Of a record's GPU time against that of another setting; "" for itself and without such a record."""
     same = ("linear", "layers", "moe", "batch")
     other = next((r for r in records if r["setting"] == setting and all(r[n] == record[n] for n in same)), None)
     if other is None or other is record or not other["gpu_us_per_step"]:

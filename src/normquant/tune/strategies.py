@@ -17,8 +17,7 @@ import torch
 from torch._inductor import config as inductor_config
 
 from normquant.bench.cases import QUANT, Case, CaseInputs, inputs
-from normquant.bench.compiling import any_rows, no_recompile_limit
-from normquant.bench.providers import norm
+from normquant.bench.providers import any_rows, no_recompile_limit, norm
 from normquant.bench.timing import Call, Timing, sets_of, time_calls
 from normquant.compile import clear, inductor_options, reports
 from normquant.ops import OPS

@@ -20,6 +20,8 @@ from normquant import ops
 from normquant.spec import QuantSpec
 from normquant.specs import VLLM, VLLM_UE8M0
 
+__all__ = ["add_rms_norm_quant", "block_linear", "group_quant", "input_spec", "rms_norm_quant", "silu_mul_quant"]
+
 KEYS = {128: kFp8Dynamic128Sym, 64: kFp8Dynamic64Sym}
 
 

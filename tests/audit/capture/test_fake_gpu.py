@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from shared.clean_graphs import double, rows_of_ones
 
-from normquant.audit import audit
+from normquant.audit import audit, targets
+from normquant.audit.capture import fake_gpu
 
 
 def state() -> dict[str, Any]:
@@ -79,3 +81,17 @@ def test_torch_compile_works_afterwards() -> None:
     audit(double, rows_of_ones)
     x = torch.arange(6.0).view(2, 3)
     assert torch.equal(torch.compile(double, backend="aot_eager")(x), x * 2)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch needs no compiled guard")
+def test_the_guard_is_compiled_once_and_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fake_gpu.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(targets.Unavailable, match=r"needs a C\+\+ compiler once"):
+        fake_gpu.ensure_device_guard.__wrapped__()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = fake_gpu.guard_dir() / f"noop-cuda-guard-{torch.__version__}.so"
+    fake_gpu._compile_guard(library)
+    assert [path.name for path in library.parent.iterdir()] == [library.name], "nothing but the library is left"

@@ -4,23 +4,34 @@ Everything that is replaced is restored when the context ends, however it ends.
 """
 
 import contextlib
+import ctypes
 import functools
+import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normquant.audit.capture import device_guard
 from normquant.audit.targets import Target, Unavailable
+
+_GUARD_SOURCE = """#include <c10/core/impl/DeviceGuardImplInterface.h>
+namespace {
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
+}
+"""
 
 
 @contextlib.contextmanager
 def fake_gpu(target: Target) -> Iterator[None]:
     """Within: torch, Inductor and Triton see one idle GPU of kind `target`. Needs triton, not CUDA."""
     _require_triton()
-    device_guard.ensure()
+    ensure_device_guard()
     with contextlib.ExitStack() as stack:
         stack.callback(_clear_device_caches)
         _patch_torch(stack, target)
@@ -139,3 +150,44 @@ def _clear_device_caches() -> None:
         clear = getattr(query, "cache_clear", None)
         if clear is not None and not isinstance(query, functools.partial):
             clear()
+
+
+def guard_dir() -> Path:
+    """Where this user's compiled guards are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "normquant" / "device-guard"
+
+
+@functools.cache
+def ensure_device_guard() -> None:
+    """Make CUDA device guards available in this process; Unavailable where that needs a C++ compiler and has none.
+
+    torch's dispatcher needs a guard for each device type that it meets. CUDA builds can install a no-op one; a CPU-only
+    build has none, and registering one takes a line of C++, compiled once per torch version.
+    """
+    if torch.version.cuda is not None:
+        torch._C._ensureCUDADeviceGuardSet()
+        return
+    library = guard_dir() / f"noop-cuda-guard-{torch.__version__}.so"
+    if not library.exists():
+        _compile_guard(library)
+    ctypes.CDLL(str(library))
+
+
+def _compile_guard(library: Path) -> None:
+    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if compiler is None:
+        raise Unavailable(
+            "a CPU-only torch needs a C++ compiler once to generate GPU code: install c++, g++ or clang++, or set CXX"
+        )
+    library.parent.mkdir(parents=True, exist_ok=True)
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # same file system: the rename below is atomic
+        source, built = Path(scratch) / "guard.cpp", Path(scratch) / "guard.so"
+        source.write_text(_GUARD_SOURCE)
+        command = [compiler, "-std=c++20", "-shared", "-fPIC", str(source), f"-I{root / 'include'}"]
+        command += [f"-L{root / 'lib'}", "-lc10", "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise Unavailable(f"{compiler} could not compile the one-line device guard: {done.stderr.strip()[-400:]}")
+        os.replace(built, library)

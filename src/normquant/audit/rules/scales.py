@@ -61,7 +61,7 @@ def _writer(flow: Flow, call: Extern, buffer: str) -> ProgramLaunch:
 
 
 def _misaligned_rows(view: View) -> int | None:
-    """A number of rows for which the scales are misaligned; None when there is none."""
+    """A number of rows for which the scales are misaligned, or None."""
     symbols = {name for text in (*view.shape, *view.stride) for name in _names(text)}
     for rows in _TRIED_ROWS if symbols else (0,):
         if _is_misaligned(view, dict.fromkeys(symbols, rows)):

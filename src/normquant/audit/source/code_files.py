@@ -27,7 +27,7 @@ class Skipped:
 
 
 def find(path: str | os.PathLike[str]) -> tuple[list[GeneratedCode], list[Skipped]]:
-    """Every generated module at `path`; Unusable when there is none."""
+    """Every generated module at `path`; Unusable when it holds none."""
     root = Path(path)
     if not root.exists():
         raise Unusable(f"{root}: no such file or directory")

@@ -55,7 +55,7 @@ def _function(source: str) -> ast.FunctionDef:
 
 
 def read_kernel(source: str) -> KernelCode:
-    """The kernel in `source`; NotAKernel when there is none."""
+    """The kernel in `source`; NotAKernel when it holds none."""
     function = _function(source)
     heuristic = next((d for d in function.decorator_list if isinstance(d, ast.Call)), None)
     keywords = {k.arg: k.value for k in heuristic.keywords} if heuristic else {}

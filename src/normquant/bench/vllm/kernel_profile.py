@@ -21,7 +21,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("silu_quant", r"silu_mul_quant_kernel|silu_and_mul_per_block_quant|silu_and_mul_quant|act_and_mul_quant"),
     ("rope", r"rotary|rope|^triton_poi_fused_\w*(index_select|cos|sin|stack)"),
     ("norm", r"rms_norm|layer_norm|^triton_(red|per)_fused"),
-    ("quant", r"group_quant_kernel|per_token_group_quant|group_quant|per_token_cast|scaled_fp8_quant"),
+    ("quant", r"group_quant|per_token_cast|scaled_fp8_quant"),
     (
         "copy",
         r"^Memcpy|^Memset|direct_copy|transpose|CatArray|FillFunctor|copy_kernel|^triton_poi_fused_(clone|copy)\w*",

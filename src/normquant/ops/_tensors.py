@@ -1,13 +1,17 @@
-"""What the ops accept. Each check raises a ValueError that says what was given and what is accepted."""
+"""Tensors that the ops accept and return.
+
+A check raises a ValueError that says what was given and what is accepted.
+"""
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
-from normquant.spec import ACTIVATION_DTYPES, QuantSpec, Rope, one_of
+from normquant.spec import ACTIVATION_DTYPES, QuantizedActivation, QuantSpec, Rope, one_of
 
+ACTIVATION_BYTES = 2
 WEIGHT_DTYPES = (*ACTIVATION_DTYPES, torch.float32)
 
 
@@ -112,3 +116,17 @@ def shapes(*tensors: torch.Tensor) -> str:
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
     """The dtypes, with commas."""
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def fake_quant(x: torch.Tensor, m: Any, k: Any, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialized data and scale of an [m, k] activation, on x's device; m and k may be symbolic."""
+    scale = x.new_empty_strided(spec.scale_shape(m, k), spec.scale_stride(m, k), dtype=spec.scale_dtype)
+    return x.new_empty((m, k), dtype=spec.dtype), scale
+
+
+def activation(lead: torch.Size, quantized: tuple[torch.Tensor, ...], spec: QuantSpec) -> QuantizedActivation:
+    """Data and scale with their leading dimensions back."""
+    data, scale = quantized
+    if len(lead) == 1:  # a view would restride a single row
+        return QuantizedActivation(data, scale, spec)
+    return QuantizedActivation(data.view(*lead, data.shape[-1]), scale.view(*lead, scale.shape[-1]), spec)
