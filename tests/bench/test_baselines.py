@@ -13,22 +13,28 @@ from normquant.bench.records import problems, read
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+FILES = sorted((ROOT / "baselines").glob("*.jsonl"))
 RECORDS = list(read(ROOT / "baselines" / "h100.jsonl"))
+H200 = list(read(ROOT / "baselines" / "h200.jsonl"))
 
 
-def test_every_record_fits_the_schema():
-    assert RECORDS
-    for number, record in enumerate(RECORDS, 1):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_record_fits_the_schema(path):
+    records = list(read(path))
+    assert records
+    for number, record in enumerate(records, 1):
         assert problems(record) == [], f"line {number}"
 
 
-def test_no_case_is_there_twice():
-    cases = [key(record) for record in RECORDS]
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_case_is_there_twice(path):
+    cases = [key(record) for record in read(path)]
     assert len(cases) == len(set(cases))
 
 
 PEERS = ("vllm fused", "vllm unfused", "flashinfer", "flashinfer pdl", "torch.compile")
 MODELS = {"DeepGEMM": ("deepgemm", False), "DeepGEMM, experts": ("deepgemm", True), "Cutlass": ("cutlass", False)}
+INSTALLED = {"As installed, dense layers": False, "As installed, experts": True}
 SETTINGS = ("default", "off", "normquant")
 LABORATORY = ("`VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0`", "one GPU", "no all-reduce")
 COMPILED = "torch.compile 2.11 with dynamic rows"
@@ -151,6 +157,48 @@ def test_vllm_is_quoted_with_its_setting(model):
     assert "vLLM 0.26.0, torch 2.11." in section("vLLM in a laboratory setting")
 
 
+def installed_rows(moe: bool) -> list[str]:
+    """The rows of a table of vLLM as it is installed: GPU time, its change, the captured step, wall time."""
+    times: dict[str, dict[str, tuple[float, float, float | None]]] = {}
+    for r in installed(moe):
+        times.setdefault(f"batch {r['batch']}", {})[r["setting"]] = (r["gpu_us_per_step"], r["tpot_ms"], r["replay_us"])
+        for tokens, us in r["prefill_gpu_us"].items():
+            times.setdefault(f"prompt of {tokens}", {})[r["setting"]] = (us, r["prefill_ms"][tokens], None)
+    found = []
+    for name, by_setting in times.items():
+        without, ours = by_setting["installed"], by_setting["installed-normquant"]
+        replayed = "not captured" if ours[2] is None else f"{without[2]:.1f} / {ours[2]:.1f}"
+        gpu = f"{without[0]:.1f}", f"{ours[0]:.1f}", change(ours[0], without[0])
+        found.append(row(name, *gpu, replayed, f"{without[1]:.2f} / {ours[1]:.2f}"))
+    return found
+
+
+def installed(moe: bool) -> list[dict]:
+    return [r for r in H200 if r["suite"] == "vllm" and r["moe"] is moe]
+
+
+@pytest.mark.parametrize("title", INSTALLED)
+def test_vllm_as_installed_is_quoted(title):
+    records = installed(INSTALLED[title])
+    _, *rows = table(section(title))
+    assert len(rows) == 5 and sorted(rows) == sorted(installed_rows(INSTALLED[title]))
+    (command,) = re.findall(r"^normquant bench vllm .*", section(title), re.M)
+    assert "--as-installed" in command and all(r["command"].startswith(command) for r in records)
+    versions = {(r["vllm"], r["flashinfer"], r["torch"][:4], r["gpu"]) for r in records}
+    assert versions == {("0.26.0", "0.6.14", "2.11", "NVIDIA H200")} and all(r["switches"] == {} for r in records)
+    text = words(section("vLLM as pip installs it"))
+    assert "vLLM 0.26.0 with FlashInfer 0.6.14, torch 2.11, on one NVIDIA H200" in text and "no all-reduce" in text
+    assert {r["scales_not_power_of_two"] for r in records} == {0}
+
+
+def test_the_accuracy_of_vllm_as_installed_is_quoted():
+    errors = [{r["setting"]: f"{r['logit_error']:.4f}" for r in installed(moe)} for moe in (False, True)]
+    (a, b), (c, d) = ((e["installed"], e["installed-normquant"]) for e in errors)
+    assert f"{a} as installed and {b} with normquant, with experts {c} and {d}." in words(
+        section("As installed, experts")
+    )
+
+
 def test_the_accuracy_of_vllm_is_quoted():
     errors = {model: {r["setting"]: f"{r['logit_error']:.4f}" for r in vllm(model)} for model in MODELS}
     _, *rows = table(section("Accuracy"))
@@ -163,7 +211,7 @@ def test_the_accuracy_of_vllm_is_quoted():
 
 
 def test_every_table_of_the_page_is_one_of_these():
-    titles = ("Kernels", "Layers", *MODELS, "Accuracy")
+    titles = ("Kernels", "Layers", *INSTALLED, *MODELS, "Accuracy")
     assert sorted(table(PERFORMANCE)) == sorted(line for title in titles for line in table(section(title)))
 
 
@@ -172,18 +220,22 @@ def test_the_page_says_where_the_records_come_from():
     assert {(r["torch"], r["triton"]) for r in RECORDS} == {("2.11.0+cu130", "3.6.0")}
     assert "torch 2.11.0 and Triton 3.6.0" in PERFORMANCE
     commands = re.findall(r"^normquant bench .*", PERFORMANCE, re.M)
-    assert len(commands) == 5
-    assert all(any(r["command"].startswith(command) for r in RECORDS) for command in commands)
+    assert len(commands) == 7
+    assert all(any(r["command"].startswith(command) for r in (*RECORDS, *H200)) for command in commands)
 
 
 def test_the_readme_quotes_the_layer_and_vllm():
-    header, kernel, layer, installed, laboratory = table(README)
+    header, kernel, layer, vllm_row = table(README)[:4]
     assert "one H100" in header and COMPILED in kernel and COMPILED in layer
     us = {(m, setting): r["us"] for (model, m, setting), r in layers().items() if model == "deepseek-r1"}
     gains = (change(us[m, "normquant"], us[m, "stock"]) for m in (1, 64, 1024))
     assert f"of 1, 64, 1024 tokens | {COMPILED} | {', '.join(gains)} time |" in layer
-    us = {(r["setting"], r["batch"]): r["gpu_us_per_step"] for r in vllm("DeepGEMM")}
-    gains = (change(us["normquant", batch], us["off", batch]) for batch in (1, 16, 64))
-    assert all(part in laboratory for part in (*LABORATORY, "DeepGEMM", "of batch 1, 16, 64"))
-    assert laboratory.endswith(f"norm-quant fusion off | {', '.join(gains)} GPU time |")
-    assert "about -1 %" in installed and "is not among the records" in words(README)
+    records = installed(moe=False)
+    us = {(r["setting"], r["batch"]): r["gpu_us_per_step"] for r in records}
+    us |= {(r["setting"], int(n)): value for r in records for n, value in r["prefill_gpu_us"].items()}
+    steps, prompts = (
+        ", ".join(change(us["installed-normquant", n], us["installed", n]) for n in sizes)
+        for sizes in ((1, 16, 64), (2048, 8192))
+    )
+    assert "as pip installs it, on one H200" in vllm_row
+    assert vllm_row.endswith(f"without `NORMQUANT=1` | {steps}; {prompts} GPU time |")
