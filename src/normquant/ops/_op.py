@@ -1,8 +1,8 @@
 """An op: its registration with torch, and what the rest of the package needs to know about it.
 
 Every op is functional, has a fixed number of outputs and takes its QuantSpec as the string `spec.encode()`, so that it
-can stand in a compiled graph. No op has a gradient: a call that would lose one is refused. On CUDA it runs a Triton kernel, on CPU the reference; the fake implementation gives the
-same shapes, strides and dtypes. Ops take x as [M, K], and no two of them share memory.
+can stand in a compiled graph. On CUDA it runs a Triton kernel, on CPU the reference; the fake implementation gives the
+same shapes, strides and dtypes. Ops take x as [M, K], and no two of them share memory. None has a gradient.
 """
 
 from __future__ import annotations
