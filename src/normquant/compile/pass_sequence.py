@@ -16,7 +16,7 @@ class PassSequence(CustomInferenceAwareGraphPass):
 
     passes: tuple[Callable[..., None], ...]
 
-    def __call__(self, graph: Graph, is_inference: bool) -> None:
+    def __call__(self, graph: Graph, is_inference: bool) -> None:  # type: ignore[override]  # torch's own signature
         for one in self.passes:
             if isinstance(one, CustomInferenceAwareGraphPass):
                 one(graph, is_inference)

@@ -25,6 +25,6 @@ class StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight = dequantize_weight(*ctx.saved_tensors).to(grad.dtype)  # [N, K]
         return grad @ weight, grad, None, None

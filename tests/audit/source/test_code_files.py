@@ -90,7 +90,7 @@ def test_a_log_and_a_folder_of_torch_trace(tmp_path: Path) -> None:
 
 CPP = {
     "wrapper.wrapper.cpp": "#include <torch/csrc/inductor/aoti_include/cuda.h>\n",
-    "loaded.py": 'cpp_wrapper_src = (\nr"""\n#include <torch/csrc/inductor/cpp_wrapper/cuda.h>\n"""\n)\nasync_compile = 1',
+    "loaded.py": 'cpp_wrapper_src = (\nr"""\n#include <torch/csrc/inductor/cpp_wrapper/cuda.h>\n"""\n)\n# AOT ID',
 }
 
 
