@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from shared.pass_harness import exact, share_of_the_pass
+from torch._dynamo.utils import counters
 
 import normquant as nq
 from normquant.compile import clear, explain, inductor_options, last_report, reports
@@ -142,6 +143,21 @@ def test_training_graphs_keep_what_the_backward_reads() -> None:
         given, norm.weight.grad = norm.weight.grad, None
         loss(exact(8, 256)).backward()
     torch.testing.assert_close(given, norm.weight.grad, rtol=2e-2, atol=2e-2)
+
+
+def test_regional_compile_compiles_once_for_all_layers() -> None:
+    """Each layer with options of its own, as diffusers and accelerate compile; Dynamo stops at 8 compiles of a code."""
+    layers = [Block(n=256).eval() for _ in range(12)]
+    x, first = ARGS
+    y = expected = first
+    for layer in layers:
+        expected = sum(layer(expected, x))
+        layer.compile(options=inductor_options("always", strict=True))
+    counters.clear()
+    for layer in layers:
+        y = sum(layer(y, x))
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    assert counters["stats"]["unique_graphs"] == 1 and len(reports()) == 1
 
 
 def test_an_exception_in_the_pass_breaks_no_compile_unless_strict() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from normquant.compile import inductor_options
+from normquant.compile.driver import VLLM_FUSIONS, NormQuantPass
 from normquant.compile.measured import measured, parse
 from normquant.compile.policy import Facts, Rules
 from normquant.tune import strategies
@@ -150,3 +151,61 @@ def test_every_option_changes_the_key_of_the_compile_caches(tmp_path) -> None:
     table(tmp_path, entry([1, 2], fused=1, stock=2))
     keys.append(key(table=path))
     assert len(set(keys)) == len(keys) and key() == keys[0]
+    ordered = {"a.*": "stock", "*": "fused"}
+    sites = [ordered, dict(reversed(ordered.items())), {"a.*": "native", "*": "fused"}, {"b.*": "stock", "*": "fused"}]
+    keys = [key(sites=one) for one in sites]
+    assert len(set(keys)) == len(keys), "the first site that matches counts"
+
+
+def test_passes_are_equal_where_their_options_are(tmp_path) -> None:
+    def made(*args, **kwargs):
+        return inductor_options(*args, **kwargs)["post_grad_custom_pre_pass"]
+
+    path = table(tmp_path)
+    ordered = {"a.*": "stock", "*": "fused"}
+    kinds = [{}, {"policy": "always"}, {"strict": True}, {"table": path}, {"sites": ordered}]
+    kinds += [{"sites": dict(reversed(ordered.items()))}, {"sites": ordered | {"*": "native"}}]
+    passes = [made(**kind) for kind in kinds]
+    for kind, one in zip(kinds, passes, strict=True):
+        assert [one == other for other in passes] == [one is other for other in passes]
+        assert made(**kind) == one and hash(made(**kind)) == hash(one) and one != "another object"
+    table(tmp_path, entry([1, 2], fused=1, stock=2))
+    assert made(table=path) != passes[3], "the file has other measurements now"
+    assert NormQuantPass(fusions=VLLM_FUSIONS) != NormQuantPass()
+
+
+def test_the_table_is_read_once(tmp_path) -> None:
+    """A table that changes while a model compiles changes no decision: the caches' key is of what was read."""
+    path = table(tmp_path, entry([1, 64], fused=1.5, stock=4.0))
+    rules = Rules(table=path)
+    table(tmp_path, entry([1, 64], fused=4.5, stock=4.0))
+    with on((9, 0)):
+        assert rules.decide("a", facts()).strategy == "fused"
+        assert Rules(table=path).decide("a", facts()).strategy == "stock"
+
+
+def test_options_that_keep_the_pass_from_running_are_refused() -> None:
+    if "lite" in (torch._inductor.list_mode_options() or {}):
+        with pytest.raises(ValueError, match="mode 'lite' sets use_post_grad_passes=False: Inductor would never run"):
+            inductor_options(mode="lite")
+        assert inductor_options(mode="lite", use_post_grad_passes=True)["fallback_by_default"]
+    with pytest.raises(ValueError, match=r"the options or torch\._inductor\.config set use_post_grad_passes=False"):
+        inductor_options(use_post_grad_passes=False)
+    with torch._inductor.config.patch(use_post_grad_passes=False), pytest.raises(ValueError, match="would never run"):
+        inductor_options()
+
+
+def test_another_pass_for_the_same_place_runs_after_ours() -> None:
+    def theirs(graph) -> None: ...
+
+    ours = inductor_options("always")["post_grad_custom_pre_pass"]
+    assert inductor_options("always", post_grad_custom_pre_pass=None)["post_grad_custom_pre_pass"] == ours
+    for given in (theirs, [theirs], (theirs, None)):
+        both = inductor_options("always", post_grad_custom_pre_pass=given)["post_grad_custom_pre_pass"]
+        assert both.passes == (ours, theirs)
+    dashes = inductor_options("always", **{"post-grad-custom-pre-pass": theirs})
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=theirs):
+        from_config = inductor_options("always")
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=ours):
+        assert inductor_options("never")["post_grad_custom_pre_pass"] == NormQuantPass(Rules("never"))
+    assert dashes == from_config == {"post_grad_custom_pre_pass": both}

@@ -31,7 +31,7 @@ def audit(
         dynamic: as for `torch.compile`.
 
     Raises:
-        ValueError: an unknown target or option.
+        ValueError: an unknown target or option; a function that calls backward().
         RuntimeError: target "here" without a GPU; no triton; no C++ compiler where torch was built without CUDA.
         Whatever `make_inputs`, or the compile of `fn`, raises.
 
@@ -52,7 +52,8 @@ def audit_path(
     rows: Sequence[int] = (),
     sizes: Mapping[str, int] | None = None,
 ) -> list[AuditReport]:
-    """Audit generated code at `path`: a file, a cache directory of Inductor or vLLM, or a TORCH_LOGS=output_code log.
+    """Audit generated code at `path`: a file, a cache directory of Inductor or vLLM, a TORCH_LOGS=output_code log,
+    or a log or folder of TORCH_TRACE.
 
     Args:
         target: the GPU that times are estimated for.

@@ -93,7 +93,8 @@ def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
         function, make = model_inputs.named_callable(what, args.arg)
     else:
         raise Unusable(f"{what}: no such file or directory, and not module:callable")
-    options = _options(args.option) | (inductor_options(args.fuse) if args.fuse else {})
+    options = _options(args.option)
+    options = inductor_options(args.fuse, **options) if args.fuse else options
     try:
         captured = live_compile.capture(function, make, args.target, options, args.dynamic)
     except (Unavailable, ValueError, KeyboardInterrupt):

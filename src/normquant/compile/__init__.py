@@ -15,6 +15,9 @@ from normquant.compile.fusion_report import FusionReport, Site, clear, explain, 
 
 __all__ = ["FusionReport", "Site", "clear", "explain", "inductor_options", "last_report", "reports"]
 
+PASS = "post_grad_custom_pre_pass"
+POST_GRAD = "use_post_grad_passes"
+
 
 def inductor_options(
     policy: str = "auto",
@@ -37,19 +40,22 @@ def inductor_options(
     sites: glob of a site's name, as the report shows it -> a policy, "fused" or "stock" for those sites.
     table: path of a JSON file of measurements, as `normquant.compile.measured` describes it, that "auto" goes by.
     mode: "reduce-overhead", "max-autotune", ...: its options as well; torch.compile takes a mode or options, not both.
-    overrides: further Inductor options; a "." in a name is written "__".
+    overrides: further Inductor options; a "." in a name is written "__". A `post_grad_custom_pre_pass`, given here or
+        set in torch._inductor.config, runs too, after this one.
 
-    Raises ValueError for an unknown policy or a file that is no table, OSError for one that cannot be read.
+    Raises ValueError for an unknown policy, a file that is no table, or options under which Inductor never runs the
+    pass (`use_post_grad_passes=False`, which mode "lite" sets); OSError for a table that cannot be read.
     """
     from normquant.compile.driver import NormQuantPass
     from normquant.compile.policy import Rules
 
     rules = Rules(policy, dict(sites or {}), table)  # type: ignore[arg-type]  # Rules checks the word
     options: dict[str, Any] = _mode_options(mode) if mode is not None else {}
-    options |= {"post_grad_custom_pre_pass": NormQuantPass(rules, strict)}
     if "native" in (policy, *rules.sites.values()) and _has_option("triton.nested_reduction"):
         options["triton.nested_reduction"] = True
-    return options | {name.replace("__", "."): choice for name, choice in overrides.items()}
+    options |= {name.replace("__", ".").replace("-", "_"): choice for name, choice in overrides.items()}
+    _check_that_passes_run(options, mode)
+    return options | {PASS: _in_order(NormQuantPass(rules, strict), options)}
 
 
 def _has_option(name: str) -> bool:
@@ -57,6 +63,27 @@ def _has_option(name: str) -> bool:
     from torch._inductor import config
 
     return name in config.get_config_copy()
+
+
+def _check_that_passes_run(options: Mapping[str, Any], mode: str | None) -> None:
+    from torch._inductor import config
+
+    if not options.get(POST_GRAD, getattr(config, POST_GRAD, True)):
+        where = f"mode {mode!r} sets" if mode == "lite" else "the options or torch._inductor.config set"
+        raise ValueError(f"{where} {POST_GRAD}=False: Inductor would never run the pass; {POST_GRAD}=True lets it run")
+
+
+def _in_order(ours: Any, options: Mapping[str, Any]) -> Any:
+    """Our pass, then those that the options or the config have in its place: one, a list of them, or None."""
+    from torch._inductor import config
+
+    from normquant.compile.driver import NormQuantPass
+    from normquant.compile.pass_sequence import PassSequence
+
+    given = options.get(PASS, getattr(config, PASS))
+    given = given if isinstance(given, (list, tuple)) else [given]
+    others = tuple(one for one in given if one is not None and not isinstance(one, NormQuantPass))
+    return PassSequence((ours, *others)) if others else ours
 
 
 def _mode_options(mode: str) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class NormQuantPass(CustomGraphPass):
     """Fuses the norm -> quant sites of the graphs that Inductor compiles; for `post_grad_custom_pre_pass`.
 
     strict: let an exception of the pass end the compile; else the graph is compiled as it was and the report says why.
+    Passes with the same options are equal: functions that are compiled with equal options share their compiled code.
     """
 
     def __init__(self, rules: Rules | None = None, strict: bool = False, fusions: tuple[Fusion, ...] = FUSIONS) -> None:
@@ -60,7 +61,16 @@ class NormQuantPass(CustomGraphPass):
     def uuid(self) -> Any:
         """Changes with the sources of the pass and with every option, so that compile caches miss when they should."""
         names = [repr(fusion) if is_dataclass(fusion) else fusion.__module__ for fusion in self.fusions]
-        return get_hash_for_files(SOURCES, extra=repr((self.rules.key(), self.strict, names)))
+        return get_hash_for_files(SOURCES, extra=repr((self.rules.identity, self.strict, names)))
+
+    def _options(self) -> tuple[Rules, bool, tuple[Fusion, ...]]:
+        return self.rules, self.strict, self.fusions
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NormQuantPass) and self._options() == other._options()
+
+    def __hash__(self) -> int:
+        return hash(self._options())
 
     def __call__(self, graph: Graph) -> None:
         self.rewrite(graph)

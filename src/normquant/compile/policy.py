@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
@@ -45,26 +45,37 @@ class Decision:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rules:
     """policy: for every site that `sites` does not name. sites: glob of a site's name -> strategy or policy; the first
-    that matches counts. table: path of a measured table that is used instead of the package's own."""
+    that matches counts. table: path of a measured table that is used instead of the package's own. It is read once,
+    here: a table that cannot be read is found now, not in the middle of a compile.
+
+    Rules are equal where they decide alike.
+    """
 
     policy: Policy = "auto"
     sites: Mapping[str, str] = field(default_factory=dict)
     table: str | None = None
+    measurements: StrategyTable | None = field(init=False)
 
     def __post_init__(self) -> None:
         _accepted("policy", self.policy, get_args(Policy))
         for pattern, choice in self.sites.items():
             _accepted(f"sites[{pattern!r}]", choice, (*get_args(Strategy), *get_args(Policy)))
-        if self.table is not None:
-            StrategyTable.load(self.table)  # a table that cannot be read is found now, not in the middle of a compile
+        content = None if self.table is None else StrategyTable.load(self.table)
+        object.__setattr__(self, "measurements", content)
 
-    def key(self) -> str:
+    @property
+    def identity(self) -> Hashable:
         """Everything that decisions depend on besides the graph, the hardware and the package itself."""
-        content = StrategyTable.load(self.table) if self.table is not None else None
-        return repr((self.policy, sorted(self.sites.items()), content))
+        return self.policy, tuple(self.sites.items()), self.measurements  # the order of sites counts
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rules) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
 
     def decide(self, name: str, facts: Facts) -> Decision:
         """The strategy of a site that can be fused."""
@@ -91,7 +102,7 @@ class Rules:
             kind = "ROCm" if torch.version.hip else device.type
             return Decision("stock", f"policy auto: no measurements on {kind}; policy='always' fuses anyway")
         capability = torch.cuda.get_device_capability(device)
-        table = StrategyTable.load(self.table) if self.table is not None else measured(capability)
+        table = measured(capability) if self.measurements is None else self.measurements
         lacks = f"on sm_{capability[0]}{capability[1]}"
         if table is not None and table.capability == capability:
             found = table.fastest(facts.op, facts.k, facts.m)

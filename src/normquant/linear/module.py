@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from normquant import reference
 from normquant.linear.product import block_fp8_linear, check_spec
+from normquant.linear.straight_through import StraightThrough
 from normquant.linear.weights import (
     BLOCK,
     DequantizedWeight,
@@ -94,14 +95,18 @@ class BlockFP8Linear(torch.nn.Linear):
 
         x is bfloat16 or float16, of any strides: without evenly spaced rows it is copied. float32 is quantized by
         torch's own ops, without the kernel; under autocast it is cast first, as for a Linear.
+        The gradient of x is that of `F.linear(x, self.weight)`: it passes straight through the quantization.
         """
         self._check_parameter()
         if isinstance(x, QuantizedActivation):
             return block_fp8_linear(x, self.weight_fp8, self.weight_scale, self.bias, self.dtype)
         if x.dtype == torch.float32 and _is_autocast(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = block_fp8_linear(self._quantize(x), self.weight_fp8, self.weight_scale, self.bias, x.dtype)
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
+        trains = torch.is_grad_enabled() and x.requires_grad
+        q = self._quantize(x.detach() if trains else x)
+        out = block_fp8_linear(q, self.weight_fp8, self.weight_scale, self.bias, x.dtype)
+        out = out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
+        return StraightThrough.apply(x, out, self.weight_fp8, self.weight_scale) if trains else out
 
     def reset_parameters(self) -> None:
         """Nothing: the weights are given."""

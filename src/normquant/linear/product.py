@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from normquant.linear.weights import BLOCK, check_bias, check_weight, dequantize_weight, pad_weight_scale
 from normquant.ops import LIBRARY
+from normquant.ops._gradients import define_without_gradient, refuse_gradients
 from normquant.spec import TMA_ALIGN, QuantizedActivation, QuantSpec
 
 HOPPER = (9, 0)
@@ -35,7 +36,7 @@ def block_fp8_linear(
     q: group 128, scales fp32 or ue8m0 in any layout; "col_tma" reaches the GPU's GEMM without a copy.
     weight: [N, K] float8_e4m3fn, contiguous. weight_scale: [ceil(N/128), ceil(K/128)] float32; a weight value is
     weight * its block's scale. bias: [N] or None. out_dtype: bfloat16, float16 or float32.
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, RuntimeError where q, weight or weight_scale require grad.
     """
     check_spec(q.spec)
     check_bias(bias, weight)
@@ -58,6 +59,7 @@ def check_spec(spec: QuantSpec) -> None:
 def _check(
     data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
 ) -> None:
+    refuse_gradients("block_fp8_linear", (data, scale, weight, weight_scale))
     check_weight(weight, weight_scale)
     m, k = data.shape
     if data.dtype != torch.float8_e4m3fn:
@@ -119,3 +121,4 @@ def _holds(t: torch.Tensor, elements: int) -> bool:
 
 LIBRARY.impl("block_fp8_linear", dequantized_linear, "CPU")
 LIBRARY.impl("block_fp8_linear", _scaled_mm, "CUDA")
+define_without_gradient(LIBRARY, "block_fp8_linear")

@@ -2,7 +2,7 @@
 
 Every op is functional, has a fixed number of outputs and takes its QuantSpec as the string `spec.encode()`, so that it
 can stand in a compiled graph. On CUDA it runs a Triton kernel, on CPU the reference; the fake implementation gives the
-same shapes, strides and dtypes. Ops take x as [M, K], and no two of them share memory.
+same shapes, strides and dtypes. Ops take x as [M, K], and no two of them share memory. None has a gradient.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from normquant.kernels import capability
 from normquant.ops._examples import LATENT, Examples
+from normquant.ops._gradients import define_without_gradient, refuse_gradients
 from normquant.spec import QuantSpec, Rope
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def register(op: Op) -> Op:
     torch.library.register_fake(f"normquant::{op.name}", _checked(op, op.fake), lib=LIBRARY)
     LIBRARY.impl(op.name, _checked(op, op.reference), "CPU")
     LIBRARY.impl(op.name, cached(op.name, op.launch), "CUDA")
+    define_without_gradient(LIBRARY, op.name)
     if op.eps_overload:
         _register_tensor_eps(op)
     OPS[op.name] = op
@@ -110,6 +112,7 @@ def register(op: Op) -> Op:
 
 def _checked(op: Op, run: Impl) -> Impl:
     def call(*args: Any) -> Any:
+        refuse_gradients(op.name, args)
         args = (*args[:-1], QuantSpec.decode(args[-1]))
         op.check(*args)
         return run(*args)
@@ -131,6 +134,7 @@ def _register_tensor_eps(op: Op) -> None:
 
     LIBRARY.define(f"{op.name}.tensor{op.schema.replace('float eps', 'Tensor eps')}", tags=TAGS)
     LIBRARY.impl(f"{op.name}.tensor", run, "CompositeExplicitAutograd")
+    define_without_gradient(LIBRARY, f"{op.name}.tensor")
     torch.library.register_fake(f"normquant::{op.name}.tensor", fake, lib=LIBRARY)
 
 
@@ -145,6 +149,8 @@ def cached(name: str, make: Callable[..., Launch]) -> Callable[..., Any]:
     """
 
     def call(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            refuse_gradients(name, args)
         tensors: list[torch.Tensor] = []
         parts: list[Any] = [name]
         for arg in args:

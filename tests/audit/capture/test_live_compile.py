@@ -34,6 +34,32 @@ def test_an_error_of_the_function_is_shown_as_it_is() -> None:
         audit(wrong, rows_of_ones)
 
 
+def of_tensor(x: torch.Tensor) -> torch.Tensor | None:
+    x = x.requires_grad_()
+    (x * x).sum().backward()
+    return x.grad
+
+
+def of_function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad((x * x).sum(), x)
+
+
+def with_gradients_enabled(x: torch.Tensor) -> torch.Tensor | None:
+    with torch.enable_grad():
+        return of_tensor(x.detach())
+
+
+@pytest.mark.parametrize("fn", [of_tensor, of_function, with_gradients_enabled])
+def test_a_function_that_calls_backward_is_told_so(fn: Any) -> None:
+    with pytest.raises(ValueError, match=r"asks autograd for gradients .*audit the forward alone"):
+        audit(fn, (torch.randn(4, 64),))
+
+
+def test_a_wrapper_in_cpp_is_named_for_what_it_is() -> None:
+    with pytest.raises(ValueError, match=r"generated in C\+\+, by cpp_wrapper or AOTInductor"):
+        audit(double, rows_of_ones, options={"cpp_wrapper": True})
+
+
 def test_a_module_keeps_its_parameters() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.BatchNorm1d(32)).eval()
     held = {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}

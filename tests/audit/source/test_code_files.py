@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,54 @@ def test_a_log_of_output_code(tmp_path: Path, prefixed: bool) -> None:
     path.write_text(lines[0] + "\n" + prefix)
     with pytest.raises(Unusable, match="log without generated code"):
         code_files.find(path)
+
+
+def trace(*names: str) -> str:
+    """A log as TORCH_TRACE writes it."""
+    head = "V1126 14:26:48.588000 18758 torch/_inductor/graph.py:2745] "
+    lines = [head + '{"chromium_event": {}, "has_payload": "70"}', "\t{", '\t"name": "dynamo"', "\t}"]
+    for name in names:
+        lines.append(head + '{"inductor_output_code": {"filename": "/tmp/c.py"}, "frame_id": 0, "has_payload": "71"}')
+        lines += ["\t" + line for line in (SEEDS / name).read_text().splitlines()]
+        lines += [head + '{"artifact": {"name": "fx_graph"}}', "\tasync_compile = None  # of the artifact"]
+    return "\n".join(lines)
+
+
+def test_a_log_and_a_folder_of_torch_trace(tmp_path: Path) -> None:
+    path = tmp_path / "dedicated_log_torch_trace_rank_0_x.log"
+    path.write_text(trace("conv.py", "user.py"))
+    (tmp_path / "other.log").write_text("not a trace")
+    direct = [audit_path(SEEDS / name)[0].bytes for name in ("conv.py", "user.py")]
+    for where in (path, tmp_path):
+        (report,) = audit_path(where)
+        assert [p.bytes for p in report.programs] == direct and not report.skipped
+    path.write_text(trace())
+    with pytest.raises(Unusable, match="log without generated code of TORCH_TRACE"):
+        audit_path(path)
+
+
+CPP = {
+    "wrapper.wrapper.cpp": "#include <torch/csrc/inductor/aoti_include/cuda.h>\n",
+    "loaded.py": 'cpp_wrapper_src = (\nr"""\n#include <torch/csrc/inductor/cpp_wrapper/cuda.h>\n"""\n)\n# AOT ID',
+}
+
+
+@pytest.mark.parametrize("name", CPP)
+def test_wrappers_in_cpp_are_named_for_what_they_are(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(CPP[name])
+    for where in (path, tmp_path):
+        with pytest.raises(Unusable, match=r"generated in C\+\+, by cpp_wrapper or AOTInductor"):
+            audit_path(where)
+    (tmp_path / "good.py").write_text(ON.read_text())
+    (report,) = audit_path(tmp_path)
+    assert [Path(skipped).name for skipped, _ in report.skipped] == [name]
+
+
+def test_a_package_of_aot_inductor_is_named_for_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data/aotinductor/model/c.wrapper.cpp", CPP["wrapper.wrapper.cpp"])
+    for where in (path, tmp_path):
+        with pytest.raises(Unusable, match="a zip archive; if it is a package of AOTInductor, its code is C"):
+            audit_path(where)

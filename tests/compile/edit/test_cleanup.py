@@ -88,3 +88,4 @@ def test_the_pass_alone_takes_the_round_trip_out_of_a_compiled_graph() -> None:
     compiled = torch.compile(fn, options={"post_grad_custom_pre_pass": CleanupPass()})
     assert torch.equal(compiled(x), fn(x))
     assert CleanupPass().uuid() == CleanupPass().uuid() is not None
+    assert CleanupPass() == CleanupPass()

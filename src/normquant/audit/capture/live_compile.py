@@ -27,6 +27,10 @@ _IS_CPU_BUILD = torch.version.cuda is None  # asked before a fake GPU changes th
 MakeInputs = Callable[[], tuple[Any, ...]] | tuple[Any, ...]
 
 
+# From the engine of autograd, where nothing is recorded, and where it looks for the GPU that it was promised.
+_BACKWARD_FAILED = ("does not require grad", "Cannot access accelerator device")
+
+
 class _Generated(Exception):
     """Raised once the code is generated, to leave the compile before it needs a GPU."""
 
@@ -40,7 +44,7 @@ def capture(
 ) -> list[GeneratedCode]:
     """Compile `fn` for `target` and return what was generated, one entry per graph (graph breaks make several).
 
-    Errors of the compile and of `make_inputs` are raised unchanged.
+    Errors of the compile and of `make_inputs` are raised unchanged; a function that calls backward raises ValueError.
     """
     from torch._functorch import config as functorch_config
     from torch._inductor import config
@@ -62,12 +66,27 @@ def capture(
         inputs = _inputs(make_inputs)
         if isinstance(fn, torch.nn.Module):
             stack.enter_context(_on_gpu(fn))
+        stack.enter_context(_backward_explained())
         torch.compile(fn, backend=functools.partial(_backend, captured), dynamic=dynamic)(*inputs)
     if not captured:
         raise RuntimeError(
             "the compile produced no graph: nothing in the function is compiled (it may be empty or disabled)"
         )
     return captured
+
+
+@contextlib.contextmanager
+def _backward_explained() -> Iterator[None]:
+    """Within: what autograd raises without gradients, or without a GPU, becomes a ValueError that says why."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _BACKWARD_FAILED):
+            raise
+        raise ValueError(
+            "the function asks autograd for gradients (backward or torch.autograd.grad), and an audit compiles it "
+            "without them: audit the forward alone, or code that a training run generated (TORCH_LOGS=output_code)"
+        ) from error
 
 
 def _config_patches(options: Mapping[str, Any] | None) -> dict[str, Any]:

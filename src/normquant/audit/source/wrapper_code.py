@@ -16,6 +16,11 @@ _IGNORED = _ASSERTIONS | frozenset({
     "run_intermediate_hooks", "check_deferred_runtime_asserts", "synchronize", "copy_if_misaligned", "append", "print",
     "_check", "record_stream", "wait_stream", "device", "range", "len", "item",
 })  # fmt: skip
+_CPP_WRAPPER_PARTS = ("cpp_wrapper_src", "torch/csrc/inductor/cpp_wrapper/", "torch/csrc/inductor/aoti_include/")
+CPP_WRAPPER = (
+    "a wrapper that Inductor generated in C++, by cpp_wrapper or AOTInductor; only Python wrappers are read: compile "
+    "the same model with torch.compile and without cpp_wrapper, and audit that"
+)
 _ENTRY_POINTS = ("call", "inductor_entry", "forward")
 _DEEPEST_CALL = 16
 _MOST_CALLS = 200_000
@@ -24,6 +29,8 @@ _MOST_STATEMENTS = 500_000  # counted per call: hostile functions could call eac
 
 def read_module(code: GeneratedCode) -> GeneratedModule:
     """Read one generated module; NotGenerated when the text is something else."""
+    if is_cpp_wrapper(code.text):
+        raise NotGenerated(CPP_WRAPPER)
     if not is_generated(code.text):
         raise NotGenerated("not code that Inductor generated")
     try:
@@ -42,6 +49,11 @@ def read_module(code: GeneratedCode) -> GeneratedModule:
 def is_generated(text: str) -> bool:
     """Whether a text contains what every module that Inductor writes contains."""
     return "async_compile" in text or "extern_kernels" in text or "AOT ID" in text
+
+
+def is_cpp_wrapper(text: str) -> bool:
+    """Whether a text is a wrapper in C++, alone or inside of the Python module that loads it."""
+    return any(part in text for part in _CPP_WRAPPER_PARTS)
 
 
 def operator_name(path: str) -> str:

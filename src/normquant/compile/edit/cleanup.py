@@ -7,6 +7,7 @@ Runs after a rewrite, and alone: an opaque norm that takes bf16 from a graph tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from normquant.compile.find.graph import (
 )
 
 
+@dataclass(frozen=True)  # equal passes share compiled code
 class CleanupPass(CustomGraphPass):
     """`clean` as a pass of its own, for `post_grad_custom_pre_pass` or `post_grad_custom_post_pass`."""
 

@@ -1,0 +1,76 @@
+"""How the ops run on DTensors: rows may be sharded, K only where every rank has whole groups; the rest is replicated.
+
+    normquant.ops.sharding.register()  # once, before the first call with a DTensor
+
+That is a call of its own because loading DTensor takes longer than all of normquant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from normquant.ops._op import OPS, Op
+from normquant.spec import GROUPS
+
+WHOLE_GROUPS = 4 * max(GROUPS)  # K in multiples of it: whole groups of any spec, and whole elements of packed scales
+ROWS = ("x", "residual", "positions")  # arguments that have a row for each of the outputs'
+ANGLES = ("cos", "sin")
+
+Placements = list[Any]  # one for each output, then for each argument
+_registered: list[str] = []
+
+
+def register() -> None:
+    """Register the rules with DTensor; nothing where that was done."""
+    if not _registered:
+        for op in OPS.values():
+            _register(op, op.overload)
+            if op.eps_overload:
+                _register(op, getattr(torch.ops.normquant, op.name).tensor)
+        _registered.extend(OPS)
+
+
+def _register(op: Op, overload: torch._ops.OpOverload) -> None:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+    from torch.distributed.tensor.experimental import register_sharding
+
+    register_sharding(overload)(_rules(op))
+    # DTensor caches the outputs' dtypes and strides, by default for the tensors alone; the spec decides them, too
+    first = next(i for i, a in enumerate(overload._schema.arguments) if "Tensor" not in str(a.type))
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    propagator.op_to_schema_info[overload] = RuntimeSchemaInfo(first, needs_pytree=True)
+
+
+def _rules(op: Op) -> Callable[..., list[tuple[Placements, Placements]]]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    outputs = len(op.overload._schema.returns)
+
+    def rules(*args: Any) -> list[tuple[Placements, Placements]]:
+        given = dict(zip(op.argument_names, args, strict=False))
+
+        def place(names: tuple[str, ...], placement: Any) -> Placements:
+            others = [placement if name in names else Replicate() for name in given]
+            tensors = [hasattr(value, "placements") for value in given.values()]
+            return [one if is_tensor else None for one, is_tensor in zip(others, tensors, strict=True)] + [None]
+
+        accepted: list[tuple[Placements, Placements]] = [([Replicate()] * outputs, place((), None))]
+        if _rows_are_independent(given):
+            rows = ROWS if given.get("positions") is not None else (*ROWS, *ANGLES)
+            accepted.append(([Shard(0)] * outputs, place(rows, Shard(0))))
+        if op.name == "group_quant" and given["x"].shape[1] % (WHOLE_GROUPS * given["x"].mesh.size()) == 0:
+            accepted.append(([Shard(1)] * outputs, place(("x",), Shard(1))))
+        return accepted
+
+    return rules
+
+
+def _rows_are_independent(given: dict[str, Any]) -> bool:
+    """Whether rows can be told apart: without positions, row i of x needs row i of cos and sin, and no further one."""
+    if "cos" not in given or given["positions"] is not None:
+        return True
+    return all(given[name].shape[0] == given["x"].shape[0] for name in ANGLES)
