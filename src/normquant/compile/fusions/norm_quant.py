@@ -179,8 +179,7 @@ class NormQuantRewriter:
             outputs = [new(operator.getitem, op, i) for i in range(len(op.meta["val"]))]
             replaced = results_of(match, add, outputs, new)
         asking = ask_input_for_shape(match, self.now(norm.sources[0]), new)
-        self.replaced.update(replaced)
-        return Rewrite(tuple(replaced), asking, like=norm.y)
+        return Rewrite(tuple(replaced), asking, like=norm.y, committed=partial(self.replaced.update, replaced))
 
 
 def _made(match: Match, add: bool) -> frozenset[Node]:
