@@ -183,5 +183,5 @@ def _stays(site: Site, error: str) -> Site:
     """The record of a site whose rewrite was taken back."""
     if site.strategy == "stock":
         return site
-    saved = {"op": "", "bytes_moved": 0, "bytes_saved": 0, "kernels_saved": 0}
+    saved: dict[str, Any] = {"op": "", "bytes_moved": 0, "bytes_saved": 0, "kernels_saved": 0}
     return replace(site, strategy="stock", reason=f"the pass was given up: {error}", **saved)

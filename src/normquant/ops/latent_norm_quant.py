@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 
 from normquant import reference
-from normquant.ops._checks import check_angles, check_rows, check_weight, check_width, rows, shapes
+from normquant.ops._checks import check_angles, check_normed_width, check_rows, check_weight, rows, shapes
 from normquant.ops._examples import EPS, LATENT, Examples
 from normquant.ops._op import DEFAULT, Op, Traffic, register
 from normquant.ops._outputs import ACTIVATION_BYTES, activation, fake_quant
@@ -113,8 +113,8 @@ def _check(
     if r <= 0 or r % 2:
         raise ValueError(f"x has {x.shape[1]} columns and the weights {q} + {c}; an even number must remain for k_pe")
     check_rows(x, "x")
-    check_width(q, spec, "q_a")
-    check_width(c, spec, "kv_a")
+    check_normed_width(q, spec, "q_a")
+    check_normed_width(c, spec, "kv_a")
     check_weight(q_weight, x, "q_weight")
     check_weight(kv_weight, x, "kv_weight")
     check_angles(x, cos, sin, positions, r, rope)

@@ -81,7 +81,7 @@ def _vllm_norm(y: Node) -> Norm:
     x, addition = source(h, inner)
     if x is None:
         raise Unsupported("vllm_ir.rms_norm reads float32; the kernels read bfloat16 and float16")
-    return Norm(y, x, addition, weight, 0.0, eps, "twice", dtype(x), _width(x), frozenset(inner))
+    return Norm(y, x, addition, weight, 0.0, eps, "twice", dtype(x), _width(h), frozenset(inner))
 
 
 def _vllm_add_norm(y: Node) -> Norm:

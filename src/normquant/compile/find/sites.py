@@ -1,8 +1,8 @@
 """Find the norm -> quant sites of a graph, by meaning: from each quantization back to the norm that feeds it.
 
 A site is one norm and every quantization of it that asks for the same result. What stands in the way of fusing it is
-found here as well: values inside of it that somebody else reads, tensors that are changed on the way, inputs that the
-kernels cannot read. `find` changes nothing.
+found here as well: values inside of it that somebody else reads, and tensors that are changed on the way. `find`
+changes nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
-import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.find import norm_ops, quant_ops, quants
@@ -30,8 +29,6 @@ from normquant.compile.find.graph import (
     mutation_regions,
     op_name,
     peel,
-    rows_are_even,
-    value,
 )
 from normquant.compile.find.norms import Norm
 from normquant.compile.find.outside_readers import check_inside, choose_layout, norms_outside
@@ -204,9 +201,8 @@ def _reject_shared(matches: list[Match], found: Found) -> None:
 
 
 def _checked(match: Match, found: Found, regions: dict[Node, int]) -> bool:
-    """Whether the inputs are readable and nothing is changed in place inside of the site."""
+    """Whether nothing is changed in place inside of the site."""
     try:
-        _check_inputs(match)
         nodes = match.inner | match.results | _passed(match)
         if len({regions[node] for node in nodes}) > 1:
             raise Unsupported("a tensor is changed in place between the norm and the quantization")
@@ -227,20 +223,3 @@ def _passed(match: Match) -> set[Node]:
                 passed.add(node)
                 pending.append(node)
     return passed
-
-
-def _check_inputs(match: Match) -> None:
-    for node in match.norm.sources:
-        _check_rows(value(node), match.norm.k)
-
-
-def _check_rows(x: torch.Tensor, k: int) -> None:
-    if x.dim() == 0 or not isinstance(x.stride(-1), int) or x.stride(-1) != 1:
-        raise Unsupported(
-            f"the norm reads a tensor of stride {tuple(x.stride())}; the kernels need the last one to be 1"
-        )
-    if not rows_are_even(x, k):
-        raise Unsupported(
-            f"the norm reads a tensor of shape {tuple(x.shape)} and stride {tuple(x.stride())}, "
-            "whose rows are not evenly spaced"
-        )

@@ -38,6 +38,7 @@ from normquant.compile.find.norms import Norm
 from normquant.compile.find.rotary import Rotation, check_cache, find_rotation, updates_cache
 from normquant.compile.find.sites import find as find_sites
 from normquant.compile.fusion_report import Site
+from normquant.compile.fusions.acceptance import check_op, row_of, rows_of, sines_of
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
@@ -191,7 +192,17 @@ def _read(match: Match, kv_a: Columns, kv: Norm, slices: Slices, regions: dict[N
         raise Unsupported(f"kv_a has {kv_a.width} columns, not a multiple of the group, {match.spec.group}")
     latents = Latents(match, kv_a.base, kv, _rotation(kv_a, slices, op_spec(match, add=False)))
     _check_order(latents, regions)
+    _check_inputs(latents)
     return latents
+
+
+def _check_inputs(latents: Latents) -> None:
+    """Raise Unsupported where the op does not accept what it would get."""
+    q, kv, k_pe = latents.q.norm, latents.kv, latents.k_pe
+    x, cache = rows_of(latents.base, value(latents.base).shape[-1]), value(k_pe.cache)
+    angles = cache, sines_of(k_pe.cache, cache.shape[-1]), value(k_pe.positions)
+    weights = row_of(q.weight, q.k), row_of(kv.weight, kv.k)
+    check_op("latent_norm_quant", x, *weights, *angles, q.eps, k_pe.rope, latents.spec)
 
 
 def _check_order(latents: Latents, regions: dict[Node, int]) -> None:

@@ -18,6 +18,7 @@ from normquant.compile.find.norms import Norm
 from normquant.compile.find.outside_readers import sinks
 from normquant.compile.find.quant_ops import is_quant
 from normquant.compile.find.sites import find as find_sites
+from normquant.compile.fusions.acceptance import check_op, row_of, rows_of
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
@@ -76,8 +77,12 @@ def is_opaque(norm: Norm) -> bool:
     return any(is_norm_op(node) for node in (norm.y, *norm.inner))
 
 
-def _candidate(match: Match, rewriter: NormQuantRewriter) -> Candidate:
+def _candidate(match: Match, rewriter: NormQuantRewriter) -> Candidate | Rejection:
     norm, add = match.norm, rewriter.adds(match)
+    try:
+        rewriter.check(match, add)
+    except Unsupported as reason:
+        return _rejection(Rejected(anchor_of(match), str(reason), norm))
     x = value(norm.sources[0])
     rows = x.numel() // norm.k
     return Candidate(
@@ -154,7 +159,23 @@ class NormQuantRewriter:
             return True
         if any(node in self.replaced for node in match.sums):
             return False  # an earlier site's op made the sum
-        return all(in_memory(self.now(node)) for node in (addition.x, addition.residual)) and self.in_time(match, True)
+        stored = all(in_memory(self.now(node)) for node in (addition.x, addition.residual))
+        return stored and self.in_time(match, True) and self.accepted(match, True)
+
+    def check(self, match: Match, add: bool) -> None:
+        """Raise Unsupported where the op does not accept what it would get."""
+        norm, (*sources, weight) = match.norm, self.inputs(match, add)
+        rows = [rows_of(node, norm.k) for node in sources]
+        eps = 1.0 if isinstance(norm.eps, Node) else norm.eps  # an input of the graph says nothing until it runs
+        args = (*rows, row_of(weight, norm.k), eps, norm.weight_offset, op_spec(match, add))
+        check_op(fused_op_name(match, add), *args)
+
+    def accepted(self, match: Match, add: bool) -> bool:
+        try:
+            self.check(match, add)
+        except Unsupported:
+            return False
+        return True
 
     def in_time(self, match: Match, add: bool) -> bool:
         """Whether everyone who would read the op's outputs comes after its inputs."""
