@@ -37,6 +37,7 @@ from shared.latent_graphs import (
     to_halves,
     wrong_sign,
 )
+from shared.pass_harness import assert_same
 from shared.traced_graphs import assert_equal, rewrite
 from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph
@@ -285,14 +286,40 @@ def test_a_kv_that_is_no_multiple_of_the_group_stays() -> None:
     def fn(x, q_weight, kv_weight, cache, positions):
         data, scale = vllm_ops.per_token_group_fp8_quant(norm(x[:, :Q], q_weight))
         cos, sin = cache[positions].chunk(2, dim=-1)
-        return data, scale, norm(x[:, Q:-R], kv_weight[: C - 32]), neighbours(x[:, -R:].unsqueeze(1), cos, sin)
+        return (
+            data,
+            scale,
+            norm(x[:, Q : Q + C - 32], kv_weight[: C - 32]),
+            neighbours(x[:, Q + C - 32 :].unsqueeze(1), cos, sin),
+        )
 
     args = inputs()
     args = args[0][:, : Q + C - 32 + R].contiguous(), *args[1:]
     result, (site,), left = run(fn, args)
-    assert f"kv_a has {C - 32} columns, not a multiple of the group, 128" in site.reason
+    assert f"kv_a has K = {C - 32}; K must be a positive multiple of the group, 128" in site.reason
     assert_untouched(left)
     assert_equal(result, fn(*args))
+
+
+@pytest.mark.parametrize(
+    ("at", "apart", "words"),
+    [
+        (0, lambda x: x.t().contiguous().t(), "x has stride (1, 5); the last stride must be 1"),
+        (1, lambda w: w.repeat_interleave(2)[::2], "q_weight has stride (2,); it must be contiguous"),
+        (2, lambda w: w.repeat_interleave(2)[::2], "kv_weight has stride (2,); it must be contiguous"),
+        (3, lambda cache: cache.t().contiguous().t(), "cos is (16, 64) bfloat16; accepted: [positions, 32 or more]"),
+        (4, lambda positions: positions.repeat_interleave(2)[::2], "accepted: [5] int32 or int64, contiguous"),
+    ],
+    ids=["x", "q_weight", "kv_weight", "cache", "positions"],
+)
+def test_an_input_with_gaps_between_its_values_stays(at: int, apart: Any, words: str) -> None:
+    args = list(inputs())
+    args[at] = apart(args[at])
+    result, (site,), left = run(latents(), tuple(args))
+    assert "latent_norm_quant does not accept this: " in site.reason and words in site.reason, site.reason
+    assert_untouched(left)
+    for given, expected in zip(result, latents()(*args), strict=True):
+        assert_same(given, expected)
 
 
 def test_positions_that_depend_on_q_stay() -> None:

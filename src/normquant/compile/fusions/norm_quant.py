@@ -12,7 +12,18 @@ from torch.fx import Graph, Node
 from normquant.compile.edit.build import Builder, Rewrite, as_row, as_rows, laid_out, rebuild, shaped
 from normquant.compile.edit.decompose import decompose
 from normquant.compile.find.found import Match, Rejected, anchor_of
-from normquant.compile.find.graph import Unsupported, asks_shape, dtype, is_view, op_name, peel, value
+from normquant.compile.find.graph import (
+    Unsupported,
+    asks_shape,
+    dtype,
+    first_arg,
+    is_view,
+    keeps_order,
+    op_name,
+    peel,
+    rows_are_even,
+    value,
+)
 from normquant.compile.find.norm_ops import is_norm_op
 from normquant.compile.find.norms import Norm
 from normquant.compile.find.outside_readers import sinks
@@ -102,9 +113,17 @@ def _candidate(match: Match, rewriter: NormQuantRewriter) -> Candidate | Rejecti
 
 
 def _takes_extra_kernel(match: Match) -> bool:
-    """Whether the weight is computed in the graph, and nothing opaque in the site has a kernel that goes in return."""
-    computed = match.norm.weight.op == "call_function" and not in_memory(match.norm.weight)
-    return computed and not any(is_quant(node) for node in match.inner)
+    """Whether the weight is computed in the graph, or what is normed is a copy, and nothing opaque in the site has a
+    kernel that goes in return."""
+    norm = match.norm
+    computed = norm.weight.op == "call_function" and not in_memory(norm.weight)
+    copied = any(_is_copy(node, norm.k) for node in norm.sources)
+    return (computed or copied) and not any(is_quant(node) for node in match.inner)
+
+
+def _is_copy(node: Node, k: int) -> bool:
+    """Whether a node has rows of k values evenly spaced that were not before."""
+    return keeps_order(node) and not rows_are_even(value(first_arg(node)), k)
 
 
 def _make_native(match: Match, new: Builder) -> Rewrite:
