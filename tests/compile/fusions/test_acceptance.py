@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from shared import vllm_ops
+from shared import latent_graphs, traced_graphs, vllm_ops
 from shared.pass_harness import assert_same, exact, run_with_pass
 
 import normquant as nq
 from normquant.compile import clear, explain, inductor_options, last_report
+from normquant.compile.fusions import latent_norm_quant
 from normquant.kernels.tiling import MAX_ROW
 
 BF16 = torch.bfloat16
@@ -129,3 +130,29 @@ def test_the_longest_row(over: int) -> None:
         assert words in site.reason
         with pytest.raises(ValueError, match=words):
             nq.rms_norm_quant(x, w)
+
+
+@pytest.mark.parametrize(
+    ("at", "apart", "words"),
+    [
+        (0, lambda x: x.t().contiguous().t(), "x has stride (1, 5); the last stride must be 1"),
+        (1, lambda w: w.repeat_interleave(2)[::2], "q_weight has stride (2,); it must be contiguous"),
+        (2, lambda w: w.repeat_interleave(2)[::2], "kv_weight has stride (2,); it must be contiguous"),
+        (3, lambda cache: cache.t().contiguous().t(), "cos is (16, 64) bfloat16; accepted: [positions, 32 or more]"),
+        (4, lambda positions: positions.repeat_interleave(2)[::2], "accepted: [5] int32 or int64, contiguous"),
+    ],
+    ids=["x", "q_weight", "kv_weight", "cache", "positions"],
+)
+def test_latents_with_gaps_between_their_values(at: int, apart, words: str) -> None:
+    x, *weights, cache, positions = (apart(t) if i == at else t for i, t in enumerate(latent_graphs.inputs()))
+
+    def fn(x, positions):
+        return latent_graphs.latents()(x, *weights, cache, positions)
+
+    def fuse(graph):
+        return traced_graphs.rewrite(graph, latent_norm_quant.find)
+
+    result, (site,), left = traced_graphs.run(fuse, fn, x, positions)
+    assert "latent_norm_quant does not accept this: " in site.reason and words in site.reason, site.reason
+    assert [name for name in left if name.startswith("normquant.")] == []
+    assert_same(result, fn(x, positions))

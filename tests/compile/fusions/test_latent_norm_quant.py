@@ -37,7 +37,6 @@ from shared.latent_graphs import (
     to_halves,
     wrong_sign,
 )
-from shared.pass_harness import assert_same
 from shared.traced_graphs import assert_equal, rewrite
 from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph
@@ -299,27 +298,6 @@ def test_a_kv_that_is_no_multiple_of_the_group_stays() -> None:
     assert f"kv_a has K = {C - 32}; K must be a positive multiple of the group, 128" in site.reason
     assert_untouched(left)
     assert_equal(result, fn(*args))
-
-
-@pytest.mark.parametrize(
-    ("at", "apart", "words"),
-    [
-        (0, lambda x: x.t().contiguous().t(), "x has stride (1, 5); the last stride must be 1"),
-        (1, lambda w: w.repeat_interleave(2)[::2], "q_weight has stride (2,); it must be contiguous"),
-        (2, lambda w: w.repeat_interleave(2)[::2], "kv_weight has stride (2,); it must be contiguous"),
-        (3, lambda cache: cache.t().contiguous().t(), "cos is (16, 64) bfloat16; accepted: [positions, 32 or more]"),
-        (4, lambda positions: positions.repeat_interleave(2)[::2], "accepted: [5] int32 or int64, contiguous"),
-    ],
-    ids=["x", "q_weight", "kv_weight", "cache", "positions"],
-)
-def test_an_input_with_gaps_between_its_values_stays(at: int, apart: Any, words: str) -> None:
-    args = list(inputs())
-    args[at] = apart(args[at])
-    result, (site,), left = run(latents(), tuple(args))
-    assert "latent_norm_quant does not accept this: " in site.reason and words in site.reason, site.reason
-    assert_untouched(left)
-    for given, expected in zip(result, latents()(*args), strict=True):
-        assert_same(given, expected)
 
 
 def test_positions_that_depend_on_q_stay() -> None:
