@@ -20,9 +20,12 @@ import normquant as nq
 from normquant.compile import Site, clear, driver, explain, reports
 from normquant.compile.driver import VLLM_FUSIONS, NormQuantPass
 from normquant.compile.edit.build import Builder
+from normquant.compile.fusions.vllm_linear import QuantizedInputs
 from normquant.compile.policy import Rules
 
 K = 256
+LINEAR = exact(K, K, seed=3).to(torch.float8_e4m3fn), torch.rand(K // 128, K // 128)
+ALL = (QuantizedInputs(), *VLLM_FUSIONS)
 quantize = vllm_ops.per_token_group_fp8_quant
 
 
@@ -53,6 +56,11 @@ def latents(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return *parts, torch.cat((heads[..., : -latent_graphs.R], turned), dim=-1)
 
 
+def linear(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = torch.ops.vllm_ir.rms_norm(x, w, 1e-6)
+    return torch.ops.vllm.dynamic_flashinfer_deepgemm_blockscale_gemm(y, *LINEAR, 128, True), y.shape[0] * w
+
+
 def twice(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Norms that are computed once, and returned as two tensors."""
     h = x + w
@@ -64,6 +72,7 @@ def twice(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
 GRAPHS: dict[Callable[..., Any], tuple[tuple, set[str]]] = {
     norms: ((exact(6, K), exact(K, seed=1)), {"rms_norm_quant_with_norm"}),
     gated: ((exact(6, K), exact(K, seed=1)), {"silu_mul_quant"}),
+    linear: ((exact(6, K), exact(K, seed=1)), {"rms_norm_quant"}),
     twice: ((exact(6, K), exact(K, seed=1)), {"rms_norm_quant_with_norm"}),
     lone: ((exact(6, K), exact(K, seed=1)), {"group_quant"}),
     vllms_own: ((exact(6, K), exact(K, seed=1)), {"add_rms_norm_quant", "silu_mul_quant"}),
@@ -120,12 +129,12 @@ def test_a_rewrite_that_fails_at_any_step_leaves_the_graph_as_it_was(fn: Any, po
         whole, part = traced_graphs.copied(gm), traced_graphs.copied(gm)
         try:
             with failing_at(step, after):
-                driver.run(whole.graph, Rules(policy), strict=True, fusions=VLLM_FUSIONS)
+                driver.run(whole.graph, Rules(policy), strict=True, fusions=ALL)
             break
         except Planted:
             assert traced_graphs.listing(whole.graph) == before, f"step {step}"
         with failing_at(step, after):
-            report = driver.run(part.graph, Rules(policy), fusions=VLLM_FUSIONS)
+            report = driver.run(part.graph, Rules(policy), fusions=ALL)
         assert "Planted" in str(report), f"step {step}"
         if all(site.strategy == "stock" for site in (*report.sites, *report.others)):
             assert traced_graphs.listing(part.graph) == before, f"step {step}"
