@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -12,14 +14,18 @@ import torch.nn.functional as F
 from shared import latent_graphs, traced_graphs, vllm_ops
 from shared.pass_harness import assert_same, exact
 from shared.vllm_fused_stand_ins import rms_norm_per_block_quant, silu_and_mul_per_block_quant
-from torch.fx import Graph
+from torch.fx import Graph, Interpreter, Node
 
+import normquant as nq
 from normquant.compile import Site, clear, driver, explain, reports
 from normquant.compile.driver import VLLM_FUSIONS, NormQuantPass
 from normquant.compile.edit.build import Builder
+from normquant.compile.fusions.vllm_linear import QuantizedInputs
 from normquant.compile.policy import Rules
 
 K = 256
+LINEAR = exact(K, K, seed=3).to(torch.float8_e4m3fn), torch.rand(K // 128, K // 128)
+ALL = (QuantizedInputs(), *VLLM_FUSIONS)
 quantize = vllm_ops.per_token_group_fp8_quant
 
 
@@ -50,52 +56,94 @@ def latents(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return *parts, torch.cat((heads[..., : -latent_graphs.R], turned), dim=-1)
 
 
+def linear(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = torch.ops.vllm_ir.rms_norm(x, w, 1e-6)
+    return torch.ops.vllm.dynamic_flashinfer_deepgemm_blockscale_gemm(y, *LINEAR, 128, True), y.shape[0] * w
+
+
+def twice(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Norms that are computed once, and returned as two tensors."""
+    h = x + w
+    y, again = (F.rms_norm(h, (K,), w, 1e-6) for _ in range(2))
+    q = nq.group_quant(y)
+    return q.data, q.scale, nq.group_quant(again).scale, y, again, h * x.shape[0]
+
+
 GRAPHS: dict[Callable[..., Any], tuple[tuple, set[str]]] = {
     norms: ((exact(6, K), exact(K, seed=1)), {"rms_norm_quant_with_norm"}),
     gated: ((exact(6, K), exact(K, seed=1)), {"silu_mul_quant"}),
+    linear: ((exact(6, K), exact(K, seed=1)), {"rms_norm_quant"}),
+    twice: ((exact(6, K), exact(K, seed=1)), {"rms_norm_quant_with_norm"}),
     lone: ((exact(6, K), exact(K, seed=1)), {"group_quant"}),
     vllms_own: ((exact(6, K), exact(K, seed=1)), {"add_rms_norm_quant", "silu_mul_quant"}),
     latents: (latent_graphs.inputs(), {"latent_norm_quant", "rope_last"}),
 }
 
 
-def failing_at(step: int) -> Any:
-    """Makes the n-th new node of the process, counted from here, an error."""
-    made = Builder.__call__
-    count = iter(range(10_000))
-
-    def call(self: Builder, *args: Any, **kwargs: Any) -> Any:
-        if next(count) == step:
-            raise RuntimeError("planted")
-        return made(self, *args, **kwargs)
-
-    return mock.patch.object(Builder, "__call__", call)
+STEPS = (  # whatever changes a graph
+    (Builder, "__call__"),
+    (Node, "replace_all_uses_with"),
+    (Node, "replace_input_with"),
+    (Graph, "erase_node"),
+    (Graph, "eliminate_dead_code"),
+    (driver, "clean"),
+    (driver, "keep_outputs_apart"),
+)
 
 
+class Planted(RuntimeError):
+    """The error of a step that was made to fail."""
+
+
+@contextmanager
+def failing_at(step: int, after: bool) -> Iterator[None]:
+    """Makes the n-th step, counted from here, an error, before it does anything or after it has done its work."""
+    count = itertools.count()
+
+    def failing(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            fails = next(count) == step
+            if fails and not after:
+                raise Planted
+            made = original(*args, **kwargs)
+            if fails:
+                raise Planted
+            return made
+
+        return call
+
+    with ExitStack() as patches:
+        for owner, name in STEPS:
+            patches.enter_context(mock.patch.object(owner, name, failing(getattr(owner, name))))
+        yield
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("policy", ["always", "native"])
 @pytest.mark.parametrize("fn", GRAPHS)
-def test_a_rewrite_that_fails_at_any_step_leaves_the_graph_as_it_was(fn: Any, policy: Any) -> None:
+def test_a_rewrite_that_fails_at_any_step_leaves_the_graph_as_it_was(fn: Any, policy: Any, after: bool) -> None:
     args, ops = GRAPHS[fn]
-    failed: list[str] = []
-
-    def change(graph: Graph) -> tuple[Site, ...]:
-        for fusion in VLLM_FUSIONS:
-            for step in range(100):
-                before = str(graph)
-                with failing_at(step):
-                    report = driver.run(graph, Rules(policy), fusions=(fusion,))
-                if "planted" not in str(report):
-                    break
-                failed.append(fusion.__module__)
-                rewritten = [site for site in (*report.sites, *report.others) if site.strategy != "stock"]
-                assert rewritten or str(graph) == before
-                graph.lint()
-        return driver.run(graph, Rules(policy), strict=True, fusions=VLLM_FUSIONS).sites
-
-    result, _, left = traced_graphs.run(change, fn, *args)
-    assert failed or policy == "native"
-    assert_same(result, fn(*args))
+    gm, inputs = traced_graphs.traced(fn, *args)
+    before, expected = traced_graphs.listing(gm.graph), Interpreter(gm).run(*inputs)
+    for step in itertools.count():
+        whole, part = traced_graphs.copied(gm), traced_graphs.copied(gm)
+        try:
+            with failing_at(step, after):
+                driver.run(whole.graph, Rules(policy), strict=True, fusions=ALL)
+            break
+        except Planted:
+            assert traced_graphs.listing(whole.graph) == before, f"step {step}"
+        with failing_at(step, after):
+            report = driver.run(part.graph, Rules(policy), fusions=ALL)
+        assert "Planted" in str(report), f"step {step}"
+        if all(site.strategy == "stock" for site in (*report.sites, *report.others)):
+            assert traced_graphs.listing(part.graph) == before, f"step {step}"
+        part.graph.lint()
+        assert_same(Interpreter(part).run(*inputs), expected, f"step {step}")
+    assert_same(Interpreter(whole).run(*inputs), expected)
+    assert step > 0 or policy == "native"
     if policy == "always":
+        left = {str(node.target) for node in whole.graph.nodes if node.op == "call_function"}
         assert ops <= {name.split(".")[1] for name in left if name.startswith("normquant.")}
 
 

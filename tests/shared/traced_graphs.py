@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from shared.pass_harness import interpreting
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
+from torch.fx.node import map_arg
 
 from normquant.compile import Site, driver
 from normquant.compile.fusions.candidate import Fusion
@@ -51,6 +53,38 @@ def run(
             torch._dynamo.mark_dynamic(arg, 0)
     with torch.no_grad(), torch._inductor.config.patch(enable_auto_functionalized_v2=False):  # as vLLM sets it
         return torch.compile(fn, backend=interpreting(change))(*args), sites, left
+
+
+def traced(fn: Callable[..., Any], *args: torch.Tensor) -> tuple[GraphModule, tuple[torch.Tensor, ...]]:
+    """The graph of fn that the pass sees, and what it is called with."""
+    found: list[GraphModule] = []
+    inputs: list[torch.Tensor] = []
+
+    def keep(gm: GraphModule) -> None:
+        found.append(copied(gm))
+
+    def record(gm: GraphModule, given: list[Any]) -> Any:
+        inputs.extend(given)
+        return interpreting(keep)(gm, given)
+
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._inductor.config.patch(enable_auto_functionalized_v2=False):  # as vLLM sets it
+        torch.compile(fn, backend=record)(*args)
+    (gm,) = found
+    return gm, tuple(inputs)
+
+
+def copied(gm: GraphModule) -> GraphModule:
+    """A module with a graph of its own, whose nodes have the same names and values."""
+    return GraphModule(gm, copy.deepcopy(gm.graph))
+
+
+def listing(graph: Graph) -> list[tuple]:
+    """Everything that a rewrite may change of a graph, node by node."""
+    return [
+        (node.op, node.name, node.target, *map_arg((node.args, node.kwargs), lambda n: n.name), node.type, node.meta)
+        for node in graph.nodes
+    ]
 
 
 def assert_equal(given: Any, expected: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from normquant import ops, reference, spec, specs
 from normquant.compile import fusion_report
 from normquant.compile.edit.build import Builder
 from normquant.compile.edit.cleanup import clean, keep_outputs_apart, output_owners
+from normquant.compile.edit.snapshot import restore, states
 from normquant.compile.find.graph import Unsupported
 from normquant.compile.fusion_report import FusionReport, Site
 from normquant.compile.fusions import (
@@ -81,15 +82,32 @@ class NormQuantPass(CustomGraphPass):
 
 
 def run(graph: Graph, rules: Rules, strict: bool = False, fusions: Sequence[Fusion] = FUSIONS) -> FusionReport:
-    """Rewrite the graph and say what was done. A site whose rewrite fails stays as it was, unless strict."""
-    done, owners = _Record(strict), output_owners(graph)
+    """Rewrite the graph and say what was done. A site whose rewrite fails stays as it was, and where the clean-up after
+    the rewrites fails the whole graph does; with strict the exception follows."""
+    done, before = _Record(strict), states(graph.nodes)
+    try:
+        cleaned = _rewrite(graph, rules, fusions, done)
+    except Exception as error:
+        restore(graph, before)
+        if strict:
+            raise
+        cleaned = done.give_up(error)
+    return done.report(graph, rules.policy, cleaned)
+
+
+def _rewrite(graph: Graph, rules: Rules, fusions: Sequence[Fusion], done: _Record) -> int:
+    """Rewrite every site, and clean up; returns how many identities and copies that removed."""
+    owners = output_owners(graph)
     for find in fusions:
         before = done.rewritten
         done.guard(partial(_rewrite_all, graph, find, rules, done))
         if done.rewritten > before:
             graph.eliminate_dead_code()
-    cleaned = done.guard(partial(_clean_up, graph, owners)) if done.rewritten else 0
-    return done.report(graph, rules.policy, cleaned or 0)
+    if not done.rewritten:
+        return 0
+    cleaned = clean(graph)
+    keep_outputs_apart(graph, owners)
+    return cleaned
 
 
 @dataclass
@@ -103,15 +121,22 @@ class _Record:
     rewritten: int = 0
     errors: list[str] = field(default_factory=list)
 
-    def guard(self, step: Callable[[], Any]) -> Any:
-        """What a step returns; None, and an error in the report, where it fails, unless strict."""
+    def guard(self, step: Callable[[], None]) -> None:
+        """Do a step that changes nothing when it fails; a failure is an error in the report, unless strict."""
         try:
-            return step()
+            step()
         except Exception as error:
             if self.strict:
                 raise
             self.errors.append(f"{type(error).__name__}: {error}")
-            return None
+
+    def give_up(self, error: Exception) -> int:
+        """Every site stays after all, since the graph is the graph before; no copy was removed."""
+        text = f"{type(error).__name__}: {error}"
+        self.errors.append(text)
+        self.sites = [(_stays(site, text), None) for site, _ in self.sites]
+        self.lone = {node: _stays(site, text) for node, site in self.lone.items()}
+        return 0
 
     def add(self, found: Candidate | Rejection, site: Site, stands_for: Node | None = None) -> None:
         self.rewritten += site.strategy != "stock"
@@ -143,14 +168,16 @@ def _decide(graph: Graph, candidate: Candidate, rules: Rules, done: _Record) -> 
     """Rewrite a site as the policy wants it, and record it, if that is due. After a failure the graph is the graph
     before."""
     decision = rules.decide(candidate.name, candidate.facts)
-    rewrite = candidate.rewrite(decision.strategy)
-    if rewrite is None:
+    edit = candidate.rewrite(decision.strategy)
+    if edit is None:
         if not candidate.listed:
             done.add(candidate, candidate.record("stock", "" if candidate.remark else decision.reason))
         return
     new = Builder(graph)
     try:
-        made = rewrite(new)
+        rewrite = edit(new)
+        site = candidate.record(decision.strategy, decision.reason, rewrite.note)
+        rewrite.commit(new.made)
     except Exception as error:
         new.erase()
         unsupported = isinstance(error, Unsupported)
@@ -159,11 +186,12 @@ def _decide(graph: Graph, candidate: Candidate, rules: Rules, done: _Record) -> 
         reason = str(error) if unsupported else f"the rewrite failed: {type(error).__name__}: {error}"
         done.add(candidate, candidate.record("stock", reason))
         return
-    made.commit(new.made)
-    done.add(candidate, candidate.record(decision.strategy, decision.reason, made.note), made.stands_for)
+    done.add(candidate, site, rewrite.stands_for)
 
 
-def _clean_up(graph: Graph, owners: list[Node | None]) -> int:
-    cleaned = clean(graph)
-    keep_outputs_apart(graph, owners)
-    return cleaned
+def _stays(site: Site, error: str) -> Site:
+    """The record of a site whose rewrite was taken back."""
+    if site.strategy == "stock":
+        return site
+    saved: dict[str, Any] = {"op": "", "bytes_moved": 0, "bytes_saved": 0, "kernels_saved": 0}
+    return replace(site, strategy="stock", reason=f"the pass was given up: {error}", **saved)

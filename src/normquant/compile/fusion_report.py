@@ -94,7 +94,8 @@ class FusionReport:
         fused = f"{len(self.fused)} of {len(self.sites)} norm -> quant sites fused"
         lines = [f"graph {self.graph}: {fused} (policy {self.policy})"]
         if self.error:
-            lines.append(f"  {'a part of the pass failed' if self.sites else 'compiled as it was'}: {self.error}")
+            rewritten = any(site.strategy != "stock" for site in (*self.sites, *self.others))
+            lines.append(f"  {'a part of the pass failed' if rewritten else 'compiled as it was'}: {self.error}")
         lines += [f"  {site}" for site in self.sites]
         lines += [f"  {site.strategy:<6} {site.name}: {site.reason} ({site.where})" for site in self.others]
         return "\n".join(lines)

@@ -97,7 +97,7 @@ class Rules:
         """The fastest strategy where it was measured, the rule for hardware that was, and stock everywhere else."""
         device = facts.device
         if facts.extra_kernel:
-            return Decision("stock", "policy auto: the graph computes the weight, which would take one more kernel")
+            return Decision("stock", "policy auto: the graph computes the weight or copies the input, one more kernel")
         if device.type != "cuda" or torch.version.hip:
             kind = "ROCm" if torch.version.hip else device.type
             return Decision("stock", f"policy auto: no measurements on {kind}; policy='always' fuses anyway")

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 
+from normquant.kernels.tiling import MAX_ROW
 from normquant.spec import ACTIVATION_DTYPES, QuantizedActivation, QuantSpec, Rope, one_of
 
 ACTIVATION_BYTES = 2
@@ -52,9 +53,19 @@ def check_width(k: int, spec: QuantSpec, name: str) -> None:
         raise ValueError(f"{name} has K = {k}; K must be a positive multiple of the group, {spec.group}")
 
 
+def check_normed_width(k: int, spec: QuantSpec, name: str) -> None:
+    """As `check_width`, and a row must fit into one program's registers."""
+    check_width(k, spec, name)
+    if k > MAX_ROW:
+        what = "K" if name == "x" else f"K of {name}"
+        raise ValueError(f"{what} is {k}; the norm kernels hold a row in registers and take at most {MAX_ROW}")
+
+
 def check_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, spec: QuantSpec) -> None:
-    """As `check_quant`; residual must be like x, weight [K] on x's device, contiguous, bf16, fp16 or fp32."""
-    check_quant(x, spec)
+    """As `check_quant`, K at most 65536; residual must be like x, weight [K] on x's device, contiguous, bf16, fp16 or
+    fp32."""
+    check_rows(x, "x")
+    check_normed_width(x.shape[1], spec, "x")
     if residual is not None:
         if residual.shape != x.shape or residual.dtype != x.dtype:
             raise ValueError(f"residual is {describe(residual)}; it must have x's shape and dtype, {describe(x)}")

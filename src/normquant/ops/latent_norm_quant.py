@@ -13,9 +13,9 @@ from normquant.ops._tensors import (
     ACTIVATION_BYTES,
     activation,
     check_angles,
+    check_normed_width,
     check_rows,
     check_weight,
-    check_width,
     fake_quant,
     rows,
     shapes,
@@ -122,8 +122,8 @@ def _check(
     if r <= 0 or r % 2:
         raise ValueError(f"x has {x.shape[1]} columns and the weights {q} + {c}; an even number must remain for k_pe")
     check_rows(x, "x")
-    check_width(q, spec, "q_a")
-    check_width(c, spec, "kv_a")
+    check_normed_width(q, spec, "q_a")
+    check_normed_width(c, spec, "kv_a")
     check_weight(q_weight, x, "q_weight")
     check_weight(kv_weight, x, "kv_weight")
     check_angles(x, cos, sin, positions, r, rope)

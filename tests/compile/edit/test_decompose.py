@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shared.pass_harness import assert_same, exact
+from shared.pass_harness import assert_same, exact, run_with_pass
 
 import normquant as nq
 from normquant.compile import clear, explain, inductor_options, last_report
+from normquant.compile.policy import Rules
 from normquant.spec import QuantSpec
 
 BF16 = torch.bfloat16
@@ -115,3 +116,19 @@ def test_the_bits_and_the_layout_of_the_opaque_operation(layout: str, any_rows: 
         assert [t.stride() for t in given] == [t.stride() for t in expected]
     (site,) = last_report().sites
     assert site.strategy == ("stock" if any_rows and layout == "col_tma" else "native"), site.reason
+
+
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("second", LAYOUTS)
+def test_each_quantization_of_one_norm_keeps_its_layout(first: str, second: str) -> None:
+    def fn(x, w):
+        y = hf_norm(x, w)
+        quants = [nq.group_quant(y, spec=QuantSpec(layout=layout)) for layout in (first, second)]
+        return [(q.data, q.scale) for q in quants]
+
+    args = exact(8, 512), exact(512, seed=2) + 0.5
+    outcome = run_with_pass(fn, *args, rules=Rules("native"))
+    given, expected = outcome.result, fn(*args)
+    assert outcome.site.strategy == "native" and outcome.ops() == [], outcome.reports
+    assert_same(given, expected)
+    assert [t.stride() for pair in given for t in pair] == [t.stride() for pair in expected for t in pair]

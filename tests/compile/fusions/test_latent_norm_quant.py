@@ -285,12 +285,17 @@ def test_a_kv_that_is_no_multiple_of_the_group_stays() -> None:
     def fn(x, q_weight, kv_weight, cache, positions):
         data, scale = vllm_ops.per_token_group_fp8_quant(norm(x[:, :Q], q_weight))
         cos, sin = cache[positions].chunk(2, dim=-1)
-        return data, scale, norm(x[:, Q:-R], kv_weight[: C - 32]), neighbours(x[:, -R:].unsqueeze(1), cos, sin)
+        return (
+            data,
+            scale,
+            norm(x[:, Q : Q + C - 32], kv_weight[: C - 32]),
+            neighbours(x[:, Q + C - 32 :].unsqueeze(1), cos, sin),
+        )
 
     args = inputs()
     args = args[0][:, : Q + C - 32 + R].contiguous(), *args[1:]
     result, (site,), left = run(fn, args)
-    assert f"kv_a has {C - 32} columns, not a multiple of the group, 128" in site.reason
+    assert f"kv_a has K = {C - 32}; K must be a positive multiple of the group, 128" in site.reason
     assert_untouched(left)
     assert_equal(result, fn(*args))
 

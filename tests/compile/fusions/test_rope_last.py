@@ -290,6 +290,10 @@ def into_the_cache(x, weight, cache, positions):
     return *attention()(x, weight, cache, positions), k_pe
 
 
+def strided_positions(x, weight, cache, positions):
+    return attention()(x, weight, cache, torch.stack((positions, positions), 1)[:, 0])
+
+
 def column_by_column(x, weight):
     return torch.mm(weight.t(), x.t()).t().view(-1, H, N + R)
 
@@ -300,7 +304,8 @@ def column_by_column(x, weight):
         (read_by_itself, "what is turned is also read by itself (aten.amax)"),
         (computed_cache, "the cache of cos and sin is computed in the graph"),
         (into_the_cache, "fuse_rope_kvcache_cat_mla"),
-        (attention(put=flattened, project=column_by_column), "the kernel needs evenly spaced rows"),
+        (attention(put=flattened, project=column_by_column), "accepted: [M, H * D], bfloat16, float16, last stride 1"),
+        (strided_positions, "int32 or int64, contiguous"),
     ],
 )
 def test_what_the_op_lacks_stays(fn: Any, words: str) -> None:

@@ -159,8 +159,11 @@ def test_the_report_says_where_powers_of_two_were_lost() -> None:
         (lambda x: rms_norm_per_block_quant(x, WEIGHT, layout="col", transposed=False), "are written as rows"),
         (lambda x: rms_norm_per_block_quant(x, WEIGHT, transposed=True), "are written as columns"),
         (lambda x: rms_norm_per_block_quant(x, WEIGHT, group=256), "group is 256"),
-        (lambda x: rms_norm_per_block_quant(x.float(), WEIGHT), "is float32; the kernels read"),
-        (lambda x: rms_norm_per_block_quant(x.t().contiguous().t(), WEIGHT), "evenly spaced rows"),
+        (
+            lambda x: rms_norm_per_block_quant(x.float(), WEIGHT),
+            "x has dtype torch.float32; accepted: bfloat16, float16",
+        ),
+        (lambda x: rms_norm_per_block_quant(x.t().contiguous().t(), WEIGHT), "the last stride must be 1"),
     ],
 )
 def test_what_the_kernels_lack_stays(fn: Any, words: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from normquant.compile.edit.snapshot import states
 from normquant.compile.find.axes import Form, order
 from normquant.compile.find.graph import aten, is_tensor, same_shape, value
 from normquant.spec import Layout
@@ -57,6 +58,7 @@ class Rewrite:
     like: the node whose place in the model's source the new nodes take over. note: for the report.
     free_strides: calls that take their arguments in any strides from now on.
     stands_for: the new node that the site's record is about; a fusion that takes that node in has the record.
+    committed: called when the new nodes are read, for a fusion that has to know.
     """
 
     replaced: tuple[tuple[Node, Node], ...] = ()
@@ -65,9 +67,26 @@ class Rewrite:
     note: str = ""
     free_strides: tuple[Node, ...] = ()
     stands_for: Node | None = None
+    committed: Callable[[], None] | None = None
 
     def commit(self, made: Sequence[Node]) -> None:
-        """Hand the new nodes to the readers of the old ones, which are left in the graph."""
+        """Hand the new nodes to the readers of the old ones, which are left in the graph. All of it, or nothing."""
+        before = states(self._changed())
+        try:
+            self._hand_over(made)
+            if self.committed is not None:
+                self.committed()
+        except BaseException:
+            for state in before:
+                state.restore()
+            raise
+
+    def _changed(self) -> set[Node]:
+        """The nodes of the graph as it was that get other arguments."""
+        readers = {user for old, _ in self.replaced for user in old.users}
+        return readers | {reader for reader, *_ in self.redirected} | set(self.free_strides)
+
+    def _hand_over(self, made: Sequence[Node]) -> None:
         for reader, old, new in self.redirected:
             reader.replace_input_with(old, new)
         for old, new in self.replaced:

@@ -12,18 +12,30 @@ from torch.fx import Node
 from normquant.compile.edit.build import Builder, shaped
 from normquant.compile.find.graph import Unsupported, aten, prims, value
 from normquant.compile.find.quant_ops import is_group_quant, read
+from normquant.compile.find.quants import Quant
 from normquant.spec import FP8_MAX, TMA_ALIGN, QuantSpec
 
 
 def decompose(new: Builder, ops: Sequence[Node]) -> tuple[tuple[Node, Node], ...]:
-    """(old, new) results of opaque quantizations of one tensor, of the same spec and in the order of the graph, in aten
-    operations of the same arithmetic. They share one result: two would keep the compiler from making one kernel.
+    """(old, new) results of opaque quantizations of one tensor, in the order of the graph and of specs that differ in
+    nothing but the layout of the scales, in aten operations of the same arithmetic. They share one result, with a copy
+    of the scales for each further layout: two would keep the compiler from making one kernel.
 
     Raises Unsupported for packed scales, and for TMA-aligned ones where the rows are not known to be a multiple of 4.
     """
     source: Any = ops[0].args[0] if is_group_quant(ops[0]) else ops[0].kwargs["input"]
     k = value(source).shape[-1]
     quants = [read(op, k) for op in ops]
+    _check(quants, value(source).numel() // k)
+    with new.before(ops[0]):
+        data, scale = _quantize(new, source, quants[0].spec)
+        columns = _by_column(new, scale) if any(quant.spec.layout != "row" for quant in quants) else scale
+        pairs = [(quant.data, data) for quant in quants]
+        pairs += [(quant.scale, scale if quant.spec.layout == "row" else columns) for quant in quants]
+        return tuple((old, shaped(new, made, old)) for old, made in pairs if old is not None)
+
+
+def _check(quants: Sequence[Quant], rows: Any) -> None:
     spec = quants[0].spec
     if spec.scale == "ue8m0_packed":
         raise Unsupported("packed scales are not made by aten operations")
@@ -31,17 +43,13 @@ def decompose(new: Builder, ops: Sequence[Node]) -> tuple[tuple[Node, Node], ...
         raise Unsupported("the rule of FlashInfer's linear kernel is not made of aten operations")
     if spec.divide == "fast_amax":
         raise Unsupported("the approximate reciprocal is not made by aten operations")
-    rows = value(source).numel() // k
-    if spec.layout == "col_tma" and not (isinstance(rows, int) and rows % TMA_ALIGN == 0):
+    aligned = any(quant.spec.layout == "col_tma" for quant in quants)
+    if aligned and not (isinstance(rows, int) and rows % TMA_ALIGN == 0):
         raise Unsupported("TMA-aligned scales take a copy where the rows are not a multiple of 4")
-    with new.before(ops[0]):
-        data, scale = _quantize(new, source, spec)
-        outputs = [(old, made) for quant in quants for old, made in ((quant.data, data), (quant.scale, scale))]
-        return tuple((old, shaped(new, made, old)) for old, made in outputs if old is not None)
 
 
 def _quantize(new: Builder, y: Node, spec: QuantSpec) -> tuple[Node, Node]:
-    """The arithmetic of `normquant.reference.group_quant`."""
+    """The arithmetic of `normquant.reference.group_quant`: data [M, K], scales [M, G] by rows."""
     k = value(y).shape[-1]
     wide = new(prims.convert_element_type.default, y, torch.float32)
     grouped = new(aten.reshape.default, wide, [-1, k // spec.group, spec.group])  # [M, G, group]
@@ -51,7 +59,7 @@ def _quantize(new: Builder, y: Node, spec: QuantSpec) -> tuple[Node, Node]:
     scale = _scale(new, amax, spec)
     above = new(aten.clamp_min.default, _divided(new, grouped, amax, scale, spec), -FP8_MAX)
     fp8 = new(prims.convert_element_type.default, new(aten.clamp_max.default, above, FP8_MAX), spec.dtype)
-    return new(aten.reshape.default, fp8, [-1, k]), scale if spec.layout == "row" else _by_column(new, scale)
+    return new(aten.reshape.default, fp8, [-1, k]), scale
 
 
 def _by_column(new: Builder, scale: Node) -> Node:

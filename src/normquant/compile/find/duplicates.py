@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from normquant.compile.find.graph import aten, is_call, is_view
+from normquant.compile.find.graph import aten, is_call, is_view, mutation_regions
+
+
+class Values:
+    """Which nodes of a graph hold one value. Worked out when it is first asked for, of the graph as it is then."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    @cached_property
+    def regions(self) -> dict[Node, int]:
+        return mutation_regions(self.graph)
+
+    @cached_property
+    def equal(self) -> dict[Node, list[Node]]:
+        return equal_nodes(self.graph, self.regions)
+
+    def same(self, a: Node, b: Node) -> bool:
+        """Whether two nodes hold one value: they are one, or compute it twice."""
+        return a is b or (a.target == b.target and b in self.equal.get(a, ()))
 
 
 def equal_nodes(graph: Graph, regions: Mapping[Node, int]) -> dict[Node, list[Node]]:

@@ -23,8 +23,7 @@ FP8_DTYPES = {
     torch.float8_e5m2,
     torch.float8_e4m3fnuz,
     torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
-}
+}  # float8_e8m0fnu, which holds powers of two, is a scale's
 
 
 class Unsupported(Exception):
@@ -32,7 +31,7 @@ class Unsupported(Exception):
 
 
 class NotFound(Exception):
-    """There is no norm here."""
+    """There is no norm here, or no group quantization; the message says what is there instead."""
 
 
 def is_call(node: object, *targets: Any) -> TypeGuard[Node]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from normquant.compile.find.duplicates import Values
 from normquant.compile.find.graph import (
     NotFound,
     Unsupported,
@@ -21,7 +22,6 @@ from normquant.compile.find.graph import (
     keeps_order,
     number,
     op_name,
-    peel,
     value,
 )
 from normquant.compile.find.norms import Addition, Norm, check_roundings, read_decomposed, source, static_int
@@ -37,14 +37,14 @@ def is_norm_op(node: Node) -> bool:
     return node.op == "call_function" and not is_call(node, operator.getitem) and op_name(node) in NAMES
 
 
-def read_norm(y: Node) -> Norm:
+def read_norm(y: Node, values: Values) -> Norm:
     """The norm whose value is y. Raises NotFound when there is none, Unsupported when the kernels do not support it."""
-    for reader in (_vllm_norm, _vllm_add_norm, _fused_rms_norm, read_decomposed):
+    for reader in (_vllm_norm, _vllm_add_norm, _fused_rms_norm):
         try:
             return reader(y)
         except NotFound:
             continue
-    raise NotFound
+    return read_decomposed(y, values)
 
 
 def _fused_rms_norm(y: Node) -> Norm:
@@ -60,10 +60,10 @@ def _fused_rms_norm(y: Node) -> Norm:
     epsilon = torch.finfo(torch.float32).eps if eps is None else number(eps)
     if epsilon is None:
         raise Unsupported("epsilon is computed in the graph")
-    x, addition = source(h, inner)
-    if x is None or x is not peel(h, keeps_order):
-        raise Unsupported("aten._fused_rms_norm reads float32; the kernels read bfloat16 and float16")
     k = static_int("K", prod(shape))
+    x, addition = source(h, k, inner)
+    if x is None or dtype(h) not in ACTIVATION_DTYPES:
+        raise Unsupported("aten._fused_rms_norm reads float32; the kernels read bfloat16 and float16")
     check_roundings({*inner, y} - {op}, dtype(x))
     inner.discard(y)
     return Norm(y, x, addition, weight, 0.0, epsilon, "once", dtype(x), k, frozenset(inner))
@@ -78,10 +78,11 @@ def _vllm_norm(y: Node) -> Norm:
     h, weight, eps = _vllm_arguments(op, 1)
     inner.add(op)
     inner.discard(y)
-    x, addition = source(h, inner)
+    k = _width(h)
+    x, addition = source(h, k, inner)
     if x is None:
         raise Unsupported("vllm_ir.rms_norm reads float32; the kernels read bfloat16 and float16")
-    return Norm(y, x, addition, weight, 0.0, eps, "twice", dtype(x), _width(x), frozenset(inner))
+    return Norm(y, x, addition, weight, 0.0, eps, "twice", dtype(x), k, frozenset(inner))
 
 
 def _vllm_add_norm(y: Node) -> Norm:

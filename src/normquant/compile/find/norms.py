@@ -15,6 +15,7 @@ from math import prod
 import torch
 from torch.fx import Node
 
+from normquant.compile.find.duplicates import Values
 from normquant.compile.find.graph import (
     NotFound,
     Unsupported,
@@ -31,7 +32,9 @@ from normquant.compile.find.graph import (
     number,
     op_name,
     peel,
+    rows_are_even,
     same_shape,
+    same_size,
     value,
 )
 from normquant.compile.find.root_mean_square import (
@@ -64,6 +67,7 @@ class Norm:
     x: what is normalized, [..., K] in `dtype`; None where the graph has only the unrounded sum of `addition`.
     eps: a number, or the 0-dim input of the graph that holds it.
     inner: the nodes between x (or the unrounded sum) and y that serve nothing but y.
+    again: the nodes that hold x, or the sum, once more.
     """
 
     y: Node
@@ -76,6 +80,7 @@ class Norm:
     dtype: torch.dtype
     k: int
     inner: frozenset[Node]
+    again: frozenset[Node] = frozenset()
 
     @property
     def sources(self) -> tuple[Node, ...]:
@@ -86,7 +91,7 @@ class Norm:
         return self.addition.x, self.addition.residual
 
 
-def read_decomposed(y: Node) -> Norm:
+def read_decomposed(y: Node, values: Values) -> Norm:
     """The norm in aten operations whose value is y.
 
     Raises NotFound when y is no RMSNorm and Unsupported when it is one that the kernels do not support.
@@ -99,17 +104,19 @@ def read_decomposed(y: Node) -> Norm:
     n = peel(normalized, keeps_order, is_cast)
     rounded_n = _rounds(normalized, n)
     step_in(normalized, inner, keeps_order, is_cast)
-    h, eps, dims = normalization(n, inner)
-    shape = value(h).shape
-    trailing = tuple(shape[len(shape) - dims :])
+    found = normalization(n, inner, values)
+    shape = value(found.h).shape
+    trailing = tuple(shape[len(shape) - found.dims :])
     k = static_int("K", prod(trailing))
     weight, offset = _weight(scale, k, trailing)
-    x, addition = source(h, inner)
-    activation = dtype(addition.x if addition is not None else h if x is None else x)
+    x, addition = source(found.h, k, inner)
+    activation = dtype(addition.x if addition is not None else found.h if x is None else x)
     rounded_y = dtype(y) in ACTIVATION_DTYPES
     check_roundings({*inner, y}, activation)
     inner.discard(y)
-    return Norm(y, x, addition, weight, offset, eps, _rounding(rounded_n, rounded_y), activation, k, frozenset(inner))
+    rounding = _rounding(rounded_n, rounded_y)
+    made_of = (weight, offset, found.eps, rounding, activation, k)
+    return Norm(y, x, addition, *made_of, frozenset(inner), found.again)
 
 
 def _rounds(node: Node, end: Node) -> bool:
@@ -134,9 +141,13 @@ def _operands(product: Node) -> tuple[Node, Node]:
         if root is not None:
             if not same_shape(value(root[0]).shape, value(n).shape):
                 raise Unsupported("the weight is multiplied with rstd first; the kernels multiply x with rstd first")
+            if is_rstd(scale):
+                raise Unsupported("what was normalized is multiplied with another rstd, not with a weight")
             return normalized, scale
         if is_call(n, aten.div.Tensor) and is_square_root(arguments(n)[1]):
-            raise Unsupported("the norm divides by a square root; the kernels multiply by rsqrt")
+            raise Unsupported(
+                "the norm divides by a square root; the kernels multiply by rsqrt, which gives other bits"
+            )
     for x, factor in ((a, b), (b, a)):
         if is_rstd(factor) and is_tensor(x):
             raise Unsupported(
@@ -153,6 +164,9 @@ def _weight(scale: Node, k: int, trailing: tuple) -> tuple[Node, float]:
     shape = tuple(value(scale).shape)
     while len(shape) > len(trailing) and isinstance(shape[0], int) and shape[0] == 1:
         shape = shape[1:]
+    if len(shape) > 1 and not same_shape(shape, trailing) and same_size(shape[-1], 1):
+        made_by = f"{op_name(peel(scale, keeps_order, is_cast))} of shape {tuple(value(scale).shape)}"
+        raise Unsupported(f"what was normalized is multiplied with one value per row, {made_by}, not with a weight")
     if not same_shape(shape, trailing):
         raise Unsupported(f"the weight has shape {tuple(value(scale).shape)}; the kernels take one value per column")
     node, offset = peel(scale, keeps_order, is_widening), 0.0
@@ -167,9 +181,9 @@ def _weight(scale: Node, k: int, trailing: tuple) -> tuple[Node, float]:
     return node, offset
 
 
-def source(h: Node, inner: set[Node]) -> tuple[Node | None, Addition | None]:
+def source(h: Node, k: int, inner: set[Node]) -> tuple[Node | None, Addition | None]:
     """What the norm reads: x, and where x is a sum, its addends."""
-    node = peel(h, keeps_order, is_widening)
+    node = _first_with_even_rows(h, k)
     if dtype(node) in ACTIVATION_DTYPES:
         return node, _rounded_addition(node)
     if dtype(node) == torch.float32 and is_call(node, *ADDS):
@@ -181,6 +195,16 @@ def source(h: Node, inner: set[Node]) -> tuple[Node | None, Addition | None]:
     raise Unsupported(
         f"the norm reads {dtype_name(dtype(node))} ({op_name(node)}); the kernels read bfloat16 and float16"
     )
+
+
+def _first_with_even_rows(h: Node, k: int) -> Node:
+    """What h is a view or copy of, as far up as the rows of k values are evenly spaced: where the model made them so by
+    a copy, that is what the norm reads."""
+    chain = [h]
+    while keeps_order(chain[-1]) or is_widening(chain[-1]):
+        chain.append(first_arg(chain[-1]))
+    even = [node for node in chain if dtype(node) in ACTIVATION_DTYPES and rows_are_even(value(node), k)]
+    return even[-1] if even else chain[-1]
 
 
 def _views_of(node: Node) -> set[Node]:

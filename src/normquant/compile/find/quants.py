@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from normquant.compile.find.axes import Axes, Form, flatten, order, scales_groups, through, without
+from normquant.compile.find.duplicates import Values
 from normquant.compile.find.graph import (
     NotFound,
     Unsupported,
@@ -67,7 +68,8 @@ class Quant:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """A quantization in aten operations whose K is not known yet."""
+    """A quantization in aten operations whose K is not known yet. reduced: what its amax is taken of, y or the same
+    value computed again."""
 
     cast: Node
     quotient: Node
@@ -77,10 +79,11 @@ class Arithmetic:
     facts: Scale
     divide: Divide
     y: Node
+    reduced: Node
     group: int
 
 
-def read_arithmetic(cast: Node) -> Arithmetic:
+def read_arithmetic(cast: Node, values: Values) -> Arithmetic:
     """The quantization that ends in `cast`, a conversion to fp8.
 
     Raises NotFound when nothing in it is a group's amax and Unsupported when it is a quantization of another kind.
@@ -94,9 +97,13 @@ def read_arithmetic(cast: Node) -> Arithmetic:
         raise Unsupported("the division by the scale is not in float32")
     y = peel(dividend, is_view, is_widening)
     reduced, dims, _ = reduction(facts.amax) or (facts.amax, [], False)
-    if peel(reduced, is_view, is_widening, lambda n: is_call(n, *ABSOLUTE)) is not y:
-        raise Unsupported("the amax is taken of another tensor than the one that is quantized")
-    return Arithmetic(cast, quotient, dividend, scale_use, scale, facts, divide, y, _group(reduced, dims))
+    of = peel(reduced, is_view, is_widening, lambda n: is_call(n, *ABSOLUTE))
+    if not values.same(of, y):
+        raise Unsupported(
+            f"the amax is taken of {op_name(of)} ({of.name}), another tensor than the quantized one, {op_name(y)} "
+            f"({y.name})"
+        )
+    return Arithmetic(cast, quotient, dividend, scale_use, scale, facts, divide, y, of, _group(reduced, dims))
 
 
 def complete(found: Arithmetic, k: int) -> Quant:
@@ -156,7 +163,7 @@ def _division(quotient: Node) -> tuple[Node, Divide, Node]:
                 raise Unsupported("the data is y * (448 / amax); the kernels support y * (448 * (1 / amax))")
             if is_call(inverse, aten.mul.Tensor) and is_call(arguments(inverse)[0], aten.reciprocal.default):
                 return y, _divide_of(number(arguments(inverse)[1])), factor
-    raise NotFound
+    raise NotFound(f"its data comes from {op_name(quotient)}; expected a division by the scale of each group")
 
 
 def _divide_of(factor: float | None) -> Divide:
@@ -190,7 +197,7 @@ class _Forms:
         form = axes.of_shape(value(found.y).shape)
         if form is None:
             raise Unsupported(f"rows of {axes.k} values do not fit the shape {tuple(value(found.y).shape)}")
-        self.known: dict[Node, Form] = {found.y: form}
+        self.known: dict[Node, Form] = {found.y: form, found.reduced: form}
 
     def of(self, node: Node) -> Form:
         if node not in self.known:
@@ -208,7 +215,8 @@ class _Forms:
         if is_view(node) or is_cast(node) or is_expand(node):
             return through(node, self.of(first_arg(node)))
         varying = [arg for arg in node.all_input_nodes if is_tensor(arg) and number(arg) is None]
-        return self.of(varying[0]) if len(varying) == 1 else None  # elementwise, the others are constants
+        forms = {self.of(arg) for arg in varying}
+        return forms.pop() if len(forms) == 1 else None  # elementwise, the others are constants
 
     def _reduced(self, node: Node) -> Form | None:
         reduced, dims, keep = reduction(node) or (node, [], False)
@@ -220,7 +228,7 @@ class _Forms:
 
 
 def _spec(facts: Scale, divide: Divide, group: int, y: Node) -> QuantSpec:
-    if facts.ue8m0:
+    if facts.by_log2:
         check_log2(facts, y)
     try:
         return QuantSpec(
@@ -242,7 +250,7 @@ def _between(found: Arithmetic) -> set[Node]:
     while pending:
         for arg in pending.pop().all_input_nodes:
             varies = (is_tensor(arg) and number(arg) is None) or is_call(arg, aten.max.dim)  # which makes two tensors
-            if arg is not found.y and arg not in seen and varies:
+            if arg not in (found.y, found.reduced) and arg not in seen and varies:
                 seen.add(arg)
                 pending.append(arg)
     return seen - {found.cast, found.scale}

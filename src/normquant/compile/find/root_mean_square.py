@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch.fx import Node
 
+from normquant.compile.find.duplicates import Values
 from normquant.compile.find.graph import (
     NotFound,
     Unsupported,
@@ -76,8 +78,19 @@ def normalized_by(n: Node) -> tuple[Node, Node] | None:
     return None
 
 
-def normalization(n: Node, inner: set[Node]) -> tuple[Node, float | Node, int]:
-    """h, eps and the number of reduced trailing dimensions of n = h * rsqrt(mean(h * h) + eps)."""
+@dataclass(frozen=True)
+class Normalization:
+    """n = h * rsqrt(mean(h * h) + eps). dims: how many trailing dimensions are averaged over. again: the nodes that
+    hold what h is a view of once more, where the squares are of a second copy of it."""
+
+    h: Node
+    eps: float | Node
+    dims: int
+    again: frozenset[Node]
+
+
+def normalization(n: Node, inner: set[Node], values: Values) -> Normalization:
+    """The normalization whose value is n."""
     root = normalized_by(n)
     if root is None:
         raise NotFound
@@ -92,9 +105,9 @@ def normalization(n: Node, inner: set[Node]) -> tuple[Node, float | Node, int]:
     variance = step_in(first_arg(rstd), inner, keeps_order)
     mean, eps = _mean_and_epsilon(variance)
     square, dims = _mean(step_in(mean, inner, keeps_order), inner)
-    _check_square(square, h, inner)
+    again = _square_roots(square, h, inner, values)
     _check_rows(value(rstd_use), value(h), dims)
-    return h, eps, dims
+    return Normalization(h, eps, dims, again)
 
 
 def _mean_and_epsilon(variance: Node) -> tuple[Node, float | Node]:
@@ -140,7 +153,8 @@ def _mean(mean: Node, inner: set[Node]) -> tuple[Node, int]:
     return squares, len(dims)
 
 
-def _check_square(square: Node, h: Node, inner: set[Node]) -> None:
+def _square_roots(square: Node, h: Node, inner: set[Node], values: Values) -> frozenset[Node]:
+    """The nodes, other than that of h, of whose values `square` holds the squares. They have to hold h."""
     square = step_in(square, inner, keeps_order)
     if is_call(square, aten.pow.Tensor_Scalar) and number(arguments(square)[1]) == 2:
         roots = [arguments(square)[0]]
@@ -150,15 +164,25 @@ def _check_square(square: Node, h: Node, inner: set[Node]) -> None:
         raise Unsupported(f"the mean is taken of {op_name(square)}, not of squares")
     if dtype(square) != torch.float32:
         raise Unsupported(f"the squares are {dtype_name(dtype(square))}; the kernels compute them in float32")
+    base = _base(h)
     for root in roots:
-        if not is_tensor(root) or not _same_values(root, h):
-            raise Unsupported("the squares are of another tensor than the one that is normalized")
+        same = is_tensor(root) and same_shape(value(root).shape, value(h).shape)
+        if not same or not values.same(_base(root), base):
+            squared, normalized = _described(root), _described(h)
+            raise Unsupported(f"the squares are of {squared}, another tensor than the normalized one, {normalized}")
+    return frozenset(map(_base, roots)) - {base}
 
 
-def _same_values(a: Node, b: Node) -> bool:
-    return same_shape(value(a).shape, value(b).shape) and (
-        peel(a, keeps_order, is_widening) is peel(b, keeps_order, is_widening)
-    )
+def _base(node: Node) -> Node:
+    return peel(node, keeps_order, is_widening)
+
+
+def _described(arg: object) -> str:
+    """Where a value comes from, and its shape."""
+    if not is_tensor(arg):
+        return str(arg)
+    base = _base(arg)
+    return f"{op_name(base)} ({base.name}) {tuple(value(arg).shape)}"
 
 
 def _check_rows(rstd: torch.Tensor, h: torch.Tensor, dims: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import log2
+from math import inf, log2
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -33,6 +34,8 @@ LOWER = (aten.clamp_min.default, aten.clamp_min.Tensor, aten.maximum.default)
 UPPER = (aten.clamp_max.default, aten.clamp_max.Tensor, aten.minimum.default)
 CLAMPS = (aten.clamp.default, aten.clamp.Tensor)
 ABSOLUTE = (aten.abs.default,)
+ADDS = (aten.add.Tensor, aten.add.Scalar)
+MASKS = (aten.bitwise_and.Scalar, aten.bitwise_and.Tensor)
 PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
 SCALINGS = (*PRODUCTS, aten.div.Tensor, aten.div.Scalar)
 
@@ -46,6 +49,7 @@ class Scale:
     scale_floor: float = 0.0
     scale_by: ScaleBy | None = None
     ue8m0: bool = False
+    by_log2: bool = False
 
 
 def bounds_of(node: Node) -> tuple[float | None, float | None] | None:
@@ -115,7 +119,7 @@ def _scale_arithmetic(scale: Node) -> Scale:
         if reduction(node) is not None:
             break
         if node.op != "call_function" or not arguments(node):
-            raise NotFound
+            raise _no_amax(node)
         if dtype(node) != torch.float32 and not is_call(node, *LOWER, *CLAMPS, *ABSOLUTE):
             raise Unsupported(f"the scale is computed in {str(dtype(node)).removeprefix('torch.')}, not in float32")
         node = _step_back(node, facts)
@@ -126,12 +130,13 @@ def _scale_arithmetic(scale: Node) -> Scale:
 
 
 def _step_back(node: Node, facts: Scale) -> Node:
-    exponent = _power_of_two(node)
-    if exponent is not None:
+    by_log2, by_bits = _power_of_two(node), _rounded_up_by_bits(node)
+    scale = by_log2 if by_bits is None else by_bits
+    if scale is not None:
         if facts.scale_by or facts.scale_floor or facts.ue8m0:
             raise Unsupported("a scale is changed after it was rounded to a power of two")
-        facts.ue8m0 = True
-        return exponent
+        facts.ue8m0, facts.by_log2 = True, by_bits is None
+        return scale
     bounds = bounds_of(node)
     if bounds is not None:
         return _floor(node, bounds, facts)
@@ -141,7 +146,11 @@ def _step_back(node: Node, facts: Scale) -> Node:
         return first_arg(node)  # a scale is not negative
     if is_call(node, aten.where.self, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.view.dtype):
         raise Unsupported(f"the scale passes through {op_name(node)}; the kernels support amax / 448 with floors")
-    raise NotFound
+    raise _no_amax(node)
+
+
+def _no_amax(node: Node) -> NotFound:
+    return NotFound(f"its scale comes from {op_name(node)} ({node.name}); expected the amax of each group")
 
 
 def _floor(node: Node, bounds: tuple[float | None, float | None], facts: Scale) -> Node:
@@ -168,7 +177,7 @@ def _scale_by(node: Node, facts: Scale) -> Node:
         amax, constant = constant, amax
     factor = number(constant)
     if factor is None or not is_tensor(amax):
-        raise NotFound
+        raise _no_amax(node)
     if is_call(node, *PRODUCTS):
         facts.scale_by = "multiply"
         exact = bool(torch.tensor(factor, dtype=torch.float32) == torch.tensor(1 / FP8_MAX, dtype=torch.float32))
@@ -197,6 +206,40 @@ def _power_of_two(node: Node) -> Node | None:
     if is_call(ceil, aten.ceil.default) and is_call(arguments(ceil)[0], aten.log2.default):
         return arguments(arguments(ceil)[0])[0]
     raise Unsupported(f"the scale is a power of two by {op_name(ceil)}; the kernels support 2 ** ceil(log2(s))")
+
+
+def _rounded_up_by_bits(node: Node) -> Node | None:
+    """v of (v.view(int32) + 0x7FFFFF & 0x7F800000).view(float32), which is the power of two above v. A graph may leave
+    inf and NaN as they are, as the kernels do; where it does not, NaN becomes 0 there."""
+    if is_call(node, aten.where.self):
+        finite, up, v = map(_peeled, arguments(node))
+        return v if _is_finite(finite, v) and _rounded_up_by_bits(up) is v else None
+    masked = _peeled(arguments(node)[0]) if is_call(node, aten.view.dtype) and dtype(node) == torch.float32 else None
+    if not is_call(masked, *MASKS) or number(arguments(masked)[1]) != 0x7F800000:
+        return None
+    total = _peeled(arguments(masked)[0])
+    if not is_call(total, *ADDS) or number(arguments(total)[1]) != 0x7FFFFF:
+        return None
+    bits = _peeled(arguments(total)[0])
+    return _peeled(arguments(bits)[0]) if is_call(bits, aten.view.dtype) and dtype(bits) == torch.int32 else None
+
+
+def _peeled(arg: Any) -> Any:
+    return peel(arg, is_view) if is_tensor(arg) else arg
+
+
+def _is_finite(condition: Any, v: Node) -> bool:
+    """Whether a condition is that v is a finite number: |v| < inf, or how torch spells `isfinite`."""
+    if is_call(condition, aten.mul.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor):
+        number_, bounded = map(_peeled, arguments(condition)[:2])
+        itself = is_call(number_, aten.eq.Tensor) and all(_peeled(arg) is v for arg in arguments(number_))
+        return itself and is_call(bounded, aten.ne.Scalar) and _is_magnitude_and_inf(bounded, v)
+    return is_call(condition, aten.lt.Scalar) and _is_magnitude_and_inf(condition, v)
+
+
+def _is_magnitude_and_inf(comparison: Node, v: Node) -> bool:
+    magnitude, bound = arguments(comparison)
+    return is_call(magnitude, *ABSOLUTE) and _peeled(first_arg(magnitude)) is v and number(bound) == inf
 
 
 def check_log2(facts: Scale, y: Node) -> None:

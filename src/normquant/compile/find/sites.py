@@ -1,13 +1,13 @@
 """Find the norm -> quant sites of a graph, by meaning: from each quantization back to the norm that feeds it.
 
 A site is one norm and every quantization of it that asks for the same result. What stands in the way of fusing it is
-found here as well: values inside of it that somebody else reads, tensors that are changed on the way, inputs that the
-kernels cannot read. `find` changes nothing.
+found here as well: values inside of it that somebody else reads, and tensors that are changed on the way. `find`
+changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.find import norm_ops, quant_ops, quants
-from normquant.compile.find.duplicates import equal_nodes
+from normquant.compile.find.duplicates import Values
 from normquant.compile.find.found import Match, Rejected, anchor_of
 from normquant.compile.find.graph import (
     FP8_DTYPES,
@@ -23,23 +23,19 @@ from normquant.compile.find.graph import (
     Unsupported,
     arguments,
     dtype,
-    first_arg,
     is_cast,
     is_tensor,
     is_view,
-    mutation_regions,
     op_name,
     peel,
-    rows_are_even,
-    value,
 )
 from normquant.compile.find.norms import Norm
 from normquant.compile.find.outside_readers import check_inside, choose_layout, norms_outside
 from normquant.compile.find.quants import Quant
 from normquant.spec import Layout, QuantSpec
 
+OPAQUE = "it is made inside of {}; expected aten operations, normquant.group_quant or an operation of vLLM's"
 LAYOUTS = get_args(Layout)  # the least demanding first: a scale in columns can be read row by row
-Norms = dict[Node, Norm | Unsupported | NotFound]  # what the nodes that were asked hold
 
 
 @dataclass
@@ -55,16 +51,17 @@ def find(graph: Graph) -> Found:
     """Every norm -> quant site of the graph."""
     found = Found()
     pairs: list[tuple[Node, Norm, Quant]] = []
-    norms: Norms = {}
+    reader = _Reader(Values(graph))
     for anchor in graph.nodes:
         if is_anchor(anchor):
-            _read(anchor, norms, pairs, found)
+            reader.read(anchor, pairs, found)
+        elif is_opaque_quant(anchor):
+            found.others.append(Rejected(anchor, OPAQUE.format(op_name(anchor))))
     if not pairs:
         return found
-    regions = mutation_regions(graph)
-    matches = _group(pairs, norms, equal_nodes(graph, regions), regions, found)
+    matches = _group(pairs, reader, found)
     _reject_shared(matches, found)
-    found.matches = _norms_once([match for match in matches if _checked(match, found, regions)])
+    found.matches = _norms_once([match for match in matches if _checked(match, found, reader.values.regions)])
     return found
 
 
@@ -77,42 +74,56 @@ def is_anchor(node: Node) -> bool:
     )
 
 
-def _read(anchor: Node, norms: Norms, pairs: list, found: Found) -> None:
-    """Read one quantization and the norm in front of it."""
-    norm, y = None, first_arg(anchor) if is_cast(anchor) else quant_ops.quantized(anchor)
-    try:
-        arithmetic = None
-        if is_cast(anchor):
-            arithmetic = quants.read_arithmetic(anchor)
-            y = arithmetic.y
-        norm = _norm_of(y, norms)
-        if arithmetic:
-            quant = quants.complete(arithmetic, norm.k)
-        else:
-            quant = quant_ops.read(anchor, norm.k)
-        pairs.append((anchor, norm, quant))
-    except NotFound:
-        source = op_name(peel(y, is_view, is_cast))
-        found.others.append(Rejected(anchor, f"its input is {source}, not an RMSNorm"))
-    except Unsupported as reason:
-        near_norm = norm is not None or _follows_norm(anchor)
-        (found.rejected if near_norm else found.others).append(Rejected(anchor, str(reason), norm))
+def is_opaque_quant(node: Node) -> bool:
+    """Whether an operation of somebody else's makes fp8 values of others: a quantization that nothing is known of."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    foreign = node.target.namespace not in ("aten", "prims", "normquant", "normquant_vllm")
+    return foreign and _has_fp8(node) and not any(map(_has_fp8, node.all_input_nodes))
 
 
-def _norm_of(y: Node, norms: Norms) -> Norm:
-    norm = _norm_or_reason(y, norms)
-    if isinstance(norm, Norm):
-        return norm
-    raise norm
+def _has_fp8(node: Node) -> bool:
+    made = torch.utils._pytree.tree_leaves(node.meta.get("val"))
+    return any(isinstance(t, torch.Tensor) and t.dtype in FP8_DTYPES for t in made)
 
 
-def _norm_or_reason(y: Node, norms: Norms) -> Norm | Unsupported | NotFound:
-    if y not in norms:
+class _Reader:
+    """Reads quantizations and the norms in front of them, each norm once."""
+
+    def __init__(self, values: Values) -> None:
+        self.values = values
+        self.norms: dict[Node, Norm | Unsupported | NotFound] = {}  # what the nodes that were asked hold
+
+    def read(self, anchor: Node, pairs: list, found: Found) -> None:
+        """Read one quantization and the norm in front of it."""
+        norm = None
         try:
-            norms[y] = norm_ops.read_norm(y)
-        except (Unsupported, NotFound) as reason:
-            norms[y] = reason
-    return norms[y]
+            arithmetic = quants.read_arithmetic(anchor, self.values) if is_cast(anchor) else None
+            norm = self.norm_of(arithmetic.y if arithmetic else quant_ops.quantized(anchor))
+            quant = quants.complete(arithmetic, norm.k) if arithmetic else quant_ops.read(anchor, norm.k)
+            pairs.append((anchor, norm, quant))
+        except NotFound as reason:
+            found.others.append(Rejected(anchor, str(reason)))
+        except Unsupported as reason:
+            near_norm = norm is not None or _follows_norm(anchor)
+            (found.rejected if near_norm else found.others).append(Rejected(anchor, str(reason), norm))
+
+    def norm_of(self, y: Node) -> Norm:
+        """The norm whose value is y. Raises NotFound or Unsupported where there is none that can be fused."""
+        norm = self.norm_or_reason(y)
+        if isinstance(norm, Norm):
+            return norm
+        raise norm
+
+    def norm_or_reason(self, y: Node) -> Norm | Unsupported | NotFound:
+        if y not in self.norms:
+            try:
+                self.norms[y] = norm_ops.read_norm(y, self.values)
+            except Unsupported as reason:
+                self.norms[y] = reason
+            except NotFound:
+                self.norms[y] = NotFound(f"its input is {op_name(peel(y, is_view, is_cast))}, not an RMSNorm")
+        return self.norms[y]
 
 
 def _follows_norm(anchor: Node) -> bool:
@@ -131,15 +142,13 @@ def _follows_norm(anchor: Node) -> bool:
 
 def _group(
     pairs: list[tuple[Node, Norm, Quant]],
-    norms: Norms,
-    equal: Mapping[Node, Sequence[Node]],
-    regions: Mapping[Node, int],
+    reader: _Reader,
     found: Found,
 ) -> list[Match]:
     """One match for each norm and arithmetic, whose scales are in the layout of its most demanding quantization."""
     groups: dict[tuple[tuple[Norm, ...], int, QuantSpec], list[Quant]] = {}
     for anchor, norm, quant in pairs:
-        written = [_norm_or_reason(y, norms) for y in equal.get(norm.y, [norm.y])]
+        written = [reader.norm_or_reason(y) for y in reader.values.equal.get(norm.y, [norm.y])]
         same = tuple(other for other in written if isinstance(other, Norm))
         try:
             spec = _with_norm(quant.spec, same[0])
@@ -147,7 +156,7 @@ def _group(
             found.rejected.append(Rejected(anchor, str(error), norm))
             continue
         by_row = spec if spec.scale == "ue8m0_packed" else spec.replace(layout="row")
-        groups.setdefault((same, regions[anchor], by_row), []).append(quant)
+        groups.setdefault((same, reader.values.regions[anchor], by_row), []).append(quant)
     return [_match(norms, quants) for (norms, *_), quants in groups.items()]
 
 
@@ -204,9 +213,8 @@ def _reject_shared(matches: list[Match], found: Found) -> None:
 
 
 def _checked(match: Match, found: Found, regions: dict[Node, int]) -> bool:
-    """Whether the inputs are readable and nothing is changed in place inside of the site."""
+    """Whether nothing is changed in place inside of the site."""
     try:
-        _check_inputs(match)
         nodes = match.inner | match.results | _passed(match)
         if len({regions[node] for node in nodes}) > 1:
             raise Unsupported("a tensor is changed in place between the norm and the quantization")
@@ -218,7 +226,7 @@ def _checked(match: Match, found: Found, regions: dict[Node, int]) -> bool:
 
 def _passed(match: Match) -> set[Node]:
     """The casts, views and copies between the inside of the norm and what the op will read."""
-    ends = {node for norm in match.same for node in (norm.weight, norm.eps, *norm.sources)}
+    ends = {node for norm in match.same for node in (norm.weight, norm.eps, *norm.sources, *norm.again)}
     passed: set[Node] = set()
     pending = [node for norm in match.same for node in norm.inner]
     while pending:
@@ -227,20 +235,3 @@ def _passed(match: Match) -> set[Node]:
                 passed.add(node)
                 pending.append(node)
     return passed
-
-
-def _check_inputs(match: Match) -> None:
-    for node in match.norm.sources:
-        _check_rows(value(node), match.norm.k)
-
-
-def _check_rows(x: torch.Tensor, k: int) -> None:
-    if x.dim() == 0 or not isinstance(x.stride(-1), int) or x.stride(-1) != 1:
-        raise Unsupported(
-            f"the norm reads a tensor of stride {tuple(x.stride())}; the kernels need the last one to be 1"
-        )
-    if not rows_are_even(x, k):
-        raise Unsupported(
-            f"the norm reads a tensor of shape {tuple(x.shape)} and stride {tuple(x.stride())}, "
-            "whose rows are not evenly spaced"
-        )

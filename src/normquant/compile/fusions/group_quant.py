@@ -15,9 +15,10 @@ from torch.fx import Graph, Node
 from normquant.compile.edit.build import Builder, Rewrite, call_in_place_of
 from normquant.compile.edit.decompose import decompose
 from normquant.compile.find.found import Rejected
-from normquant.compile.find.graph import Unsupported, op_name, rows_are_even, value
+from normquant.compile.find.graph import Unsupported, op_name, value
 from normquant.compile.find.quant_ops import is_group_quant, is_quant, quantized, read
 from normquant.compile.find.quants import Quant
+from normquant.compile.fusions.acceptance import check_op, rows_of
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
@@ -26,7 +27,6 @@ from normquant.compile.fusions.candidate import (
     site_name,
     source_line,
 )
-from normquant.spec import ACTIVATION_DTYPES
 
 
 def find(graph: Graph) -> Findings:
@@ -41,10 +41,11 @@ def _candidate(anchor: Node) -> Candidate | None:
     source: Any = anchor.kwargs["input"]  # with its views: attention's output has heads, and is quantized by whole rows
     x = value(source)
     k = x.shape[-1]
-    if not isinstance(k, int) or x.dtype not in ACTIVATION_DTYPES or x.stride(-1) != 1 or not rows_are_even(x, k):
+    if not isinstance(k, int):
         return None
     try:
         quant = read(anchor, k)
+        check_op("group_quant", rows_of(source, k), quant.spec)
     except Unsupported:
         return None  # the record of the norm fusion has the reason
     name, where, fuse = site_name(anchor), source_line(anchor), partial(_replace, anchor, source, quant, k)

@@ -20,6 +20,7 @@ import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.edit.build import Builder, Rewrite, as_row, as_rows, shaped
+from normquant.compile.find.duplicates import Values
 from normquant.compile.find.found import Match, Rejected, anchor_of
 from normquant.compile.find.graph import (
     Columns,
@@ -30,7 +31,6 @@ from normquant.compile.find.graph import (
     dtype,
     is_tensor,
     is_view,
-    mutation_regions,
     value,
 )
 from normquant.compile.find.norm_ops import read_norm
@@ -38,6 +38,7 @@ from normquant.compile.find.norms import Norm
 from normquant.compile.find.rotary import Rotation, check_cache, find_rotation, updates_cache
 from normquant.compile.find.sites import find as find_sites
 from normquant.compile.fusion_report import Site
+from normquant.compile.fusions.acceptance import check_op, row_of, rows_of, sines_of
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
@@ -102,17 +103,17 @@ def find(graph: Graph) -> Findings:
 def find_latents(graph: Graph) -> list[Latents | Rejected]:
     """Every tensor of which the first columns are normed and quantized, and the next ones normed."""
     slices = [(node, at) for node in graph.nodes if is_tensor(node) and (at := columns(node)) is not None]
-    regions, matches = mutation_regions(graph), find_sites(graph).matches
+    values, matches = Values(graph), find_sites(graph).matches
     times = Counter(match.norm.y for match in matches)
     found: list[Latents | Rejected] = []
     for match in matches:
-        kv_a = _next_norm(match.norm, slices)
+        kv_a = _next_norm(match.norm, slices, values)
         if kv_a is None:
             continue
         try:
             if times[match.norm.y] > 1:
                 raise Unsupported("the norm of q_a is quantized in more than one way")
-            found.append(_read(match, *kv_a, slices, regions))
+            found.append(_read(match, *kv_a, slices, values.regions))
         except Unsupported as reason:
             found.append(Rejected(anchor_of(match), str(reason), kv_a[1]))
     return found
@@ -142,19 +143,19 @@ def _left(kv: Norm | None, anchor: Node, reason: str = "") -> Site:
     return Site(site_name(y), source_line(y), "stock", f"not in one kernel with the norm of q_a: {reason}")
 
 
-def _next_norm(norm: Norm, slices: Slices) -> tuple[Columns, Norm] | None:
+def _next_norm(norm: Norm, slices: Slices, values: Values) -> tuple[Columns, Norm] | None:
     """Where a norm reads the first columns of a tensor: the columns after them that are normed too, and that norm."""
     q_a = columns(norm.x) if norm.x is not None else None
     if q_a is None or q_a.start != 0 or q_a.width != norm.k:
         return None
     for node, at in slices:
-        kv = _norm_of(node) if (at.base, at.start) == (q_a.base, q_a.end) else None
+        kv = _norm_of(node, values) if (at.base, at.start) == (q_a.base, q_a.end) else None
         if kv is not None:
             return at, kv
     return None
 
 
-def _norm_of(x: Node) -> Norm | None:
+def _norm_of(x: Node, values: Values) -> Norm | None:
     """The norm of x in the activation dtype."""
     pending, seen = [x], {x}
     while pending and len(seen) < NORM_NODES:
@@ -163,15 +164,15 @@ def _norm_of(x: Node) -> Norm | None:
                 continue
             seen.add(user)
             pending.append(user)
-            norm = _read_norm(user)
+            norm = _read_norm(user, values)
             if norm is not None and norm.x is x and dtype(user) in ACTIVATION_DTYPES:
                 return norm
     return None
 
 
-def _read_norm(y: Node) -> Norm | None:
+def _read_norm(y: Node, values: Values) -> Norm | None:
     try:
-        return read_norm(y) if is_tensor(y) else None
+        return read_norm(y, values) if is_tensor(y) else None
     except (NotFound, Unsupported):
         return None
 
@@ -187,11 +188,19 @@ def _read(match: Match, kv_a: Columns, kv: Norm, slices: Slices, regions: dict[N
         raise Unsupported("a weight has an offset")
     if norm.rounding != kv.rounding:
         raise Unsupported(f"the norm of kv_a has rounding={kv.rounding!r}, that of q_a {norm.rounding!r}")
-    if kv_a.width % match.spec.group:
-        raise Unsupported(f"kv_a has {kv_a.width} columns, not a multiple of the group, {match.spec.group}")
     latents = Latents(match, kv_a.base, kv, _rotation(kv_a, slices, op_spec(match, add=False)))
     _check_order(latents, regions)
+    _check_inputs(latents)
     return latents
+
+
+def _check_inputs(latents: Latents) -> None:
+    """Raise Unsupported where the op does not accept what it would get."""
+    q, kv, k_pe = latents.q.norm, latents.kv, latents.k_pe
+    x, cache = rows_of(latents.base, value(latents.base).shape[-1]), value(k_pe.cache)
+    angles = cache, sines_of(k_pe.cache, cache.shape[-1]), value(k_pe.positions)
+    weights = row_of(q.weight, q.k), row_of(kv.weight, kv.k)
+    check_op("latent_norm_quant", x, *weights, *angles, q.eps, k_pe.rope, latents.spec)
 
 
 def _check_order(latents: Latents, regions: dict[Node, int]) -> None:

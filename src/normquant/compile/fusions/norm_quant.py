@@ -12,12 +12,24 @@ from torch.fx import Graph, Node
 from normquant.compile.edit.build import Builder, Rewrite, as_row, as_rows, laid_out, rebuild, shaped
 from normquant.compile.edit.decompose import decompose
 from normquant.compile.find.found import Match, Rejected, anchor_of
-from normquant.compile.find.graph import Unsupported, asks_shape, dtype, is_view, op_name, peel, value
+from normquant.compile.find.graph import (
+    Unsupported,
+    asks_shape,
+    dtype,
+    first_arg,
+    is_view,
+    keeps_order,
+    op_name,
+    peel,
+    rows_are_even,
+    value,
+)
 from normquant.compile.find.norm_ops import is_norm_op
 from normquant.compile.find.norms import Norm
 from normquant.compile.find.outside_readers import sinks
 from normquant.compile.find.quant_ops import is_quant
 from normquant.compile.find.sites import find as find_sites
+from normquant.compile.fusions.acceptance import check_op, row_of, rows_of
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
@@ -76,8 +88,12 @@ def is_opaque(norm: Norm) -> bool:
     return any(is_norm_op(node) for node in (norm.y, *norm.inner))
 
 
-def _candidate(match: Match, rewriter: NormQuantRewriter) -> Candidate:
+def _candidate(match: Match, rewriter: NormQuantRewriter) -> Candidate | Rejection:
     norm, add = match.norm, rewriter.adds(match)
+    try:
+        rewriter.check(match, add)
+    except Unsupported as reason:
+        return _rejection(Rejected(anchor_of(match), str(reason), norm))
     x = value(norm.sources[0])
     rows = x.numel() // norm.k
     return Candidate(
@@ -97,9 +113,17 @@ def _candidate(match: Match, rewriter: NormQuantRewriter) -> Candidate:
 
 
 def _takes_extra_kernel(match: Match) -> bool:
-    """Whether the weight is computed in the graph, and nothing opaque in the site has a kernel that goes in return."""
-    computed = match.norm.weight.op == "call_function" and not in_memory(match.norm.weight)
-    return computed and not any(is_quant(node) for node in match.inner)
+    """Whether the weight is computed in the graph, or what is normed is a copy, and nothing opaque in the site has a
+    kernel that goes in return."""
+    norm = match.norm
+    computed = norm.weight.op == "call_function" and not in_memory(norm.weight)
+    copied = any(_is_copy(node, norm.k) for node in norm.sources)
+    return (computed or copied) and not any(is_quant(node) for node in match.inner)
+
+
+def _is_copy(node: Node, k: int) -> bool:
+    """Whether a node has rows of k values evenly spaced that were not before."""
+    return keeps_order(node) and not rows_are_even(value(first_arg(node)), k)
 
 
 def _make_native(match: Match, new: Builder) -> Rewrite:
@@ -154,7 +178,23 @@ class NormQuantRewriter:
             return True
         if any(node in self.replaced for node in match.sums):
             return False  # an earlier site's op made the sum
-        return all(in_memory(self.now(node)) for node in (addition.x, addition.residual)) and self.in_time(match, True)
+        stored = all(in_memory(self.now(node)) for node in (addition.x, addition.residual))
+        return stored and self.in_time(match, True) and self.accepted(match, True)
+
+    def check(self, match: Match, add: bool) -> None:
+        """Raise Unsupported where the op does not accept what it would get."""
+        norm, (*sources, weight) = match.norm, self.inputs(match, add)
+        rows = [rows_of(node, norm.k) for node in sources]
+        eps = 1.0 if isinstance(norm.eps, Node) else norm.eps  # an input of the graph says nothing until it runs
+        args = (*rows, row_of(weight, norm.k), eps, norm.weight_offset, op_spec(match, add))
+        check_op(fused_op_name(match, add), *args)
+
+    def accepted(self, match: Match, add: bool) -> bool:
+        try:
+            self.check(match, add)
+        except Unsupported:
+            return False
+        return True
 
     def in_time(self, match: Match, add: bool) -> bool:
         """Whether everyone who would read the op's outputs comes after its inputs."""
@@ -179,8 +219,7 @@ class NormQuantRewriter:
             outputs = [new(operator.getitem, op, i) for i in range(len(op.meta["val"]))]
             replaced = results_of(match, add, outputs, new)
         asking = ask_input_for_shape(match, self.now(norm.sources[0]), new)
-        self.replaced.update(replaced)
-        return Rewrite(tuple(replaced), asking, like=norm.y)
+        return Rewrite(tuple(replaced), asking, like=norm.y, committed=partial(self.replaced.update, replaced))
 
 
 def _made(match: Match, add: bool) -> frozenset[Node]:

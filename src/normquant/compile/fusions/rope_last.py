@@ -30,7 +30,6 @@ from normquant.compile.find.graph import (
     is_tensor,
     mutation_regions,
     op_name,
-    rows_are_even,
     same_shape,
     same_size,
     value,
@@ -45,6 +44,7 @@ from normquant.compile.find.rotary import (
     is_pure,
     updates_cache,
 )
+from normquant.compile.fusions.acceptance import check_op, rows_of, sines_of
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
@@ -195,12 +195,11 @@ def _head_counts(x: Node, inner: list[Node], rows: Any, width: int, r: int) -> l
 
 def _check(turned: TurnedHeads, regions: dict[Node, int]) -> None:
     """Raise Unsupported where the op does not support it, or where it is better left to someone else."""
-    x, y, cache, positions = (value(node) for node in (turned.x, turned.y, turned.cache, turned.positions))
+    y = value(turned.y)
     check_cache(turned.cache)
-    if x.stride(-1) != 1 or not rows_are_even(x, turned.width):
-        raise Unsupported(f"{turned.x.name} has stride {tuple(x.stride())}; the kernel needs evenly spaced rows")
-    if cache.stride(1) != 1 or positions.stride(0) != 1:
-        raise Unsupported("the cache of cos and sin, or the positions, have gaps between their values")
+    angles = value(turned.cache), sines_of(turned.cache, turned.r), value(turned.positions)
+    how = (turned.heads, turned.r, turned.rope, turned.spec)
+    check_op("rope_last", rows_of(turned.x, turned.width), *angles, *how)
     if not _is_contiguous(y):
         raise Unsupported(f"it has stride {tuple(y.stride())}; the kernel writes whole rows")
     _check_readers(turned)

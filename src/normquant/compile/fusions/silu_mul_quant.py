@@ -29,12 +29,12 @@ from normquant.compile.find.graph import (
     mutation_regions,
     number,
     part,
-    rows_are_even,
     same_size,
     value,
 )
 from normquant.compile.find.quant_ops import is_quant, quantized, read
 from normquant.compile.find.quants import Quant
+from normquant.compile.fusions.acceptance import check_op, rows_of
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
@@ -130,8 +130,6 @@ def _read(anchor: Node, product: Node, gate: Node, up: Node, inner: set[Node], r
     quant = read(anchor, k)
     x = _halves(gate, up, k)
     inner |= {gate, up, *quant.inner}
-    if not rows_are_even(value(x), 2 * k) or value(x).stride(-1) != 1:
-        raise Unsupported(f"gate and up lie in a tensor of stride {tuple(value(x).stride())}; its rows are not even")
     results = {quant.data, quant.scale}
     for node in inner - {gate, up}:
         outside = [user for user in node.users if user not in inner and user not in results and user.users]
@@ -139,7 +137,9 @@ def _read(anchor: Node, product: Node, gate: Node, up: Node, inner: set[Node], r
             raise Unsupported(f"{node.name}, between gate and quantization, is also read by {outside[0].name}")
     if len({regions[node] for node in inner}) > 1:
         raise Unsupported("a tensor is changed in place between the gate and the quantization")
-    return GatedProduct(x, k, quant)
+    gated = GatedProduct(x, k, quant)
+    check_op("silu_mul_quant", rows_of(x, 2 * k), gated.spec)
+    return gated
 
 
 def _halves(gate: Node, up: Node, k: int) -> Node:

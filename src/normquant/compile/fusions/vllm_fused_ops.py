@@ -18,8 +18,9 @@ import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.edit.build import Builder, Rewrite, as_rows, call_in_place_of
-from normquant.compile.find.graph import Unsupported, dtype, number, rows_are_even, value
+from normquant.compile.find.graph import Unsupported, dtype, number, value
 from normquant.compile.find.quant_ops import DEEPGEMM, functionalized, layout_of, mutated
+from normquant.compile.fusions.acceptance import check_op, rows_of
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
@@ -28,7 +29,7 @@ from normquant.compile.fusions.candidate import (
     site_name,
     source_line,
 )
-from normquant.spec import ACTIVATION_DTYPES, QuantSpec
+from normquant.spec import QuantSpec
 from normquant.specs import VLLM_FUSED, VLLM_FUSED_SILU
 
 NORM_QUANT = "_C::rms_norm_per_block_quant"
@@ -64,6 +65,7 @@ def find(graph: Graph) -> Findings:
         name, where = site_name(anchor), source_line(anchor)
         try:
             found = _read_norm(anchor) if functionalized(anchor) == NORM_QUANT else _read_silu(anchor)
+            _check_inputs(found)
         except Unsupported as reason:
             yield rejected(name, where, f"{functionalized(anchor)}: {reason}")
             continue
@@ -95,8 +97,6 @@ def _read_norm(anchor: Node) -> FusedOp:
     if epsilon is None:
         raise Unsupported("epsilon is computed in the graph")
     stored, residual = (None, None) if args.get("residual") is None else mutated(anchor, "residual")
-    for node in (args["input"], *([residual] if residual is not None else [])):
-        _check_rows(node)
     results = (data, scale) if residual is None else (data, scale, stored)
     k = value(args["input"]).shape[-1]
     return FusedOp(args["input"], residual, k, results, (weight, epsilon), spec)
@@ -107,7 +107,6 @@ def _read_silu(anchor: Node) -> FusedOp:
     x: Any = anchor.kwargs["input"]
     k = value(x).shape[-1] // 2
     spec, data, scale = _read_quant(anchor, VLLM_FUSED_SILU, "out", "scales", k)
-    _check_rows(x)
     aligns = spec.layout == "col" and _is_read_by_deepgemm_alone(scale)
     return FusedOp(x, None, k, (data, scale), (), spec.replace(layout="col_tma") if aligns else spec, aligns)
 
@@ -140,12 +139,11 @@ def _read_quant(
         raise Unsupported(str(error)) from None
 
 
-def _check_rows(node: Node) -> None:
-    x = value(node)
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise Unsupported(f"{node.name} is {str(x.dtype)[6:]}; the kernels read bfloat16 and float16")
-    if x.stride(-1) != 1 or not rows_are_even(x, x.shape[-1]):
-        raise Unsupported(f"{node.name} has stride {tuple(x.stride())}; the kernels need evenly spaced rows")
+def _check_inputs(found: FusedOp) -> None:
+    """Raise Unsupported where our op does not accept what it would get."""
+    rows = [rows_of(node, value(found.x).shape[-1]) for node in (found.x, found.residual) if node is not None]
+    norm = (value(found.arguments[0]), found.arguments[1], 0.0) if found.arguments else ()
+    check_op(found.name, *rows, *norm, found.spec)
 
 
 def _replace(anchor: Node, found: FusedOp, new: Builder) -> Rewrite:

@@ -25,7 +25,8 @@ import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.edit.build import Builder, Rewrite, as_rows
-from normquant.compile.find.graph import arguments, overload_name, rows_are_even, value
+from normquant.compile.find.graph import Unsupported, arguments, overload_name, value
+from normquant.compile.fusions.acceptance import check_op, rows_of
 from normquant.compile.fusions.candidate import (
     Candidate,
     Findings,
@@ -85,7 +86,7 @@ class QuantizedInputs:
         name, where = site_name(node), source_line(node)
         found = self._read(node)
         x = value(found.x)
-        reason = self.lacks() or _unsupported(x, value(found.weight))
+        reason = self.lacks() or _unsupported(found)
         if reason is not None:
             return rejected(name, where, f"{overload_name(node.target)} quantizes inside: {reason}")
         k = x.shape[-1]
@@ -100,15 +101,18 @@ class QuantizedInputs:
         return SelfQuantizing(x, weight, weight_scale, below, bool(args[4]))
 
 
-def _unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+def _unsupported(found: SelfQuantizing) -> str | None:
     """What keeps the kernels from taking an input [M, K] and a weight [N, K] of this form."""
+    x, weight = value(found.x), value(found.weight)
     k = x.shape[-1]
     if x.dtype != torch.bfloat16:
         return f"its input is {str(x.dtype)[6:]}, not bfloat16"
     if not isinstance(k, int) or k % 128 or weight.shape[0] % 64:
         return f"K is {k} and N {weight.shape[0]}; FP8 inputs need multiples of 128 and of 64"
-    if x.stride(-1) != 1 or not rows_are_even(x, k):
-        return f"its input has stride {tuple(x.stride())}; the kernels need evenly spaced rows"
+    try:
+        check_op("group_quant", rows_of(found.x, k), found.spec)
+    except Unsupported as reason:
+        return str(reason)
     return None
 
 
