@@ -20,7 +20,7 @@ def test_a_row_of_zeros():
 
 def test_negative_zero_keeps_its_sign():
     x = torch.full((1, 128), -0.0, dtype=torch.bfloat16)
-    for divide in ("scale", "reciprocal", "amax", "fast_amax"):
+    for divide in ("scale", "reciprocal", "amax", "fast_amax", "factor"):
         data, _ = reference.group_quant(x, QuantSpec(divide=divide))
         assert (data.view(torch.uint8) == 0x80).all()
 
@@ -46,7 +46,7 @@ def test_a_sum_of_squares_that_overflows_counts_as_zeros():
     assert y[1].isnan().sum() == 1
 
 
-@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax", "fast_amax"])
+@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax", "fast_amax", "factor"])
 def test_nan_and_inf_stay_in_their_group(divide):
     x = activations(1, 512)
     clean, _ = reference.group_quant(x, QuantSpec(divide=divide))

@@ -1,7 +1,8 @@
 """Triton's interpreter on CPU, repaired so that it rounds as the hardware does.
 
-The stock interpreter rounds some casts to fp8 and bf16 wrongly and rounds the product inside `fma`. Here casts and exp
-go through torch, and an fma is computed in float64, where the product of two fp32 is exact.
+The stock interpreter rounds some casts to fp8 and bf16 wrongly, rounds the product inside `fma`, and has NaN for the
+maximum of a number and NaN. Here casts and exp go through torch, an fma is computed in float64, where the product of
+two fp32 is exact, and a maximum or minimum is the number, unless the kernel asks for NaN.
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ def _exp(self, x):
     return TensorHandle(torch.from_numpy(np.ascontiguousarray(x.data)).exp().numpy(), x.dtype.scalar)
 
 
+def _number(of):
+    return lambda self, x, y: self.binary_op(x, y, of)
+
+
 def _generic_reduce(stock):
     # The stock loop visits every element in Python; numpy's max propagates NaN as our combiner does.
     def reduce(self, values):
@@ -83,6 +88,8 @@ def repaired():
         mock.patch.object(interpreter, "_convert_float", _convert_float(interpreter._convert_float)),
         mock.patch.object(interpreter.InterpreterBuilder, "create_fma", _fma),
         mock.patch.object(interpreter.InterpreterBuilder, "create_exp", _exp),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_maxnumf", _number(np.fmax)),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_minnumf", _number(np.fmin)),
         mock.patch.object(
             interpreter.ReduceOps, "generic_reduce", _generic_reduce(interpreter.ReduceOps.generic_reduce)
         ),
