@@ -58,8 +58,8 @@ DEEPGEMM_PACKED = DEEPGEMM.replace(scale="ue8m0_packed")
 
 TILE_KERNELS = DEEPGEMM.replace(rounding="none", layout="row", divide="factor")
 """`cast` of DeepSeek's TileKernels, alone or after its `swiglu_forward`, which never rounds: amax clamped at 1e-4,
-s = amax / 448, q = y * (448 / amax), both quotients correctly rounded. With `round_sf` it is DEEPGEMM_UE8M0, with
-`use_packed_ue8m0` DEEPGEMM_PACKED."""
+s = amax / 448, q = y * (448 / amax), both quotients correctly rounded. Its powers of two (`round_sf`) are those of
+DEEPGEMM_UE8M0 and DEEPGEMM_PACKED, but for groups with a NaN."""
 
 SGLANG = QuantSpec(rounding="once", scale_by="multiply", divide="amax")
 """SGLang's `per_token_group_quant_fp8` on Hopper: amax floor 1e-10, s = amax * (1 / 448),

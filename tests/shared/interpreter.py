@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -109,6 +110,11 @@ def _call(kernel: str, args: tuple, kwargs: dict):
         return launch(*args, **kwargs)
 
 
+def _call_function(function: Callable, args: tuple):
+    with repaired():
+        return function(*args)
+
+
 def _call_op(spec: QuantSpec, op: str, args: tuple, config: Config | None):
     with repaired():
         return OPS[op].run(*args, spec, config=config)
@@ -118,6 +124,11 @@ def _call_op(spec: QuantSpec, op: str, args: tuple, config: Config | None):
 def _worker() -> ProcessPoolExecutor:
     # Triton reads TRITON_INTERPRET when it is imported, so interpreted kernels need a process of their own.
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_interpret)
+
+
+def call(function: Callable, *args):
+    """What a function of a test module gives in a process whose Triton interprets, repaired."""
+    return _worker().submit(_call_function, function, args).result()
 
 
 def run(kernel: str, *args, **kwargs):
