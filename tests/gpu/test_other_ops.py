@@ -43,7 +43,10 @@ def every_pair(dtype: torch.dtype) -> torch.Tensor:
     return groups.flatten(1).to(dtype).cuda()
 
 
-@pytest.mark.parametrize("name", ["HF", "VLLM", "VLLM_UE8M0", "AITER", "FLASHINFER", "SGLANG", "TILE_KERNELS"])  # each arithmetic once
+EACH_ARITHMETIC = ["HF", "VLLM", "VLLM_UE8M0", "AITER", "FLASHINFER", "SGLANG", "TILE_KERNELS"]
+
+
+@pytest.mark.parametrize("name", EACH_ARITHMETIC)
 def test_group_quant_of_every_pair_of_mantissas(name):
     # The kernel divides in its own way, with the hardware's approximate reciprocal; it must come out as IEEE division.
     spec = getattr(specs, name)

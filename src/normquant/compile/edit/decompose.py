@@ -54,9 +54,9 @@ def _quantize(new: Builder, y: Node, spec: QuantSpec) -> tuple[Node, Node]:
         amax = new(aten.clamp_min.default, amax, spec.floor)
     scale = _scale(new, amax, spec)
     above = new(aten.clamp_min.default, _divided(new, grouped, amax, scale, spec), -FP8_MAX)
-    fp8 = new(prims.convert_element_type.default, new(aten.clamp_max.default, above, FP8_MAX), spec.dtype)
     if spec.is_ue8m0 and spec.nan == "propagate":
         scale = new(aten.where.self, _is_finite(new, scale), scale, _constant(new, scale, MAX_POWER))
+    fp8 = new(prims.convert_element_type.default, new(aten.clamp_max.default, above, FP8_MAX), spec.dtype)
     return new(aten.reshape.default, fp8, [-1, k]), scale if spec.layout == "row" else _by_column(new, scale)
 
 
