@@ -48,7 +48,7 @@ def test_norm_is_within_its_roundings_of_float64(k, rounding, dtype):
     assert (y != expected).any()
 
 
-@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax", "fast_amax"])
+@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax", "fast_amax", "factor"])
 @pytest.mark.parametrize("scale_by", ["scalar", "divide", "multiply"])
 @pytest.mark.parametrize("group", [128, 64, 32])
 def test_data_is_the_nearest_fp8_value(group, scale_by, divide):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from shared.inputs import activations, weights
 
-from normquant import QuantSpec, reference
+from normquant import QuantSpec, reference, specs
 
 EPS = 1e-6
 DTYPES = (torch.bfloat16, torch.float16)
@@ -20,7 +20,7 @@ def test_a_row_of_zeros():
 
 def test_negative_zero_keeps_its_sign():
     x = torch.full((1, 128), -0.0, dtype=torch.bfloat16)
-    for divide in ("scale", "reciprocal", "amax", "fast_amax"):
+    for divide in ("scale", "reciprocal", "amax", "fast_amax", "factor"):
         data, _ = reference.group_quant(x, QuantSpec(divide=divide))
         assert (data.view(torch.uint8) == 0x80).all()
 
@@ -31,6 +31,17 @@ def test_nan_in_a_row_makes_the_row_nan():
     for tensor in reference.rms_norm_quant(x, w, EPS, QuantSpec()):
         assert tensor[1].float().isnan().all()
         assert not tensor[[0, 2]].float().isnan().any()
+
+
+@pytest.mark.parametrize("name", ["VLLM_UE8M0", "DEEPGEMM_UE8M0"])
+def test_nan_in_a_row_gives_powers_of_two(name):
+    spec = getattr(specs, name)
+    x, w = activations(3, 384), weights(384)
+    x[1, 200] = float("nan")
+    data, scale, y = reference.rms_norm_quant(x, w, EPS, spec)
+    assert data[1].float().isnan().all() and y[1].isnan().all()
+    assert not data[[0, 2]].float().isnan().any()
+    assert (scale[1] == {"VLLM_UE8M0": 2.0**-33, "DEEPGEMM_UE8M0": 2.0**127}[name]).all()  # 2**-33 is above 1e-10
 
 
 def test_a_sum_of_squares_that_overflows_counts_as_zeros():
@@ -46,7 +57,7 @@ def test_a_sum_of_squares_that_overflows_counts_as_zeros():
     assert y[1].isnan().sum() == 1
 
 
-@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax", "fast_amax"])
+@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax", "fast_amax", "factor"])
 def test_nan_and_inf_stay_in_their_group(divide):
     x = activations(1, 512)
     clean, _ = reference.group_quant(x, QuantSpec(divide=divide))

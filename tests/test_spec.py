@@ -14,7 +14,7 @@ from shared.inputs import activations
 from torch.utils import _pytree as pytree
 
 from normquant import QuantizedActivation, QuantSpec, reference, specs
-from normquant.spec import GROUPS, Divide, Layout, Rounding, ScaleBy, ScaleEncoding, Sum, empty_scale
+from normquant.spec import GROUPS, Divide, Layout, Nan, Rounding, ScaleBy, ScaleEncoding, Sum, empty_scale
 
 MS = (0, 1, 2, 3, 4, 5, 8, 257)
 KS = (128, 384, 512, 2304, 7168)
@@ -41,6 +41,7 @@ def describe(spec: QuantSpec) -> str:
         ("sum", "bf16", "'fp32', 'rounded'"),
         ("scale_by", "shift", "'scalar', 'divide', 'multiply'"),
         ("divide", "s", "'scale', 'reciprocal', 'amax'"),
+        ("nan", "zero", "'propagate', 'ignore'"),
     ],
 )
 def test_an_unknown_choice_is_named_with_the_known_ones(field, given_, accepted):
@@ -58,9 +59,10 @@ def test_packed_scales_are_column_major(layout):
 @pytest.mark.parametrize(
     "changes", [{"scale": "ue8m0"}, {"scale": "ue8m0_packed", "layout": "col_tma"}, {"scale_floor": 1e-6}]
 )
-def test_dividing_by_amax_needs_a_scale_that_is_amax_over_448(changes):
-    with pytest.raises(ValueError, match=r"divide='amax'.*fp32"):
-        QuantSpec(divide="amax", **changes)
+@pytest.mark.parametrize("divide", ["amax", "fast_amax", "factor"])
+def test_dividing_by_amax_needs_a_scale_that_is_amax_over_448(divide, changes):
+    with pytest.raises(ValueError, match=rf"divide='{divide}'.*fp32"):
+        QuantSpec(divide=divide, **changes)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +100,14 @@ def test_a_spec_is_a_value():
 
 def all_choices():
     """Every combination of choices that QuantSpec accepts: those refused are refused by one of the rules above."""
-    choices = (get_args(t) for t in (ScaleEncoding, Layout, Rounding, Sum, ScaleBy, Divide))
-    for group, (scale, layout, rounding, sum_, by, divide) in product(GROUPS, product(*choices)):
-        own_scale = divide.endswith("amax") or divide == "fast_factor"
+    choices = (get_args(t) for t in (ScaleEncoding, Layout, Rounding, Sum, ScaleBy, Divide, Nan))
+    for group, (scale, layout, rounding, sum_, by, divide, nan) in product(GROUPS, product(*choices)):
+        own_scale = divide.endswith(("amax", "factor"))
         if (scale == "ue8m0_packed" and layout != "col_tma") or (own_scale and scale != "fp32"):
             continue
-        spec = QuantSpec(group=group, scale=scale, layout=layout, rounding=rounding, sum=sum_, scale_by=by)
+        if divide == "fast_factor" and nan != "propagate":
+            continue
+        spec = QuantSpec(group=group, scale=scale, layout=layout, rounding=rounding, sum=sum_, scale_by=by, nan=nan)
         yield replace(spec, divide=divide, floor=0.0 if divide == "fast_factor" else spec.floor)
 
 
@@ -121,7 +125,7 @@ def test_a_spec_prints_as_one_writes_it():
 def test_every_combination_survives_its_string():
     every = list(all_choices())
     texts = {spec.encode() for spec in every}
-    assert len(texts) == len(every) == 3 * (3 * 5 + 2 * 4) * 4 * 2 * 3  # no two share a string
+    assert len(texts) == len(every) == 3 * (3 * (5 * 2 + 1) + 2 * 4 * 2) * 4 * 2 * 3  # no two share a string
     assert all(QuantSpec.decode(spec.encode()) == spec for spec in every)
 
 
@@ -146,7 +150,7 @@ def test_one_rule_for_few_rows_and_another_for_many():
     for changes in ({"few_rows": -1}, {"few_rows": 2, "scale": "ue8m0_packed"}):
         with pytest.raises(ValueError, match="few_rows is"):
             spec.replace(**changes)
-    for changes in ({"few_rows": 2}, {"floor": 1e-10}, {"scale": "ue8m0"}):
+    for changes in ({"few_rows": 2}, {"floor": 1e-10}, {"scale": "ue8m0"}, {"nan": "ignore"}):
         with pytest.raises(ValueError):
             specs.FLASHINFER_LINEAR.replace(**changes)
 
@@ -249,8 +253,23 @@ def test_packed_exponents_by_hand():
     assert torch.equal(q.scales(), torch.exp2(exponents.float()))
 
 
+@pytest.mark.parametrize(("nan", "of_nan", "of_inf"), [("propagate", 254, 254), ("ignore", 128 - 8, 255)])
+@pytest.mark.parametrize("scale", ["ue8m0", "ue8m0_packed"])
+def test_the_power_of_two_of_nan_and_inf(scale, nan, of_nan, of_inf):
+    spec = QuantSpec(scale=scale, layout="col_tma", nan=nan)
+    y = torch.full((1, 384), 2.0)  # 2/448 is a little below 2**-7
+    y[0, 3], y[0, 130] = float("nan"), float("inf")
+    data, stored = reference.group_quant(y.bfloat16(), spec)
+    q = QuantizedActivation(data, stored, spec)
+    exponents = torch.tensor([[of_nan, of_inf, 128 - 8]], dtype=torch.int32)
+    assert torch.equal(q.scales().view(torch.int32) >> 23, exponents)
+    assert torch.equal(q.scales().view(torch.int32) & 0x7FFFFF, torch.zeros_like(exponents))
+    assert data[0, 3].isnan() and data[0, 130].isnan() and q.dequantize()[0, 3].isnan()
+    assert q.dequantize()[0, 256:].isfinite().all()
+
+
 def test_packed_inf_and_nan_scales_decode_to_inf():
-    # eight exponent bits hold no NaN; the data beside such a scale is NaN
+    # no group has such scales but an inf with nan="ignore"
     spec = QuantSpec(scale="ue8m0_packed", layout="col_tma")
     scale = reference.store_scale(torch.tensor([[float("inf"), float("nan"), 1.0]]), 384, spec)
     q = QuantizedActivation(torch.zeros(1, 384, dtype=torch.float8_e4m3fn), scale, spec)

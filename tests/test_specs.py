@@ -84,6 +84,10 @@ def by_reciprocal(y, s, a):
     return y * (torch.ones(()) / s)
 
 
+def by_factor(floor: float) -> Callable:
+    return lambda y, s, a: y * (FP32_448 / at_least(floor)(a))
+
+
 def by_amax(floor: float) -> Callable:
     # "448 / amax" in a library built with fast math, where a / b is a * (1 / b)
     return lambda y, s, a: y * (FP32_448 * (torch.ones(()) / at_least(floor)(a)))
@@ -116,6 +120,8 @@ RULES = {
     "DEEPGEMM_UE8M0": Rule("no residual", ONCE, lambda a: power_of_two(amax_448(1e-4)(a)), by_reciprocal, "col_tma"),
     # "packed: four exponents per int32"
     "DEEPGEMM_PACKED": Rule("no residual", ONCE, lambda a: power_of_two(amax_448(1e-4)(a)), by_reciprocal, "col_tma"),
+    # "sf = amax / 448, amax clamped at 1e-4; sf_inv = 448 / amax; q = y * sf_inv", of a product in fp32
+    "TILE_KERNELS": Rule("no residual", NEVER, amax_448(1e-4), by_factor(1e-4)),
     # "floor 1e-10, s = amax*(1/448), q = y*(448/amax)"
     "SGLANG": Rule("no residual", ONCE, lambda a: at_least(1e-10)(a) * (torch.ones(()) / FP32_448), by_amax(1e-10)),
     # "amax in bf16 without a floor (0 gives scale 1), f = 448 / amax, q = x * f, stored scale 1 / f"
@@ -188,6 +194,44 @@ def test_the_rules_differ():
         if {a, b} not in ({"DEEPGEMM_UE8M0", "DEEPGEMM_PACKED"}, {"HF", "VLLM_EAGER"}):
             pairs = zip(results[a], results[b], strict=True)
             assert any(not torch.equal(s.float(), t.float()) for s, t in pairs), (a, b)
+
+
+# What the scale of a group with a NaN is, and whether its data is NaN beside the NaN. vLLM's kernel: "fmaxf(absmax,
+# fabsf(x))", which prefers the number; FlashInfer's: the same. DeepGEMM: "exponent.clamp(1, 254)" of NaN is 254.
+WITHOUT_NAN = ("VLLM_UE8M0", "FLASHINFER_LINEAR")
+OF_NAN = {"DEEPGEMM_UE8M0": 2.0**127, "DEEPGEMM_PACKED": 2.0**127}
+
+
+def one_group(**values: float) -> torch.Tensor:
+    """A group of ordinary values with some put in: [1, GROUP]."""
+    y = torch.linspace(-3, 3, GROUP).bfloat16().float().unsqueeze(0)
+    for at, value in enumerate(values.values()):
+        y[0, at] = value
+    return y
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_nan_is_what_the_rule_makes_of_it(name):
+    spec = getattr(specs, name)
+    data, scale = reference.quantize(one_group(nan=float("nan")), spec)
+    if name in WITHOUT_NAN:
+        expected, expected_scale = reference.quantize(one_group(zero=0.0), spec)
+        assert torch.equal(data[:, 1:].float(), expected[:, 1:].float()) and torch.equal(scale, expected_scale)
+        assert data[0, 0].isnan()
+        data, scale = reference.quantize(torch.full((1, GROUP), float("nan")), spec)
+        assert torch.equal(scale, reference.quantize(torch.zeros(1, GROUP), spec)[1])
+    else:
+        assert_bitwise([scale], [torch.tensor([[OF_NAN.get(name, float("nan"))]])])
+    assert data.float().isnan().sum() == GROUP if name not in WITHOUT_NAN else data.float().isnan().all()
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if getattr(specs, name).is_ue8m0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3.38e38, 0.0, 1e-40])
+def test_a_scale_that_is_a_power_of_two_has_no_mantissa(name, value):
+    # transpose_and_pack_fp32_into_ue8m0 asserts "(value & 0x7fffff) == 0"
+    for y in (one_group(x=value), one_group(x=value, y=float("nan")), torch.full((1, GROUP), value)):
+        _, scale = reference.quantize(y, getattr(specs, name))
+        assert scale.view(torch.int32).item() & 0x807FFFFF == 0 and scale > 0
 
 
 def test_packed_scales_are_the_exponents_of_the_others():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from normquant.approximate_reciprocal import approximate_reciprocal, flush, flushed_factor
-from normquant.spec import AMAX_SHIFT, FP8_MAX, QuantSpec, Rope, empty_scale
+from normquant.spec import AMAX_SHIFT, FP8_MAX, MAX_POWER, QuantSpec, Rope, empty_scale
 
 
 def sum_of_squares(h: torch.Tensor) -> torch.Tensor:
@@ -70,25 +70,41 @@ def round_up_to_power_of_two(s: torch.Tensor) -> torch.Tensor:
 def quantize(y: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, K] fp32 -> data [M, K] fp8, scales [M, K/group] fp32 (before packing and layout).
 
-    NaN in a group gives a NaN scale and NaN data; inf gives an inf scale, NaN where y is inf and zero elsewhere.
+    NaN in a group gives a NaN scale and NaN data, or is left out of amax, as `spec.nan` says, and stays NaN. inf gives
+    an inf scale, NaN where y is inf and zero elsewhere. Where a power of two would be NaN, and in the same specs where
+    it would be inf, the scale is 2**127 instead, and the data as it was.
     """
     spec = spec.at(y.shape[0])
     grouped = y.unflatten(-1, (-1, spec.group))  # [M, G, group]
     if spec.divide == "fast_factor":
         return _quantize_by_factor(grouped, spec)
-    amax = grouped.abs().amax(-1)
+    amax = _amax(grouped, ignore_nan=spec.nan == "ignore")  # [M, G]
     if spec.floor:
         amax = amax.clamp(min=spec.floor)
     scale = group_scale(amax, spec)
-    if spec.divide == "scale":
-        q = grouped / scale.unsqueeze(-1)
-    elif spec.divide == "reciprocal":
-        q = grouped * scale.reciprocal().unsqueeze(-1)
-    else:
-        fast = spec.divide == "fast_amax" and amax.is_cuda
-        inverse = (approximate_reciprocal if fast else torch.reciprocal)(amax * AMAX_SHIFT)
-        q = grouped * (inverse * (FP8_MAX * AMAX_SHIFT)).unsqueeze(-1)
+    q = _divided(grouped, scale.unsqueeze(-1), amax.unsqueeze(-1), spec)
+    if spec.is_ue8m0 and spec.nan == "propagate":
+        scale = torch.where(scale.isfinite(), scale, MAX_POWER)
     return q.clamp(-FP8_MAX, FP8_MAX).to(spec.dtype).flatten(-2), scale
+
+
+def _amax(grouped: torch.Tensor, ignore_nan: bool) -> torch.Tensor:
+    """The largest magnitude of each group: [M, G, group] -> [M, G]. A group of nothing but NaN has 0, or NaN."""
+    magnitude = grouped.abs()
+    return (magnitude.nan_to_num(0.0, posinf=float("inf")) if ignore_nan else magnitude).amax(-1)
+
+
+def _divided(y: torch.Tensor, scale: torch.Tensor, amax: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """y by its scale in the way that `spec.divide` names; y [M, G, group], scale and amax [M, G, 1]."""
+    if spec.divide == "scale":
+        return y / scale
+    if spec.divide == "reciprocal":
+        return y * scale.reciprocal()
+    if spec.divide == "factor":
+        return y * (torch.full_like(amax, FP8_MAX) / amax)  # a tensor, as in group_scale
+    fast = spec.divide == "fast_amax" and amax.is_cuda
+    inverse = (approximate_reciprocal if fast else torch.reciprocal)(amax * AMAX_SHIFT)
+    return y * (inverse * (FP8_MAX * AMAX_SHIFT))
 
 
 def _quantize_by_factor(grouped: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +112,7 @@ def _quantize_by_factor(grouped: torch.Tensor, spec: QuantSpec) -> tuple[torch.T
 
     NaN stays NaN and counts as nothing in amax. An inf gives an inf scale, NaN where it is and zero elsewhere.
     """
-    amax = grouped.abs().nan_to_num(0.0, posinf=float("inf")).amax(-1)
+    amax = _amax(grouped, ignore_nan=True)
     if amax.is_cuda:
         factor, scale = flushed_factor(amax)
         grouped = flush(grouped)

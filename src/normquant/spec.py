@@ -14,13 +14,15 @@ from torch.utils import _pytree as pytree
 ScaleEncoding = Literal["fp32", "ue8m0", "ue8m0_packed"]
 Layout = Literal["row", "col", "col_tma"]
 Rounding = Literal["none", "inner", "once", "twice"]
-Divide = Literal["scale", "reciprocal", "amax", "fast_amax", "fast_factor"]
+Divide = Literal["scale", "reciprocal", "amax", "fast_amax", "factor", "fast_factor"]
+Nan = Literal["propagate", "ignore"]
 ScaleBy = Literal["scalar", "divide", "multiply"]
 Sum = Literal["fp32", "rounded"]
 Rope = Literal["interleaved", "half", "interleaved_to_half"]
 
 FP8_MAX = 448.0  # the largest finite float8_e4m3fn
 GROUPS = (32, 64, 128)
+MAX_POWER = 2.0**127  # the largest power of two in fp32: exponent 254, and 255 is what inf and NaN have
 AMAX_SHIFT = 2.0**-10  # keeps the reciprocal of the largest amax a normal number
 TMA_ALIGN = 4  # rows: 16 bytes of fp32 or int32, what a TMA descriptor asks of a column stride
 MIN_SCALE = 2.0**-64  # below it 1/scale and the residual of the division could leave the normal fp32 numbers
@@ -46,9 +48,13 @@ class QuantSpec:
     scale_by: how amax becomes a scale: "scalar" as torch divides by a Python scalar (a product with the fp32 reciprocal
         on CUDA, a division on CPU), "divide" amax / 448 correctly rounded, "multiply" amax * fp32(1/448).
     divide: how a value y becomes data: "scale" y / s, "reciprocal" y * (1/s), "amax" y * (448 * (1/amax)), "fast_amax"
-        the same on CPU and with the GPU's approximate reciprocal on CUDA, as code built with fast math computes it.
+        the same on CPU and with the GPU's approximate reciprocal on CUDA, as code built with fast math computes it,
+        "factor" y * (448 / amax), the quotient correctly rounded.
         "fast_factor" makes scale and data by a rule of its own: y * f with f = 448 * (1 / amax), scale 1 / f; f is 1
         for a group of zeros, a NaN is left out of amax; on CUDA as fast math computes it, denormals flushed to zero.
+    nan: "propagate": a NaN makes its group NaN, the scale and all of the data; "ignore": it is left out of amax, and is
+        the only NaN in the group's data. A stored power of two is never NaN, which kernels that read UE8M0 may trap on:
+        with "propagate" it is 2**127 for a group with a NaN or an inf, with "ignore" inf for a group with an inf.
     few_rows: activations of fewer rows than this are quantized by the rule "fast_factor", as FlashInfer's linear kernel
         does, and all others as the other fields say: one graph for any number of rows. `at(m)` gives the rule for m.
 
@@ -65,6 +71,7 @@ class QuantSpec:
     scale_floor: float = 0.0
     scale_by: ScaleBy = "scalar"
     divide: Divide = "scale"
+    nan: Nan = "propagate"
     few_rows: int = 0
     _encoded: ClassVar[str]  # set for each instance, and no field: specs are compared, printed and copied without it
 
@@ -78,9 +85,10 @@ class QuantSpec:
         one_of("sum", self.sum, get_args(Sum))
         one_of("scale_by", self.scale_by, get_args(ScaleBy))
         one_of("divide", self.divide, get_args(Divide))
+        one_of("nan", self.nan, get_args(Nan))
         if self.scale == "ue8m0_packed" and self.layout != "col_tma":
             raise ValueError(f"scale='ue8m0_packed' has layout={self.layout!r}; only 'col_tma' is accepted")
-        if self.divide.endswith("amax") and (self.is_ue8m0 or self.scale_floor):
+        if self.divide in ("amax", "fast_amax", "factor") and (self.is_ue8m0 or self.scale_floor):
             raise ValueError(
                 f"divide={self.divide!r} ignores the stored scale, so it is accepted only for fp32 scales without "
                 f"scale_floor"
@@ -91,8 +99,8 @@ class QuantSpec:
                 f"negative, and needs scales in fp32 and another rule for many rows"
             )
         if self.divide == "fast_factor":
-            if self.is_ue8m0 or self.floor or self.scale_floor:
-                raise ValueError("divide='fast_factor' has no floors, and its scales are 'fp32'")
+            if self.is_ue8m0 or self.floor or self.scale_floor or self.nan != "propagate":
+                raise ValueError("divide='fast_factor' has no floors and no choice of nan, and its scales are 'fp32'")
         floors = self.floor, self.scale_floor
         smallest = max(self.floor / FP8_MAX, self.scale_floor)
         floored = self.divide == "fast_factor" or smallest >= MIN_SCALE
@@ -170,7 +178,8 @@ class QuantSpec:
 
 @cache
 def _at_few_rows(spec: QuantSpec) -> QuantSpec:
-    return replace(spec, few_rows=0, scale="fp32", floor=0.0, scale_floor=0.0, scale_by="divide", divide="fast_factor")
+    rule: dict[str, Any] = {"scale_by": "divide", "divide": "fast_factor", "nan": "propagate"}
+    return replace(spec, few_rows=0, scale="fp32", floor=0.0, scale_floor=0.0, **rule)
 
 
 @cache
@@ -197,7 +206,7 @@ class QuantizedActivation:
         return self.data.shape
 
     def scales(self) -> torch.Tensor:
-        """The scales as fp32, [..., K/group], unpacked where they are packed."""
+        """The scales as fp32, [..., K/group], unpacked where they are packed: an exponent of 255 as inf."""
         if self.spec.scale != "ue8m0_packed":
             return self.scale
         groups = self.data.shape[-1] // self.spec.group

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import pwd
 from pathlib import Path
 
 import pytest
 from shared import generated_code
 
+from normquant.audit.capture import fake_gpu
 from normquant.cli import audit as command
 
 ON, OFF = str(generated_code.ON), str(generated_code.OFF)
@@ -108,6 +110,12 @@ def test_unusable_input_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixtu
         ([ON, "--size", "s1=4"], "its symbolic sizes are s72"),
         ([ON, "--target", "a100"], "unknown target 'a100'"),
         ([ON, "--diff", ON, OFF], "is a third"),
+        (["--diff", ON, OFF, "--html", "page.html"], "--html is not read with --diff"),
+        (["--diff", ON, OFF, "--github"], "--github is not read with --diff"),
+        ([ON, "--arg", "bf16[1]"], "--arg is not read with generated code"),
+        ([ON, "--fuse", "--dynamic"], "--fuse is not read with generated code; --dynamic is not read with"),
+        (["--diff", ON, OFF, "--option", "x=1"], "--option is not read with generated code"),
+        (["some_module:f", "--tokens", "3"], "--tokens is not read with module:callable"),
     ],
 )
 def test_wrong_input_is_a_value_error(arguments: list[str], message: str) -> None:
@@ -160,6 +168,35 @@ def test_a_transformers_model_by_its_config(tmp_path: Path, capsys: pytest.Captu
     path.write_text("{}")
     with pytest.raises(ValueError, match="not a transformers config file"):
         run(str(path))
+
+
+@pytest.mark.parametrize("gate", [["--fail-on", "identity"], ["--expect", "rms_norm_quant=0"], ["--max-bytes", "1G"]])
+def test_a_gate_over_nothing_launched_fails(model: str, gate: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("users_view.py").write_text("def flat(x):\n    return x.view(-1)\n")
+    what = ["users_view:flat", "--arg", "bf16[8,16]"]
+    assert run(*what) == 0
+    assert run(*what, *gate) == 1
+    assert "failed: the code launches nothing, so there is nothing to check" in capsys.readouterr().err
+    assert run(*what, *gate, "--expect", "kernels=0") == 0
+
+
+def test_outputs_are_checked_before_the_compile(model: str, tmp_path: Path) -> None:
+    Path("users_mistake.py").write_text("raise AssertionError('imported')\n")
+    for option in ("--html", "--json"):
+        with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
+            run("users_mistake:build", option, str(tmp_path / "nowhere" / "out"))
+
+
+def test_a_user_without_a_home_can_compile(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    fake_gpu.ensure_device_guard.cache_clear()
+    for home in (None, "/proc/nowhere"):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+        monkeypatch.setattr(pwd, "getpwuid", unknown)
+        assert run(f"{model}:build", "--expect", "kernels=1") == 0
 
 
 def test_annotations(model: str, capsys: pytest.CaptureFixture[str]) -> None:

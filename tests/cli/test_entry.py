@@ -60,6 +60,15 @@ def test_a_known_error_is_one_line(
     assert capsys.readouterr() == ("", f"normquant: error: {line}\n")
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["toy", "--help"]])
+def test_debug_is_in_every_help(
+    toy: list[cli.Command], capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(arguments, toy)
+    assert "show the traceback of an error" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("before", "after"), [(["--debug"], []), ([], ["--debug"])])
 def test_debug_shows_the_traceback(
     toy: list[cli.Command], capsys: pytest.CaptureFixture[str], before: list[str], after: list[str]

@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -98,3 +99,11 @@ def test_where_vllm_keeps_its_caches() -> None:
     assert default_root({"VLLM_CACHE_ROOT": "/a"}) == Path("/a/torch_compile_cache")
     assert default_root({"XDG_CACHE_HOME": "/b"}) == Path("/b/vllm/torch_compile_cache")
     assert default_root({}) == Path.home() / ".cache/vllm/torch_compile_cache"
+
+
+def test_a_user_without_a_home_is_asked_for_a_path(capsys: Any) -> None:
+    with mock.patch.object(Path, "home", side_effect=RuntimeError("Could not determine home directory.")):
+        assert default_root({"VLLM_CACHE_ROOT": "/a"}) == Path("/a/torch_compile_cache")
+        with mock.patch.dict(os.environ, clear=True):
+            assert main(["vllm-report"]) == 2
+    assert capsys.readouterr().err.startswith("normquant: error: this user has no home directory")

@@ -10,7 +10,7 @@ from shared.inputs import activations, awkward, weights
 import normquant as nq
 from normquant import QuantSpec, reference, specs
 from normquant.approximate_reciprocal import approximate_reciprocal
-from normquant.kernels._device import reciprocal_approximate
+from normquant.kernels._device import fp8_max_over, reciprocal_approximate
 from normquant.kernels.configs import Config
 from normquant.kernels.latent_norm_quant import latent_norm_quant
 from normquant.kernels.rope_last import rope_last
@@ -43,7 +43,10 @@ def every_pair(dtype: torch.dtype) -> torch.Tensor:
     return groups.flatten(1).to(dtype).cuda()
 
 
-@pytest.mark.parametrize("name", ["HF", "VLLM", "VLLM_UE8M0", "AITER", "FLASHINFER", "SGLANG"])  # each arithmetic once
+EACH_ARITHMETIC = ["HF", "VLLM", "VLLM_UE8M0", "AITER", "FLASHINFER", "SGLANG", "TILE_KERNELS"]
+
+
+@pytest.mark.parametrize("name", EACH_ARITHMETIC)
 def test_group_quant_of_every_pair_of_mantissas(name):
     # The kernel divides in its own way, with the hardware's approximate reciprocal; it must come out as IEEE division.
     spec = getattr(specs, name)
@@ -58,9 +61,21 @@ def test_group_quant_of_every_value():
     # every finite positive bf16 value as an amax and beside others: overflow of the scale, the floor, denormals
     every = torch.arange(0x7F80, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     x = torch.cat([every.view(-1, 64), every.flip(0).view(-1, 64)], 1).cuda()
-    for spec in (QuantSpec(), specs.FLASHINFER, specs.AITER, specs.DEEPGEMM_UE8M0):
+    for spec in (QuantSpec(), specs.FLASHINFER, specs.AITER, specs.DEEPGEMM_UE8M0, specs.TILE_KERNELS):
         q = nq.group_quant(x, spec=spec)
         assert_bitwise((q.data, q.scale), reference.group_quant(x, spec))
+
+
+@pytest.mark.parametrize("nan", ["propagate", "ignore"])
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0", "ue8m0_packed"])
+def test_group_quant_of_nan_and_inf(scale, nan):
+    x = activations(5, 1024)
+    x[0, 3], x[0, 130], x[0, 260], x[0, 262] = float("nan"), float("inf"), float("nan"), -float("inf")
+    x[1], x[2, 128:256], x[3] = float("nan"), float("nan"), -float("inf")
+    for floors in ({}, {"floor": 0.0, "scale_floor": 1e-6}):
+        spec = QuantSpec(scale=scale, layout="col_tma", nan=nan, **floors)
+        q = nq.group_quant(x.cuda(), spec=spec)
+        assert_bitwise((q.data, q.scale), reference.group_quant(x.cuda(), spec))
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -136,3 +151,17 @@ def test_the_approximate_reciprocal_of_every_mantissa(exponent):
     out = torch.empty_like(x)
     rcp_kernel[(1,)](x, out, 1024)
     assert_bitwise((approximate_reciprocal(x),), (out,))
+
+
+@triton.jit
+def quotient_kernel(amax_ptr, out_ptr, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out_ptr + i, fp8_max_over(tl.load(amax_ptr + i), True))
+
+
+@pytest.mark.parametrize("exponent", [-50, -14, 0, 127])
+def test_the_quotient_of_every_fp32_mantissa(exponent):
+    amax = torch.arange(1 << 23, 1 << 24, dtype=torch.int32).float() * 2.0 ** (exponent - 23)
+    out = torch.empty_like(amax, device="cuda")
+    quotient_kernel[(len(amax) // 1024,)](amax.cuda(), out, 1024, enable_fp_fusion=False)
+    assert_bitwise((out.cpu(),), (torch.full_like(amax, 448.0) / amax,))

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from shared import interpreter
 from shared.compare import assert_bitwise, pad_rows
-from shared.inputs import awkward
+from shared.inputs import activations, awkward
 
 from normquant import QuantSpec, reference, specs
+from normquant.kernels._device import fp8_max_over
 from normquant.kernels.configs import Config
 
 
@@ -44,13 +47,42 @@ def test_another_rule_for_few_rows(m):
     assert_bitwise(reference.group_quant(awkward(m, 512), spec), reference.group_quant(awkward(m, 512), spec.at(m)))
 
 
+@pytest.mark.parametrize("nan", ["propagate", "ignore"])
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0", "ue8m0_packed"])
+def test_groups_with_nan_and_inf(scale, nan):
+    x = activations(5, 1024)
+    x[0, 3], x[0, 130], x[0, 260], x[0, 262] = float("nan"), float("inf"), float("nan"), -float("inf")
+    x[1], x[2, 128:256], x[3] = float("nan"), float("nan"), -float("inf")
+    check(x, QuantSpec(scale=scale, layout="col_tma", nan=nan))
+    check(x, QuantSpec(scale=scale, layout="col_tma", nan=nan, floor=0.0, scale_floor=1e-6))
+    assert scale == "fp32" or not interpreter.run("group_quant", x, QuantSpec(scale="ue8m0", nan=nan))[1].isnan().any()
+
+
+@triton.jit
+def quotient_kernel(amax_ptr, out_ptr, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out_ptr + i, fp8_max_over(tl.load(amax_ptr + i), False))
+
+
+def quotients(amax: torch.Tensor) -> torch.Tensor:
+    out, block = torch.empty_like(amax), 1 << 18
+    quotient_kernel[(len(amax) // block,)](amax, out, block)
+    return out
+
+
+@pytest.mark.parametrize("exponent", [-14, 0, 127])
+def test_the_quotient_of_every_fp32_mantissa(exponent):
+    amax = torch.arange(1 << 23, 1 << 24, dtype=torch.int32).float() * 2.0 ** (exponent - 23)
+    assert_bitwise([interpreter.call(quotients, amax)], [torch.full_like(amax, 448.0) / amax])
+
+
 @pytest.mark.parametrize("scale", ["fp32", "ue8m0", "ue8m0_packed"])
 @pytest.mark.parametrize("group", [128, 64, 32])
 def test_every_format(group, scale):
     check(awkward(9, 2304), QuantSpec(group=group, scale=scale, layout="col_tma"), split=3)
 
 
-@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax", "fast_amax", "fast_factor"])
+@pytest.mark.parametrize("divide", ["scale", "reciprocal", "amax", "fast_amax", "factor", "fast_factor"])
 @pytest.mark.parametrize("scale_by", ["scalar", "divide", "multiply"])
 def test_every_pair_of_mantissas(divide, scale_by):
     # Every bf16 mantissa, at 16 magnitudes, beside every mantissa as the amax of its group: all ties of the division.

@@ -294,6 +294,29 @@ def test_every_named_spec_is_clean(name):
         assert set(code.widths("LDG")) == {128}
 
 
+def quantizing(spec: QuantSpec) -> Code:
+    return machine_code(lambda: quant(empty(4, 7168), Config(8, 4), spec=spec), SM_90)
+
+
+def instructions(code: Code) -> int:
+    return len(code.sass) - len(code.places("NOP"))  # which fill up the end
+
+
+def test_a_correctly_rounded_quotient_takes_one_approximate_reciprocal():
+    # IEEE division is a call for what is not in the usual range, and a dozen instructions for what is
+    factor, reciprocal = quantizing(specs.TILE_KERNELS), quantizing(specs.TILE_KERNELS.replace(divide="reciprocal"))
+    for code in (factor, reciprocal):
+        assert "div." not in code.ptx and not code.places("CALL") and not code.places("BSSY")
+        assert len(code.places("MUFU")) == 1
+    assert 0 < instructions(factor) - instructions(reciprocal) <= 12  # once for a group
+
+
+def test_leaving_out_nan_costs_nothing():
+    ignore, propagate = (quantizing(specs.VLLM_UE8M0.replace(nan=nan)) for nan in ("ignore", "propagate"))
+    assert "max.NaN.f32" in propagate.ptx and "max.NaN.f32" not in ignore.ptx
+    assert instructions(ignore) <= instructions(propagate)
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])
 def test_other_weights_are_read_wide(weight_dtype):
     launch = lambda: norm(empty(4, 7168), Config(8), weight_dtype=weight_dtype)  # noqa: E731

@@ -1,5 +1,7 @@
 """Bad inputs: each is refused with one sentence of what was given and what is accepted, in every mode of torch."""
 
+import contextlib
+
 import pytest
 import torch
 from shared.inputs import activations, weights
@@ -59,6 +61,18 @@ CASES = {
     "residual of other shape": (lambda: nq.add_rms_norm_quant(x(), x(1, K), w()), "(1, 384)", "(5, 384)"),
     "residual of other dtype": (lambda: nq.add_rms_norm_quant(x(), x(dtype=torch.float16), w()), "float16", "bfloat16"),
     "residual columns apart": (lambda: nq.add_rms_norm_quant(x(), x(M, 2 * K)[:, ::2], w()), "residual", "last stride"),
+    "eps = -1": (lambda: nq.rms_norm_quant(x(), w(), -1.0), "eps is -1.0", "positive"),
+    "eps = 0": (lambda: nq.rms_norm_quant(x(), w(), 0.0), "eps is 0.0", "positive"),
+    "eps = 0 as an integer": (lambda: nq.rms_norm_quant(x(), w(), 0), "eps is 0", "positive"),
+    "eps below fp32": (lambda: nq.rms_norm_quant(x(), w(), 1e-50), "eps is 1e-50", "positive normal fp32"),
+    "eps of a sum": (lambda: nq.add_rms_norm_quant(x(), x(), w(), 0.0, return_norm=True), "eps is 0.0", "positive"),
+    "eps of latents": (lambda: latent(eps=0.0), "eps is 0.0", "positive"),
+    "eps of quantized latents": (lambda: latent(eps=-1e-6, quantize_kv=True), "eps is -1e-06", "positive"),
+    "weight offset beyond fp32": (
+        lambda: nq.rms_norm_quant(x(), w(), weight_offset=1e39),
+        "weight_offset is 1e+39",
+        "finite in fp32",
+    ),
     "half a gate": (lambda: silu_mul_quant(x(M, 3 * 128)), "384", "multiple of the group, 128"),
     "empty gate": (lambda: silu_mul_quant(x(M, 0)), "0", "multiple of the group, 128"),
     "no k_pe": (lambda: latent(x(M, Q + C)), "384", "even number"),
@@ -102,6 +116,52 @@ def test_compiled(name):
         torch.compile(call, backend="aot_eager")()
     message = str(error.value)
     assert given in message and accepted in message, message
+
+
+NUMBERS = (float("nan"), float("inf"), -float("inf"))  # none that a compile would trace
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, FakeTensorMode])
+def test_numbers_must_be_finite(mode, number):
+    with mode():
+        for call in (
+            lambda: nq.rms_norm_quant(x(), w(), number),
+            lambda: nq.add_rms_norm_quant(x(), x(), w(), number, return_norm=True),
+            lambda: latent(eps=number),
+            lambda: latent(eps=number, quantize_kv=True),
+        ):
+            with pytest.raises(ValueError, match=f"eps is {number}; it must be a positive"):
+                call()
+        for call in (
+            lambda: nq.rms_norm_quant(x(), w(), weight_offset=number, return_norm=True),
+            lambda: nq.add_rms_norm_quant(x(), x(), w(), weight_offset=number),
+        ):
+            with pytest.raises(ValueError, match=f"weight_offset is {number}; it must be finite"):
+                call()
+
+
+def test_eps_in_a_tensor_is_checked_when_it_is_read():
+    args = x(), w(), torch.tensor(0.0, dtype=torch.float64), 0.0, QuantSpec().encode()
+    with pytest.raises(ValueError, match=r"eps is 0\.0"):
+        torch.ops.normquant.rms_norm_quant.tensor(*args)
+    with FakeTensorMode():
+        fake = x(), w(), torch.empty((), dtype=torch.float64), 0.0, QuantSpec().encode()
+        assert torch.ops.normquant.rms_norm_quant.tensor(*fake)[0].shape == (M, K)  # its value is not known
+
+
+def test_eps_of_a_compile_with_symbolic_floats():
+    compiled = torch.compile(lambda a, eps: nq.rms_norm_quant(a, w(), eps).data, backend="aot_eager", dynamic=True)
+    for eps in (1e-6, 1e-5, 2e-5):
+        assert torch.equal(compiled(x(), eps).float(), nq.rms_norm_quant(x(), w(), eps).data.float())
+
+
+def test_the_smallest_eps_is_enough_for_a_row_of_zeros():
+    zeros = torch.zeros(1, K, dtype=torch.bfloat16)
+    for eps in (torch.finfo(torch.float32).tiny, 1e-6):
+        q, norm = nq.rms_norm_quant(zeros, w(), eps, return_norm=True)
+        assert not q.data.float().any() and not norm.any()
+        assert torch.equal(q.scale, torch.full((1, K // 128), 1e-10) / 448)
 
 
 def rope(x, heads, r, rows=M):

@@ -1,7 +1,8 @@
 """Triton's interpreter on CPU, repaired so that it rounds as the hardware does.
 
-The stock interpreter rounds some casts to fp8 and bf16 wrongly and rounds the product inside `fma`. Here casts and exp
-go through torch, and an fma is computed in float64, where the product of two fp32 is exact.
+The stock interpreter rounds some casts to fp8 and bf16 wrongly, rounds the product inside `fma`, and has NaN for the
+maximum of a number and NaN. Here casts and exp go through torch, an fma is computed in float64, where the product of
+two fp32 is exact, and a maximum or minimum is the number, unless the kernel asks for NaN.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -64,6 +66,10 @@ def _exp(self, x):
     return TensorHandle(torch.from_numpy(np.ascontiguousarray(x.data)).exp().numpy(), x.dtype.scalar)
 
 
+def _number(of):
+    return lambda self, x, y: self.binary_op(x, y, of)
+
+
 def _generic_reduce(stock):
     # The stock loop visits every element in Python; numpy's max propagates NaN as our combiner does.
     def reduce(self, values):
@@ -83,6 +89,8 @@ def repaired():
         mock.patch.object(interpreter, "_convert_float", _convert_float(interpreter._convert_float)),
         mock.patch.object(interpreter.InterpreterBuilder, "create_fma", _fma),
         mock.patch.object(interpreter.InterpreterBuilder, "create_exp", _exp),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_maxnumf", _number(np.fmax)),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_minnumf", _number(np.fmin)),
         mock.patch.object(
             interpreter.ReduceOps, "generic_reduce", _generic_reduce(interpreter.ReduceOps.generic_reduce)
         ),
@@ -102,6 +110,11 @@ def _call(kernel: str, args: tuple, kwargs: dict):
         return launch(*args, **kwargs)
 
 
+def _call_function(function: Callable, args: tuple):
+    with repaired():
+        return function(*args)
+
+
 def _call_op(spec: QuantSpec, op: str, args: tuple, config: Config | None):
     with repaired():
         return OPS[op].run(*args, spec, config=config)
@@ -111,6 +124,11 @@ def _call_op(spec: QuantSpec, op: str, args: tuple, config: Config | None):
 def _worker() -> ProcessPoolExecutor:
     # Triton reads TRITON_INTERPRET when it is imported, so interpreted kernels need a process of their own.
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_interpret)
+
+
+def call(function: Callable, *args):
+    """What a function of a test module gives in a process whose Triton interprets, repaired."""
+    return _worker().submit(_call_function, function, args).result()
 
 
 def run(kernel: str, *args, **kwargs):

@@ -15,10 +15,16 @@ def broken(
     expected: Mapping[str, int] | None = None,
     max_bytes: int | None = None,
 ) -> list[str]:
-    """One line per expectation that does not hold; empty when all do."""
+    """One line per expectation that does not hold; empty when all do.
+
+    None holds of code that launches nothing, which any of them would pass; `kernels` expected 0 times says it may.
+    """
     lines = []
+    checked = bool(forbidden or expected or max_bytes is not None) and (expected or {}).get(ALL_KERNELS) != 0
     for report in reports:
         at = "".join(f" at {name} = {size}" for name, size in report.to_sizes().items()) if len(reports) > 1 else ""
+        if checked and not report.launches:
+            lines.append(f"the code launches nothing{at}, so there is nothing to check")
         for finding in report.findings:
             if finding.rule in forbidden:
                 lines.append(f"{finding.rule} in {finding.kernel}{at}: {finding.message}")

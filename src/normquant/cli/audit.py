@@ -17,6 +17,10 @@ from normquant.cli.output_files import check_writable, write_atomically
 from normquant.compile import explain, inductor_options
 from normquant.report import audit_diff, audit_html, audit_text
 
+TOKENS = 64
+COMPILING = ("arg", "option", "fuse", "dynamic", "tokens", "layers")
+# Options that a kind of input does not read: given with it, they are errors.
+UNREAD = {"generated code": COMPILING, "module:callable": ("tokens", "layers"), "a transformers config": ("arg",)}
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -41,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with normquant.inductor_options(POLICY), by default auto; prints what was fused, what was not, and why",
     )  # fmt: skip
     compiling.add_argument("--dynamic", action="store_true", default=None, help="compile with symbolic sizes")
-    compiling.add_argument("--tokens", type=_positive, default=64, help="tokens for a transformers model; default 64")
-    compiling.add_argument("--layers", type=_positive, help="build only this many layers of a transformers model")
+    compiling.add_argument("--tokens", type=_positive, help=f"tokens for a transformers model; default {TOKENS}")
+    compiling.add_argument("--layers", type=_positive, help="build only so many layers of a transformers model")
     sizes = parser.add_argument_group("symbolic sizes")
     sizes.add_argument("--m", type=integers, default=(), metavar="1,64,8192", help="evaluate at these numbers of rows")
     sizes.add_argument(
@@ -67,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Audit, print, and check. 0: all is well; 1: an expectation does not hold; 2: nothing can be audited."""
     check_writable(*(Path(path) for path in (args.json, args.html) if path and path != "-"))
+    _check_read(args)
     try:
         if args.diff:
             return _diff(args)
@@ -81,14 +86,31 @@ def run(args: argparse.Namespace) -> int:
     return _exit_code(made, args)
 
 
+def _check_read(args: argparse.Namespace) -> None:
+    """Raise ValueError for an option that would be ignored."""
+    unread = {f"--{name}": "--diff" for name in ("html", "github") if args.diff and getattr(args, name)}
+    kinds = [_kind(what) for what in args.diff or [args.what] if what is not None]
+    for name in COMPILING:
+        if getattr(args, name) and kinds and all(name in UNREAD[kind] for kind in kinds):
+            unread[f"--{name}"] = kinds[0]
+    if unread:
+        raise ValueError("; ".join(f"{option} is not read with {other}" for option, other in unread.items()))
+
+
+def _kind(what: str) -> str:
+    if not os.path.exists(what):
+        return "module:callable"
+    return "a transformers config" if _is_config(what) else "generated code"
+
+
 def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
     sizes = _counts(args.size, "--size")
-    if os.path.exists(what) and not _is_config(what):
+    if _kind(what) == "generated code":
         return audit_path(what, args.target, args.m, sizes)
     from normquant.audit.capture import live_compile, model_inputs  # the compiler, only where something is compiled
 
     if os.path.exists(what):
-        function, make = model_inputs.hugging_face(what, args.tokens, args.layers)
+        function, make = model_inputs.hugging_face(what, args.tokens or TOKENS, args.layers)
     elif model_inputs.is_named(what):
         function, make = model_inputs.named_callable(what, args.arg)
     else:

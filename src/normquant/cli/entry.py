@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from normquant.version import VERSION
 
+DEBUG_HELP = "show the traceback of an error"
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -70,7 +71,7 @@ def _run(argv: Sequence[str], commands: Sequence[Command]) -> int:
     top = _parser(commands).parse_args(argv)
     module = importlib.import_module(next(c.module for c in commands if c.name == top.command))
     parser = argparse.ArgumentParser(prog=f"normquant {top.command}", description=_first_line(module.__doc__))
-    parser.add_argument("--debug", action="store_true", default=top.debug, help=argparse.SUPPRESS)
+    parser.add_argument("--debug", action="store_true", default=top.debug, help=DEBUG_HELP)
     module.add_arguments(parser)
     args = parser.parse_args(top.arguments)
     try:
@@ -101,7 +102,7 @@ def _parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"normquant {VERSION}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     parser.add_argument("command", metavar="COMMAND", choices=[c.name for c in commands], help="see below")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="arguments of the command")
     return parser

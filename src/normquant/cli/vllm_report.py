@@ -54,8 +54,15 @@ def _report(path: Path, as_json: bool) -> str:
 
 def default_root(environ: Mapping[str, str]) -> Path:
     """Where vLLM keeps its compile caches when it is not told otherwise."""
-    cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(environ.get("VLLM_CACHE_ROOT") or cache / "vllm") / "torch_compile_cache"
+    root = environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "vllm"
+    return Path(root) / "torch_compile_cache"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise ValueError("this user has no home directory with a cache of vLLM in it; give the path of one") from None
 
 
 def text(records: Iterable[GraphRecord]) -> str:

@@ -11,6 +11,7 @@ from normquant import spec
 
 FP8_MAX = tl.constexpr(spec.FP8_MAX)
 AMAX_SHIFT = tl.constexpr(spec.AMAX_SHIFT)
+MAX_POWER = tl.constexpr(spec.MAX_POWER)
 # 1/448 as a sum of two fp32, the first rounded down: with them amax / 448 comes out correctly rounded for every amax.
 INV_FP8_MAX_HI = tl.constexpr(float.fromhex("0x1.249248p-9"))
 INV_FP8_MAX_LO = tl.constexpr(float.fromhex("0x1.24924ap-33"))
@@ -66,6 +67,19 @@ def reciprocal(s, ON_CUDA: tl.constexpr):
 
 
 @triton.jit
+def fp8_max_over(amax, ON_CUDA: tl.constexpr):
+    # 448 / amax as IEEE division rounds it, for every amax: a quotient, corrected by its exact remainder (Markstein).
+    # For an inf the remainder leaves out inf * 0, as above.
+    a = amax * AMAX_SHIFT
+    hi, lo = reciprocal(a, ON_CUDA)
+    inverse = hi + lo
+    quotient = inverse * (FP8_MAX * AMAX_SHIFT)
+    finite = tl.where(a < float("inf"), a, 0.0)
+    remainder = tl.fma(finite * -1.0, quotient, FP8_MAX * AMAX_SHIFT)
+    return tl.fma(remainder, inverse, quotient)
+
+
+@triton.jit
 def times(y, hi, lo):
     # y * (hi + lo), rounded once. Neither term is negative zero for y = +0, nor positive for y = -0: the sign stays.
     return tl.fma(y, hi, y * lo)
@@ -103,6 +117,26 @@ def max_or_nan(a, b):
 
 
 @triton.jit
+def group_amax(y, SPEC: tl.constexpr):
+    # y [G, group] fp32 -> [G] fp32. A plain maximum prefers numbers to NaN: only a group without any gives NaN.
+    if SPEC.nan == "propagate":
+        amax = tl.reduce(tl.abs(y), 1, max_or_nan)
+    else:
+        amax = tl.max(tl.abs(y), axis=1)
+    return at_least(amax, SPEC.floor, SPEC)
+
+
+@triton.jit
+def at_least(x, FLOOR: tl.constexpr, SPEC: tl.constexpr):
+    if FLOOR > 0.0:
+        if SPEC.nan == "propagate":
+            x = max_or_nan(x, FLOOR)
+        else:
+            x = tl.maximum(x, FLOOR)
+    return x
+
+
+@triton.jit
 def group_scale(amax, SPEC: tl.constexpr, ON_CUDA: tl.constexpr):
     if SPEC.scale_by == "scalar":
         s = divide_by_constant(amax, FP8_MAX, ON_CUDA)
@@ -110,11 +144,12 @@ def group_scale(amax, SPEC: tl.constexpr, ON_CUDA: tl.constexpr):
         s = amax * (1.0 / FP8_MAX)
     else:
         s = times(amax, INV_FP8_MAX_HI, INV_FP8_MAX_LO)
-    if SPEC.scale_floor > 0.0:
-        s = max_or_nan(s, SPEC.scale_floor)
+    s = at_least(s, SPEC.scale_floor, SPEC)
     if SPEC.scale != "fp32":
         up = ((s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-        s = tl.where(s < float("inf"), up, s)
+        if SPEC.nan == "propagate":
+            up = tl.where(s < float("inf"), up, s)  # for NaN; inf stays as it is
+        s = up
     return s
 
 
@@ -152,9 +187,7 @@ def quantize_by_factor(y, ON_CUDA: tl.constexpr):
 @triton.jit
 def quantize_by_scale(y, SPEC: tl.constexpr, ON_CUDA: tl.constexpr):
     # y [G, group] fp32 -> fp32 values to be cast, and scales [G] fp32.
-    amax = tl.reduce(tl.abs(y), 1, max_or_nan)
-    if SPEC.floor > 0.0:
-        amax = max_or_nan(amax, SPEC.floor)
+    amax = group_amax(y, SPEC)
     s = group_scale(amax, SPEC, ON_CUDA)
     # The quotients are those of IEEE division to the bit: tests go through every pair of bf16 and of fp16 mantissas.
     if SPEC.divide == "fast_amax" and ON_CUDA:
@@ -164,10 +197,14 @@ def quantize_by_scale(y, SPEC: tl.constexpr, ON_CUDA: tl.constexpr):
         hi, lo = reciprocal(amax * AMAX_SHIFT if SPEC.divide == "amax" or SPEC.divide == "fast_amax" else s, ON_CUDA)
     if SPEC.divide == "amax" or SPEC.divide == "fast_amax":
         q = y * ((hi + lo) * (FP8_MAX * AMAX_SHIFT))[:, None]
+    elif SPEC.divide == "factor":
+        q = y * fp8_max_over(amax, ON_CUDA)[:, None]
     elif SPEC.divide == "reciprocal" or SPEC.scale != "fp32":  # the reciprocal of a power of two is exact
         q = y * (hi + lo)[:, None]
     else:
         q = times(y, hi[:, None], lo[:, None])
+    if SPEC.scale != "fp32" and SPEC.nan == "propagate":
+        s = tl.minimum(s, MAX_POWER)  # which prefers a number to NaN, too
     return q, s
 
 

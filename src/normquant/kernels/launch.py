@@ -45,6 +45,7 @@ class KernelSpec(NamedTuple):
     scale_floor: float
     scale_by: str
     divide: str
+    nan: str
     scales_per_element: int
 
 

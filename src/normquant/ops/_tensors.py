@@ -13,6 +13,7 @@ from normquant.kernels.tiling import MAX_ROW
 from normquant.spec import ACTIVATION_DTYPES, QuantizedActivation, QuantSpec, Rope, one_of
 
 ACTIVATION_BYTES = 2
+FP32 = torch.finfo(torch.float32)
 WEIGHT_DTYPES = (*ACTIVATION_DTYPES, torch.float32)
 
 
@@ -74,6 +75,18 @@ def check_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Ten
     if weight.dim() != 1 or weight.shape[0] != x.shape[1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [K] = [{x.shape[1]}]")
     check_weight(weight, x, "weight")
+
+
+def check_eps(eps: float) -> None:
+    """eps must be a positive normal fp32: with less a row of zeros would be NaN. Symbols of a compile are let pass."""
+    if isinstance(eps, int | float) and not FP32.tiny <= eps <= FP32.max:
+        raise ValueError(f"eps is {eps}; it must be a positive normal fp32, from {FP32.tiny} to {FP32.max}")
+
+
+def check_weight_offset(weight_offset: float) -> None:
+    """weight_offset must be finite in fp32. Symbols of a compile are let pass."""
+    if isinstance(weight_offset, int | float) and not abs(weight_offset) <= FP32.max:
+        raise ValueError(f"weight_offset is {weight_offset}; it must be finite in fp32")
 
 
 def check_weight(weight: torch.Tensor, x: torch.Tensor, name: str) -> None:

@@ -17,8 +17,9 @@ def group_quant(x: torch.Tensor, *, spec: QuantSpec = DEFAULT) -> QuantizedActiv
     """x quantized in groups of `spec.group` neighbours of a row.
 
     x: [..., K] bfloat16 or float16; the last stride is 1, rows may be any distance apart; K a multiple of the group.
-    A group of zeros gives the scale floor and zero data; a NaN makes its group NaN; an inf gives an inf scale, NaN
-    where x is inf and zero elsewhere. M = 0 gives empty outputs. Raises ValueError for anything else.
+    A group of zeros gives the scale floor and zero data; a NaN makes its group NaN, or stays the only one, as
+    `spec.nan` says; an inf gives a scale of inf or, by the same field, 2**127, NaN where x is inf and zero elsewhere.
+    M = 0 gives empty outputs. Raises ValueError for anything else.
     """
     return activation(x.shape[:-1], torch.ops.normquant.group_quant(rows("x", x), spec.encode()), spec)
 

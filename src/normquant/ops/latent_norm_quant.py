@@ -13,6 +13,7 @@ from normquant.ops._tensors import (
     ACTIVATION_BYTES,
     activation,
     check_angles,
+    check_eps,
     check_normed_width,
     check_rows,
     check_weight,
@@ -76,7 +77,7 @@ def latent_norm_quant(
     """The latents of multi-head latent attention from the fused qkv_a projection, in one kernel.
 
     x: [..., Q + C + R] bfloat16 or float16: q_a, kv_a and k_pe; rows may be any distance apart.
-    q_weight [Q], kv_weight [C]: weights of the two RMSNorms, which share `eps`; the rest of x is k_pe.
+    q_weight [Q], kv_weight [C]: weights of the two RMSNorms, which share `eps`, a positive number; the rest is k_pe.
     cos, sin: [positions, R/2] or wider, of which the first R/2 values of a row are read; rows may be any distance
         apart. vLLM: the halves of cos_sin_cache. transformers: the rows of position_embeddings, `positions` None.
     positions: [...] int32 or int64, which row of cos and sin belongs to which row of x; None: row i to row i. They are
@@ -127,6 +128,7 @@ def _check(
     check_weight(q_weight, x, "q_weight")
     check_weight(kv_weight, x, "kv_weight")
     check_angles(x, cos, sin, positions, r, rope)
+    check_eps(eps)
 
 
 def _example(e: Examples) -> dict[str, Any]:

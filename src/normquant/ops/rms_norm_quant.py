@@ -9,7 +9,15 @@ import torch
 from normquant import reference
 from normquant.ops._examples import EPS, Examples
 from normquant.ops._op import DEFAULT, Impl, Op, Traffic, register
-from normquant.ops._tensors import ACTIVATION_BYTES, activation, check_norm, fake_quant, rows
+from normquant.ops._tensors import (
+    ACTIVATION_BYTES,
+    activation,
+    check_eps,
+    check_norm,
+    check_weight_offset,
+    fake_quant,
+    rows,
+)
 from normquant.spec import QuantizedActivation, QuantSpec
 
 CHOICES = ("prefetch", "late_weight", "evict_first", "tiles", "cluster")
@@ -55,11 +63,11 @@ def rms_norm_quant(
 
     x: [..., K] bfloat16 or float16; the last stride is 1, rows may be any distance apart.
     weight: [K] bfloat16, float16 or float32, contiguous.
-    weight_offset: added to the weight in fp32; 1.0 for Gemma.
+    eps: positive; weight_offset: finite, added to the weight in fp32; 1.0 for Gemma.
     return_norm: also return y as [..., K] in x's dtype.
 
-    A row of zeros gives the scale floor and zero data. A NaN makes its whole row NaN, data and scales. A row whose sum
-    of squares overflows fp32 has rstd 0: it counts as zeros, except that an inf makes its group NaN.
+    A row of zeros gives the scale floor and zero data. A NaN makes all data of its row NaN, and the scales what
+    `spec.nan` says. A row whose sum of squares overflows fp32 has rstd 0: it counts as zeros, but an inf becomes NaN.
     K must be a multiple of `spec.group`; M = 0 gives empty outputs. Raises ValueError for anything else.
     """
     flat = rows("x", x)
@@ -79,8 +87,10 @@ def register_norm(stem: str, oracle: Impl, with_residual: bool, with_norm: bool)
         return args if with_residual else (args[0], None, *args[1:])
 
     def check(*args):
-        x, residual, weight, _, _, spec = split(args)
+        x, residual, weight, eps, offset, spec = split(args)
         check_norm(x, residual, weight, spec)
+        check_eps(eps)
+        check_weight_offset(offset)
 
     def fake(x, *args):
         return *fake_quant(x, x.shape[0], x.shape[1], args[-1]), *(x.new_empty(x.shape) for _ in outputs[2:])

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shared.compare import assert_bitwise
 from shared.pass_harness import assert_same, exact, run_with_pass
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import normquant as nq
+from normquant import specs
 from normquant.compile import clear, explain, inductor_options, last_report
+from normquant.compile.edit.build import Builder
+from normquant.compile.edit.decompose import decompose
 from normquant.compile.policy import Rules
 from normquant.spec import QuantSpec
 
@@ -81,6 +87,11 @@ def test_few_rows_and_many(m: int) -> None:
 
 
 @nests
+def test_leaving_out_nan_takes_no_second_kernel() -> None:
+    check_one_kernel(generated(specs.VLLM_UE8M0, 7168))
+
+
+@nests
 @pytest.mark.parametrize("layout", ["row", "col"])
 @pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
 def test_any_number_of_rows_is_one_kernel_too(scale: str, layout: str) -> None:
@@ -132,3 +143,29 @@ def test_each_quantization_of_one_norm_keeps_its_layout(first: str, second: str)
     assert outcome.site.strategy == "native" and outcome.ops() == [], outcome.reports
     assert_same(given, expected)
     assert [t.stride() for pair in given for t in pair] == [t.stride() for pair in expected for t in pair]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(QuantSpec(scale="ue8m0", nan=nan, scale_by="divide") for nan in ("propagate", "ignore")),
+        QuantSpec(nan="ignore"),
+        QuantSpec(divide="factor", scale_by="divide"),
+    ],
+    ids=str,
+)
+def test_nan_and_inf_as_in_the_opaque_operation(spec: QuantSpec) -> None:
+    def fn(x, w):  # a norm that is not one, so that a NaN and an inf stay in their group
+        q = nq.group_quant(x * w, spec=spec)
+        return q.data, q.scale
+
+    graph = make_fx(fn, tracing_mode="fake")(exact(8, 512), exact(512, seed=2)).graph
+    (op,) = graph.find_nodes(op="call_function", target=torch.ops.normquant.group_quant.default)
+    new = Builder(graph)
+    for old, made in decompose(new, [op]):
+        old.replace_all_uses_with(made)
+    graph.eliminate_dead_code()
+    assert not graph.find_nodes(op="call_function", target=torch.ops.normquant.group_quant.default)
+    x, w = exact(8, 512), exact(512, seed=2)
+    x[0, 3], x[1, 130], x[2], x[3, 7], x[3, 9] = float("nan"), float("inf"), float("nan"), float("nan"), float("inf")
+    assert_bitwise(GraphModule(torch.nn.Module(), graph)(x, w), fn(x, w))

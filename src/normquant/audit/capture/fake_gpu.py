@@ -153,9 +153,19 @@ def _clear_device_caches() -> None:
 
 
 def guard_dir() -> Path:
-    """Where this user's compiled guards are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "normquant" / "device-guard"
+    """Where this user's compiled guards are kept; a folder of this process where the user has no home to keep them."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        folder = Path(base) / "normquant" / "device-guard"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError):  # no home is known, or the one that is named does not exist
+        return Path(_scratch().name)
+    return folder
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:  # removed when the process ends
+    return tempfile.TemporaryDirectory(prefix="normquant-")
 
 
 @functools.cache
@@ -180,7 +190,6 @@ def _compile_guard(library: Path) -> None:
         raise Unavailable(
             "a CPU-only torch needs a C++ compiler once to generate GPU code: install c++, g++ or clang++, or set CXX"
         )
-    library.parent.mkdir(parents=True, exist_ok=True)
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # same file system: the rename below is atomic
         source, built = Path(scratch) / "guard.cpp", Path(scratch) / "guard.so"

@@ -13,7 +13,7 @@ from normquant.compile.edit.build import Builder, shaped
 from normquant.compile.find.graph import Unsupported, aten, prims, value
 from normquant.compile.find.quant_ops import is_group_quant, read
 from normquant.compile.find.quants import Quant
-from normquant.spec import FP8_MAX, TMA_ALIGN, QuantSpec
+from normquant.spec import FP8_MAX, MAX_POWER, TMA_ALIGN, QuantSpec
 
 
 def decompose(new: Builder, ops: Sequence[Node]) -> tuple[tuple[Node, Node], ...]:
@@ -53,11 +53,17 @@ def _quantize(new: Builder, y: Node, spec: QuantSpec) -> tuple[Node, Node]:
     k = value(y).shape[-1]
     wide = new(prims.convert_element_type.default, y, torch.float32)
     grouped = new(aten.reshape.default, wide, [-1, k // spec.group, spec.group])  # [M, G, group]
-    amax = new(aten.amax.default, new(aten.abs.default, grouped), [-1])  # [M, G]
+    magnitude = new(aten.abs.default, grouped)
+    if spec.nan == "ignore":
+        number = new(aten.eq.Tensor, magnitude, magnitude)
+        magnitude = new(aten.where.self, number, magnitude, _constant(new, magnitude, 0.0))
+    amax = new(aten.amax.default, magnitude, [-1])  # [M, G]
     if spec.floor:
         amax = new(aten.clamp_min.default, amax, spec.floor)
     scale = _scale(new, amax, spec)
     above = new(aten.clamp_min.default, _divided(new, grouped, amax, scale, spec), -FP8_MAX)
+    if spec.is_ue8m0 and spec.nan == "propagate":
+        scale = new(aten.where.self, _is_finite(new, scale), scale, _constant(new, scale, MAX_POWER))
     fp8 = new(prims.convert_element_type.default, new(aten.clamp_max.default, above, FP8_MAX), spec.dtype)
     return new(aten.reshape.default, fp8, [-1, k]), scale
 
@@ -90,8 +96,11 @@ def _scale(new: Builder, amax: Node, spec: QuantSpec) -> Node:
         return scale
     bits = new(aten.add.Tensor, new(aten.view.dtype, scale, torch.int32), 0x7FFFFF)
     up = new(aten.view.dtype, new(aten.bitwise_and.Scalar, bits, 0x7F800000), torch.float32)
-    finite = new(aten.lt.Scalar, new(aten.abs.default, scale), float("inf"))  # false for NaN as well
-    return new(aten.where.self, finite, up, scale)
+    return new(aten.where.self, _is_finite(new, scale), up, scale)
+
+
+def _is_finite(new: Builder, scale: Node) -> Node:
+    return new(aten.lt.Scalar, new(aten.abs.default, scale), float("inf"))  # false for NaN as well
 
 
 def _divided(new: Builder, grouped: Node, amax: Node, scale: Node, spec: QuantSpec) -> Node:
@@ -99,6 +108,8 @@ def _divided(new: Builder, grouped: Node, amax: Node, scale: Node, spec: QuantSp
         return new(aten.div.Tensor, grouped, new(aten.unsqueeze.default, scale, -1))
     if spec.divide == "reciprocal":
         factor = new(aten.reciprocal.default, scale)
+    elif spec.divide == "factor":
+        factor = new(aten.div.Tensor, _constant(new, amax, FP8_MAX), amax)
     else:
         factor = new(aten.mul.Tensor, new(aten.reciprocal.default, amax), FP8_MAX)
     return new(aten.mul.Tensor, grouped, new(aten.unsqueeze.default, factor, -1))

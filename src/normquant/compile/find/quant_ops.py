@@ -72,6 +72,7 @@ def read_vllm_quant(node: Node, k: int) -> Quant:
             floor=args["eps"],
             scale_floor=VLLM_SCALE_FLOOR if ue8m0 else 0.0,
             scale_by="divide",
+            nan="ignore" if ue8m0 else "propagate",  # as specs.VLLM_UE8M0 and specs.VLLM
         )
     except ValueError as error:
         raise Unsupported(str(error)) from None

@@ -160,7 +160,7 @@ def _division(quotient: Node) -> tuple[Node, Divide, Node]:
             if is_call(inverse, aten.div.Tensor) and number(arguments(inverse)[0]) == 1:
                 return y, "reciprocal", factor
             if is_call(inverse, aten.div.Tensor) and number(arguments(inverse)[0]) == FP8_MAX:
-                raise Unsupported("the data is y * (448 / amax); the kernels support y * (448 * (1 / amax))")
+                raise Unsupported("the data is y * (448 / amax); the pass reads y * (448 * (1 / amax))")
             if is_call(inverse, aten.mul.Tensor) and is_call(arguments(inverse)[0], aten.reciprocal.default):
                 return y, _divide_of(number(arguments(inverse)[1])), factor
     raise NotFound(f"its data comes from {op_name(quotient)}; expected a division by the scale of each group")
