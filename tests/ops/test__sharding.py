@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from shared.compare import bits
 
 from normquant import QuantSpec
-from normquant.ops import OPS, Examples, sharding
+from normquant.ops import OPS, Examples, register_sharding
 
 RANKS, M, K = 2, 6, 1024
 SPECS = QuantSpec(), QuantSpec(layout="col_tma", scale="ue8m0_packed"), QuantSpec(layout="col", group=64)
@@ -76,8 +76,8 @@ CASES = {"rows": rows, "columns": columns, "angles": angles}
 def rank_of(rank: int, port: int, name: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
-    sharding.register()
-    sharding.register()  # once more changes nothing
+    register_sharding()
+    register_sharding()  # once more changes nothing
     CASES[name]()
     dist.destroy_process_group()
 
