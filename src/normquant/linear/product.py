@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from normquant.linear.weights import BLOCK, check_bias, check_weight, dequantize_weight, pad_weight_scale
 from normquant.ops import LIBRARY
-from normquant.ops._gradients import define_without_gradient, refuse_gradients
+from normquant.ops._gradients import refuse_gradients
+from normquant.ops._op import without_gradient
 from normquant.spec import TMA_ALIGN, QuantizedActivation, QuantSpec
 
 HOPPER = (9, 0)
@@ -121,4 +122,4 @@ def _holds(t: torch.Tensor, elements: int) -> bool:
 
 LIBRARY.impl("block_fp8_linear", dequantized_linear, "CPU")
 LIBRARY.impl("block_fp8_linear", _scaled_mm, "CUDA")
-define_without_gradient(LIBRARY, "block_fp8_linear")
+without_gradient("block_fp8_linear")

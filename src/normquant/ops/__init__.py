@@ -6,6 +6,7 @@ The functions take any leading dimensions. `OPS` has every op by its name in `to
 from normquant.ops import rope_last as rope_last  # the compile pass alone calls it, through torch
 from normquant.ops._examples import Examples
 from normquant.ops._op import LIBRARY, OPS, Op, warmup
+from normquant.ops._sharding import register_sharding
 from normquant.ops.add_rms_norm_quant import add_rms_norm_quant
 from normquant.ops.group_quant import group_quant
 from normquant.ops.latent_norm_quant import latent_norm_quant
@@ -20,6 +21,7 @@ __all__ = [
     "add_rms_norm_quant",
     "group_quant",
     "latent_norm_quant",
+    "register_sharding",
     "rms_norm_quant",
     "silu_mul_quant",
     "warmup",

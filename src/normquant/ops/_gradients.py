@@ -16,13 +16,6 @@ INSTEAD = (
 )
 
 
-def define_without_gradient(library: torch.library.Library, name: str) -> None:
-    """Tell autograd to leave op `name` alone: a kernel for it would be one more Python frame in every launch. The
-    implementations call `refuse_gradients` instead; the fake one does it for a compile, where Dynamo infers what
-    requires grad."""
-    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-
-
 def refuse_gradients(name: str, args: Iterable[Any]) -> None:
     """Raise RuntimeError if one of the arguments of op `name` requires grad and gradients are recorded."""
     if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):

@@ -16,7 +16,7 @@ import torch
 
 from normquant.kernels import capability
 from normquant.ops._examples import LATENT, Examples
-from normquant.ops._gradients import define_without_gradient, refuse_gradients
+from normquant.ops._gradients import refuse_gradients
 from normquant.spec import QuantSpec, Rope
 
 if TYPE_CHECKING:
@@ -103,11 +103,19 @@ def register(op: Op) -> Op:
     torch.library.register_fake(f"normquant::{op.name}", _checked(op, op.fake), lib=LIBRARY)
     LIBRARY.impl(op.name, _checked(op, op.reference), "CPU")
     LIBRARY.impl(op.name, cached(op.name, op.launch), "CUDA")
-    define_without_gradient(LIBRARY, op.name)
+    without_gradient(op.name)
     if op.eps_overload:
         _register_tensor_eps(op)
     OPS[op.name] = op
     return op
+
+
+def without_gradient(name: str) -> None:
+    """Have autograd leave an op alone: a kernel for it would be one more Python frame in every launch.
+
+    The implementations call `refuse_gradients` instead; the fake one while Dynamo infers what requires grad.
+    """
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def _checked(op: Op, run: Impl) -> Impl:
@@ -134,7 +142,7 @@ def _register_tensor_eps(op: Op) -> None:
 
     LIBRARY.define(f"{op.name}.tensor{op.schema.replace('float eps', 'Tensor eps')}", tags=TAGS)
     LIBRARY.impl(f"{op.name}.tensor", run, "CompositeExplicitAutograd")
-    define_without_gradient(LIBRARY, f"{op.name}.tensor")
+    without_gradient(f"{op.name}.tensor")
     torch.library.register_fake(f"normquant::{op.name}.tensor", fake, lib=LIBRARY)
 
 

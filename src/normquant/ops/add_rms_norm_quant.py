@@ -8,6 +8,7 @@ import torch
 
 from normquant import reference
 from normquant.ops._examples import EPS
+from normquant.ops._gradients import refuse_gradients
 from normquant.ops._op import DEFAULT
 from normquant.ops._tensors import activation, rows
 from normquant.ops.rms_norm_quant import register_norm
@@ -57,6 +58,8 @@ def add_rms_norm_quant(
 
     Returns the quantized norm, h rounded to x's dtype [..., K], and with return_norm the norm [..., K] in x's dtype.
     """
+    if torch.is_grad_enabled():  # DTensor hides from the op what requires grad
+        refuse_gradients("add_rms_norm_quant", (x, residual, weight))
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; it must be x's, {tuple(x.shape)}")
     args = (rows("x", x), rows("residual", residual), weight, eps, weight_offset, spec.encode())

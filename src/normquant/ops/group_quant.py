@@ -8,6 +8,7 @@ import torch
 
 from normquant import reference
 from normquant.ops._examples import Examples
+from normquant.ops._gradients import refuse_gradients
 from normquant.ops._op import DEFAULT, Op, Traffic, register
 from normquant.ops._tensors import ACTIVATION_BYTES, activation, check_quant, fake_quant, rows
 from normquant.spec import QuantizedActivation, QuantSpec
@@ -21,6 +22,8 @@ def group_quant(x: torch.Tensor, *, spec: QuantSpec = DEFAULT) -> QuantizedActiv
     `spec.nan` says; an inf gives a scale of inf or, by the same field, 2**127, NaN where x is inf and zero elsewhere.
     M = 0 gives empty outputs. Raises ValueError for anything else.
     """
+    if torch.is_grad_enabled():  # DTensor hides from the op what requires grad
+        refuse_gradients("group_quant", (x,))
     return activation(x.shape[:-1], torch.ops.normquant.group_quant(rows("x", x), spec.encode()), spec)
 
 

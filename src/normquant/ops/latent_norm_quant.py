@@ -8,6 +8,7 @@ import torch
 
 from normquant import reference
 from normquant.ops._examples import EPS, LATENT, Examples
+from normquant.ops._gradients import refuse_gradients
 from normquant.ops._op import DEFAULT, Op, Traffic, register
 from normquant.ops._tensors import (
     ACTIVATION_BYTES,
@@ -89,6 +90,8 @@ def latent_norm_quant(
     Returns q_a normed and quantized [..., Q], kv_a normed [..., C], k_pe rotated [..., R], and with quantize_kv the
     normed kv_a quantized [..., C]. Q and C must be multiples of `spec.group`. Raises ValueError for anything else.
     """
+    if torch.is_grad_enabled():  # DTensor hides from the op what requires grad
+        refuse_gradients("latent_norm_quant", (x, q_weight, kv_weight, cos, sin))
     flat = None if positions is None else positions.reshape(-1)
     args = (rows("x", x), q_weight, kv_weight, cos, sin, flat, eps, rope, spec.encode())
     op = torch.ops.normquant.latent_norm_quant_with_kv if quantize_kv else torch.ops.normquant.latent_norm_quant

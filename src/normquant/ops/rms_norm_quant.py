@@ -8,6 +8,7 @@ import torch
 
 from normquant import reference
 from normquant.ops._examples import EPS, Examples
+from normquant.ops._gradients import refuse_gradients
 from normquant.ops._op import DEFAULT, Impl, Op, Traffic, register
 from normquant.ops._tensors import (
     ACTIVATION_BYTES,
@@ -70,6 +71,8 @@ def rms_norm_quant(
     `spec.nan` says. A row whose sum of squares overflows fp32 has rstd 0: it counts as zeros, but an inf becomes NaN.
     K must be a multiple of `spec.group`; M = 0 gives empty outputs. Raises ValueError for anything else.
     """
+    if torch.is_grad_enabled():  # DTensor hides from the op what requires grad
+        refuse_gradients("rms_norm_quant", (x, weight))
     flat = rows("x", x)
     args = (flat, weight, eps, weight_offset, spec.encode())
     if not return_norm:

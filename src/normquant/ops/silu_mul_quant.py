@@ -8,6 +8,7 @@ import torch
 
 from normquant import reference
 from normquant.ops._examples import Examples
+from normquant.ops._gradients import refuse_gradients
 from normquant.ops._op import DEFAULT, Op, Traffic, register
 from normquant.ops._tensors import ACTIVATION_BYTES, activation, check_quant, fake_quant, rows
 from normquant.spec import QuantizedActivation, QuantSpec
@@ -24,6 +25,8 @@ def silu_mul_quant(x: torch.Tensor, *, spec: QuantSpec = DEFAULT) -> QuantizedAc
     x: [..., 2K] bfloat16 or float16, gate in the first K values and up in the others; the last stride is 1, rows may be
     any distance apart; K a multiple of the group. Returns [..., K]. Raises ValueError for anything else.
     """
+    if torch.is_grad_enabled():  # DTensor hides from the op what requires grad
+        refuse_gradients("silu_mul_quant", (x,))
     return activation(x.shape[:-1], torch.ops.normquant.silu_mul_quant(rows("x", x), spec.encode()), spec)
 
 

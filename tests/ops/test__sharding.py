@@ -8,8 +8,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from shared.compare import bits
 
+import normquant as nq
 from normquant import QuantSpec
-from normquant.ops import OPS, Examples, sharding
+from normquant.ops import OPS, Examples, latent_norm_quant, register_sharding, silu_mul_quant
 
 RANKS, M, K = 2, 6, 1024
 SPECS = QuantSpec(), QuantSpec(layout="col_tma", scale="ue8m0_packed"), QuantSpec(layout="col", group=64)
@@ -70,14 +71,33 @@ def angles() -> None:
     check(op, as_many, SPECS[0], {"x": Shard(0)}, 0)
 
 
-CASES = {"rows": rows, "columns": columns, "angles": angles}
+def gradients() -> None:
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (RANKS,))
+    x, weight = (distribute_tensor(torch.ones(s, dtype=torch.bfloat16), mesh, [Replicate()]) for s in ((M, K), (K,)))
+    weight.requires_grad_()
+    y, angles = x * weight, torch.ones(M, 16)
+    calls = (
+        lambda: nq.rms_norm_quant(x, weight),
+        lambda: nq.add_rms_norm_quant(x, x, weight),
+        lambda: nq.group_quant(y),
+        lambda: silu_mul_quant(y),
+        lambda: latent_norm_quant(y, x[0, :512], x[0, :256], angles, angles),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="has no gradient"):
+            call()
+
+
+CASES = {"gradients": gradients, "rows": rows, "columns": columns, "angles": angles}
 
 
 def rank_of(rank: int, port: int, name: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
-    sharding.register()
-    sharding.register()  # once more changes nothing
+    register_sharding()
+    register_sharding()  # once more changes nothing
     CASES[name]()
     dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """How the ops run on DTensors: rows may be sharded, K only where every rank has whole groups; the rest is replicated.
 
-    normquant.ops.sharding.register()  # once, before the first call with a DTensor
+    normquant.ops.register_sharding()  # once, before the first call with a DTensor
 
 That is a call of its own because loading DTensor takes longer than all of normquant.
 """
@@ -23,8 +23,11 @@ Placements = list[Any]  # one for each output, then for each argument
 _registered: list[str] = []
 
 
-def register() -> None:
-    """Register the rules with DTensor; nothing where that was done."""
+def register_sharding() -> None:
+    """Register with DTensor how the ops run on shards; does nothing where that was done.
+
+    Rows may be sharded; so may K of `group_quant`, in multiples of 512 values a rank; anything else is gathered first.
+    """
     if not _registered:
         for op in OPS.values():
             _register(op, op.overload)
@@ -34,11 +37,10 @@ def register() -> None:
 
 
 def _register(op: Op, overload: torch._ops.OpOverload) -> None:
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, experimental
     from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
-    from torch.distributed.tensor.experimental import register_sharding
 
-    register_sharding(overload)(_rules(op))
+    experimental.register_sharding(overload)(_rules(op))
     # DTensor caches the outputs' dtypes and strides, by default for the tensors alone; the spec decides them, too
     first = next(i for i, a in enumerate(overload._schema.arguments) if "Tensor" not in str(a.type))
     propagator = DTensor._op_dispatcher.sharding_propagator
