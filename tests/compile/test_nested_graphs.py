@@ -126,9 +126,12 @@ REJECTED = {
     "square root": (lambda x, w: quant(no_weight(x, w)), "its input is aten.div, not an RMSNorm"),
     "something in between": (lambda x, w: quant(norm(x, w) + 1), "its input is aten.add, not an RMSNorm"),
     "shifted in between": (lambda x, w: quant(torch.roll(norm(x, w), 1, -1)), "not an RMSNorm"),
-    "shifted scales": (shifted_scales, "not an RMSNorm"),
+    "shifted scales": (shifted_scales, "its scale comes from aten.index (index); expected the amax of each group"),
     "float32": (lambda x, w: quant(norm(x.float() * 0.5, w.float())), "reads float32"),
-    "columns far apart": (lambda x, w: quant(norm(x[:, ::2], w[::2])), "kernels need the last one to be 1"),
+    "columns far apart": (
+        lambda x, w: quant(norm(x[:, ::2], w[::2])),
+        "x has stride (512, 2); the last stride must be 1",
+    ),
 }
 
 

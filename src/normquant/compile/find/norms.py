@@ -164,9 +164,10 @@ def _weight(scale: Node, k: int, trailing: tuple) -> tuple[Node, float]:
     shape = tuple(value(scale).shape)
     while len(shape) > len(trailing) and isinstance(shape[0], int) and shape[0] == 1:
         shape = shape[1:]
-    if len(shape) > 1 and not same_shape(shape, trailing) and same_size(shape[-1], 1):
-        made_by = f"{op_name(peel(scale, keeps_order, is_cast))} of shape {tuple(value(scale).shape)}"
-        raise Unsupported(f"what was normalized is multiplied with one value per row, {made_by}, not with a weight")
+    made_by = peel(scale, keeps_order, is_cast)
+    if made_by.op == "call_function" and len(shape) > 1 and same_size(shape[-1], 1) and not same_shape(shape, trailing):
+        factor = f"{op_name(made_by)} of shape {tuple(value(scale).shape)}"
+        raise Unsupported(f"what was normalized is multiplied with one value per row, {factor}, not with a weight")
     if not same_shape(shape, trailing):
         raise Unsupported(f"the weight has shape {tuple(value(scale).shape)}; the kernels take one value per column")
     node, offset = peel(scale, keeps_order, is_widening), 0.0
