@@ -6,7 +6,7 @@ import pytest
 from shared.rank_records import measured
 
 from normquant.distributed.algorithms import ONE_SHOT, TWO_SHOT
-from normquant.distributed.cost import H200, Call, fit
+from normquant.distributed.cost import H200, GroupCall, fit
 
 
 def errors(ranks: tuple[int, ...]) -> list[float]:
@@ -29,4 +29,4 @@ def test_the_fit_is_within_7_percent_and_the_prediction_for_8_ranks_within_29() 
     ("algorithm", "sharded", "kilobytes"), [(ONE_SHOT, False, 43.0), (TWO_SHOT, False, 27.0), (TWO_SHOT, True, 16.3)]
 )
 def test_bytes_of_a_row_on_4_ranks(algorithm: str, sharded: bool, kilobytes: float) -> None:
-    assert Call(4, 1, algorithm, sharded).row_bytes / 1e3 == pytest.approx(kilobytes, abs=0.05)
+    assert GroupCall(4, 1, algorithm, sharded).row_bytes / 1e3 == pytest.approx(kilobytes, abs=0.05)

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from normquant.bench.records import read
 from normquant.distributed.algorithms import ONE_SHOT, TWO_SHOT
-from normquant.distributed.cost import Call
+from normquant.distributed.cost import GroupCall
 
 MEASURED_ONE_SHOT = {2: 64, 4: 32, 8: 16}  # the rows up to which the records were measured with one shot
 RECORDS = list(read(Path(__file__).parents[2] / "baselines" / "h200.jsonl"))
 
 
-def measured(ranks: tuple[int, ...]) -> dict[Call, float]:
+def measured(ranks: tuple[int, ...]) -> dict[GroupCall, float]:
     """Microseconds of this package's op."""
     found = {}
     for r in RECORDS:
         if r["ranks"] in ranks and r["provider"] in ("normquant", "normquant sharded"):
             algorithm = ONE_SHOT if r["m"] <= MEASURED_ONE_SHOT[r["ranks"]] else TWO_SHOT
-            found[Call(r["ranks"], r["m"], algorithm, "sharded" in r["provider"], r["k"])] = r["us"]
+            found[GroupCall(r["ranks"], r["m"], algorithm, "sharded" in r["provider"], r["k"])] = r["us"]
     return found

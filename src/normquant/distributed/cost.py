@@ -16,7 +16,7 @@ GROUP = 128  # values of a scale
 
 
 @dataclass(frozen=True)
-class Call:
+class GroupCall:
     """m rows of k values in bf16 with a residual, on so many ranks; sharded: the sum is not sent."""
 
     ranks: int
@@ -49,7 +49,7 @@ class Cost:
     hop_us: float
     gb_per_s: float
 
-    def us(self, call: Call) -> float:
+    def us(self, call: GroupCall) -> float:
         """Predicted microseconds."""
         sent = call.m * call.row_bytes / (1e3 * self.gb_per_s)
         return self.launch_us + (call.ranks - 1) * self.peer_us + (call.hops - 1) * self.hop_us + sent
@@ -58,7 +58,7 @@ class Cost:
 H200 = Cost(2.70, 0.133, 1.51, 349)  # fitted to the records of 2 and 4 ranks in baselines/h200.jsonl
 
 
-def fit(calls: Sequence[Call], us: Sequence[float]) -> Cost:
+def fit(calls: Sequence[GroupCall], us: Sequence[float]) -> Cost:
     """The cost with the least squared relative error over measured calls."""
     terms = [[1.0, call.ranks - 1, call.hops - 1, call.m * call.row_bytes / 1e3] for call in calls]
     measured = torch.tensor(us, dtype=torch.float64)[:, None]
