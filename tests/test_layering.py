@@ -56,7 +56,13 @@ TOGETHER = (
     *("compile/test_inductor", "compile/test_models", "compile/test_nested_graphs", "compile/test_random_graphs"),
     *("compile/test_vllm_graphs", "compile/fusions/test_vllm_cases", "kernels/test_machine_code", "ops/test_ops"),
     *("linear/test_checkpoints", "linear/test_export", "linear/test_models", "linear/test_sharding"),
-    *("bench/test_baselines", "distributed/test_exchange", "distributed/test_examples", "distributed/test_ops"),
+    *(
+        "bench/test_baselines",
+        "bench/test_scale_page",
+        "distributed/test_exchange",
+        "distributed/test_examples",
+        "distributed/test_ops",
+    ),
 )
 # Modules without a test file of their own -> the tests that cover them.
 COVERED = {
