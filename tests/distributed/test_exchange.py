@@ -26,7 +26,7 @@ ROWS = (1, 5, 2, 8, 3, 11)
 
 
 def exchange(rank: int, buffers: list[torch.Tensor]):
-    from normquant.kernels.all_reduce_add_rms_norm_quant import Exchange
+    from normquant.kernels.exchange_layout import Exchange
 
     addresses = [b.data_ptr() for b in buffers]
     table = torch.tensor([*addresses, 0, 0], dtype=torch.int64)

@@ -13,9 +13,16 @@ import torch.distributed as dist
 from shared.compare import assert_bitwise
 from shared.inputs import activations, awkward, weights
 from shared.ranks import free_port, run_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normquant import QuantSpec, reference
-from normquant.distributed import MissingRank, check_agreement, open_workspace
+from normquant.distributed import (
+    MissingRank,
+    all_reduce_add_rms_norm,
+    all_reduce_add_rms_norm_quant,
+    check_agreement,
+    open_workspace,
+)
 from normquant.ops.all_reduce_add_rms_norm_quant import op_name, own_rows
 
 K, EPS = 512, 1e-6
@@ -57,6 +64,39 @@ def every_op(rank: int, world: int, port: int) -> None:
 
 def test_every_op_gives_the_bits_of_the_reference_on_every_rank() -> None:
     run_ranks(every_op, 4, free_port())
+
+
+def functions(rank: int, world: int, port: int) -> None:
+    group = join(rank, world, port)
+    parts, residual = torch.stack([activations(6, K, seed=r) for r in range(world)]), activations(6, K, seed=99)
+    data, scale, total, norm = reference.all_reduce_add_rms_norm_quant(parts, residual, weights(K), EPS, SPECS[1])
+    x, lead = parts[rank].view(2, 3, K), (2, 3, -1)
+    args = (x, residual.view(2, 3, K), weights(K), EPS)
+    q, *others = all_reduce_add_rms_norm_quant(*args, group=group, spec=SPECS[1], return_norm=True)
+    assert_bitwise([q.data, q.scale, *others], [t.view(lead) for t in (data, scale, total, norm)])
+    assert len(all_reduce_add_rms_norm_quant(*args, group=group)) == 2
+    *_, lone_total, lone_norm = reference.all_reduce_add_rms_norm_quant(parts, None, weights(K), EPS, QuantSpec())
+    found = all_reduce_add_rms_norm(x, None, weights(K), EPS, group=group)
+    assert_bitwise(found, [t.view(lead) for t in (lone_norm, lone_total)])
+    with pytest.raises(ValueError, match="rows a multiple of 8 values apart"):
+        gap = activations(2, K + 4)[:, :K]
+        all_reduce_add_rms_norm_quant(gap, None, weights(K), group=group)
+    fakes_are_like_the_outputs(rank, group, parts, residual)
+
+
+def fakes_are_like_the_outputs(rank: int, group: dist.ProcessGroup, parts, residual) -> None:
+    def layout(outputs) -> list[tuple]:
+        return [(t.shape, t.stride(), t.dtype) for t in outputs]
+
+    for spec, outputs, add in product(SPECS, OUTPUTS, (True, False)):
+        rest = (residual if add else None, spec, outputs, False, group)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fakes = layout(call(rank, parts, *rest))
+        assert fakes == layout(call(rank, parts, *rest))
+
+
+def test_the_functions_take_any_leading_dimensions_and_the_fakes_are_like_the_outputs() -> None:
+    run_ranks(functions, 2, free_port())
 
 
 def a_rank_is_silent(rank: int, world: int, port: int, dies: bool) -> str:

@@ -10,6 +10,7 @@ from normquant import QuantSpec
 from normquant.kernels import all_reduce_add_rms_norm_quant as kernels
 from normquant.kernels import parts_plan
 from normquant.kernels.configs import Config
+from normquant.kernels.exchange_layout import Exchange
 from normquant.kernels.launch import Launch
 
 K, WORLD = 7168, 4
@@ -19,7 +20,7 @@ CONFIGS = (Config(4, split=8, cluster=True), Config(16, split=8, cluster=True), 
 def compiled(algorithm: str, config: Config, wanted: tuple[bool, bool], sharded: bool = False) -> Code:
     x, weight = torch.empty(64, K, dtype=torch.bfloat16), torch.empty(K, dtype=torch.bfloat16)
     state, table = torch.zeros(2, dtype=torch.int32), torch.zeros(WORLD + 2, dtype=torch.int64)
-    group = kernels.Exchange(1, WORLD, table, state, 1 << 24)
+    group = Exchange(1, WORLD, table, state, 1 << 24)
     args = (x, x, weight, 1e-6, 0.0, QuantSpec(layout="col_tma"), parts_plan.Outputs(*wanted), group, config)
 
     def launch() -> None:

@@ -15,6 +15,7 @@ from normquant.distributed.collective import through_collectives
 from normquant.distributed.workspace import Workspace
 from normquant.kernels import all_reduce_add_rms_norm_quant as kernels
 from normquant.kernels.configs import Config
+from normquant.kernels.exchange_layout import one_shot_bytes, two_shot_bytes
 from normquant.kernels.launch import Launch
 from normquant.kernels.parts_plan import Outputs
 from normquant.kernels.tiling import power_of_two
@@ -40,9 +41,9 @@ def choose(m: int, k: int, world: int, half: int, sharded: bool) -> Choice:
     It depends on nothing that differs between ranks.
     """
     config = launch_config(k)
-    if m <= one_shot_rows(world, sharded) and kernels.one_shot_bytes(m, k, world) <= half:
+    if m <= one_shot_rows(world, sharded) and one_shot_bytes(m, k, world) <= half:
         return Choice(ONE_SHOT, config)
-    if kernels.two_shot_bytes(m, k, world) <= half:
+    if two_shot_bytes(m, k, world) <= half:
         return Choice(TWO_SHOT, config)
     return Choice(COLLECTIVE, config)
 

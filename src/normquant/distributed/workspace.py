@@ -8,8 +8,7 @@ from itertools import count
 import torch
 import torch.distributed as dist
 
-from normquant.kernels.all_reduce_add_rms_norm_quant import Exchange, one_shot_bytes, two_shot_bytes
-from normquant.kernels.exchange_layout import CONTROL_BYTES, UNIT_BYTES
+from normquant.kernels.exchange_layout import CONTROL_BYTES, UNIT_BYTES, Exchange, one_shot_bytes, two_shot_bytes
 from normquant.ops import _gather
 from normquant.ops.all_reduce_add_rms_norm_quant import runners
 

@@ -13,8 +13,6 @@ waits, and waits only for programs of the same number on other ranks: those get 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -35,7 +33,7 @@ from normquant.kernels._partial_sums import (
 from normquant.kernels._rows import store_tile
 from normquant.kernels._sent_rows import gather_rows, send_row
 from normquant.kernels.configs import Config
-from normquant.kernels.exchange_layout import UNIT_BYTES
+from normquant.kernels.exchange_layout import UNIT_BYTES, Exchange
 from normquant.kernels.launch import Plan
 from normquant.kernels.parts_plan import Outputs, plan_rows, row_strides
 from normquant.spec import QuantSpec
@@ -183,32 +181,6 @@ def two_shot_kernel(
         m, chunk, scale_rows, K, SPEC, G, KINDS, RANK, WORLD, ON_CUDA,
     )  # fmt: skip
     finish(state_ptr, epoch)
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """What a launch needs to know of a group: this rank among how many, and where their buffers are.
-
-    table: int64, the addresses of all ranks' buffers, then those of the report and the deadline in ns. state: int32,
-    the epoch and a counter. half: bytes of one half of a buffer, a multiple of `_exchange.UNIT_BYTES`.
-    """
-
-    rank: int
-    world: int
-    table: torch.Tensor
-    state: torch.Tensor
-    half: int
-
-
-def one_shot_bytes(m: int, k: int, world: int) -> int:
-    """Bytes of half a buffer that one shot takes."""
-    return m * world * 2 * k
-
-
-def two_shot_bytes(m: int, k: int, world: int) -> int:
-    """Bytes of half a buffer that two shots take, whatever outputs are sent."""
-    rows = -(-m // world) * world
-    return rows * (2 * k + k + 4 * ((k // 128 * 4 + 3) // 4 * 4) + 4 * k)
 
 
 def plan_one_shot(
