@@ -81,6 +81,10 @@ def functions(rank: int, world: int, port: int) -> None:
     with pytest.raises(ValueError, match="rows a multiple of 8 values apart"):
         gap = activations(2, K + 4)[:, :K]
         all_reduce_add_rms_norm_quant(gap, None, weights(K), group=group)
+    with pytest.raises(ValueError, match="eps is 0"):
+        all_reduce_add_rms_norm_quant(x, None, weights(K), 0.0, group=group)
+    with pytest.raises(RuntimeError, match="all_reduce_rms_norm_quant has no gradient"):
+        all_reduce_add_rms_norm_quant(x, None, weights(K).requires_grad_(), group=group)
     fakes_are_like_the_outputs(rank, group, parts, residual)
 
 

@@ -98,7 +98,7 @@ class GroupRunner:
     ) -> Callable[..., list[torch.Tensor]]:
         """What runs the op on tensors like these."""
         spec = QuantSpec.decode(spec_text).at(x.shape[0])
-        check(x, residual, weight, spec)
+        check(x, residual, weight, eps, weight_offset, spec)
         for name, t in (("x", x), ("residual", residual)):
             if t is not None and t.data_ptr() % 16:
                 raise ValueError(f"{name} starts at {t.data_ptr():#x}; accepted: a multiple of 16 bytes")

@@ -1,4 +1,4 @@
-"""Sizes in the buffer that a rank's peers write to, for its kernels and for who makes it, and what kernels know of it."""
+"""Sizes in the buffer that a rank's peers write to, and what the kernels know of a group."""
 
 from __future__ import annotations
 

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from normquant import reference
 from normquant.ops._examples import EPS
 from normquant.ops._gather import gather, group_of
-from normquant.ops._op import DEFAULT, LIBRARY, TAGS
-from normquant.ops._tensors import activation, check_norm, fake_quant, rows
+from normquant.ops._gradients import refuse_gradients
+from normquant.ops._op import DEFAULT, LIBRARY, TAGS, without_gradient
+from normquant.ops._tensors import activation, check_eps, check_norm, check_weight_offset, fake_quant, rows
 from normquant.spec import QuantizedActivation, QuantSpec
 
 NAME = "all_reduce_add_rms_norm_quant"
@@ -105,9 +106,18 @@ def own_rows(m: int, rank: int, world: int) -> slice:
     return slice(min(m, rank * chunk), min(m, (rank + 1) * chunk))
 
 
-def check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, spec: QuantSpec) -> None:
+def check(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float,
+    spec: QuantSpec,
+) -> None:
     """As for the norms of one rank; and rows of x and the residual lie a multiple of 8 values apart."""
     check_norm(x, residual, weight, spec)
+    check_eps(eps)
+    check_weight_offset(weight_offset)
     for name, t in (("x", x), ("residual", residual)):
         if t is not None and t.shape[0] > 1 and t.stride(0) % 8:
             raise ValueError(f"{name} has stride {tuple(t.stride())}; accepted: rows a multiple of 8 values apart")
@@ -182,8 +192,10 @@ class GroupOp:
     def checked(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments with a residual, or None, and the spec decoded."""
         args = args if self.with_residual else (args[0], None, *args[1:])
+        refuse_gradients(self.name, args)
         args = (*args[:-1], QuantSpec.decode(args[-1]))
-        check(args[0], args[1], args[2], args[-1])
+        x, residual, weight, eps, weight_offset, *_, spec = args
+        check(x, residual, weight, eps, weight_offset, spec)
         return args
 
     def fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
@@ -207,6 +219,7 @@ def _register(op: GroupOp) -> None:
     torch.library.register_fake(f"normquant::{op.name}", op.fake, lib=LIBRARY)
     LIBRARY.impl(op.name, op.cpu, "CPU")
     LIBRARY.impl(op.name, op.cuda, "CUDA")
+    without_gradient(op.name)
 
 
 for _with_residual, _outputs in product((False, True), ((True, False), (True, True), (False, True))):
