@@ -47,7 +47,7 @@ __all__ = [
     "specs",
     "warmup",
 ]
-_MODULES = ("audit", "compile", "linear", "ops", "reference", "spec", "specs")
+_MODULES = ("audit", "compile", "distributed", "linear", "ops", "reference", "spec", "specs")
 _REGISTERING = ("approximate_reciprocal", "kernels", "linear", "ops", "reference", "spec")
 _HOME = {  # of the public names that are not functions of `ops`
     **dict.fromkeys(("FusionReport", "explain", "inductor_options"), "compile"),

@@ -160,6 +160,48 @@ def add_rms_norm_quant(
     return *group_quant(y, spec), stored, y.to(x.dtype)
 
 
+def sum_of_parts(parts: torch.Tensor) -> torch.Tensor:
+    """parts [ranks, M, K], one of each rank -> their sum [M, K]: in rank order in fp32, rounded once to their dtype."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts.dtype)
+
+
+def all_reduce_norm(
+    parts: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    spec: QuantSpec,
+    weight_offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """parts [ranks, M, K], residual [M, K], weight [K] -> sum [M, K] in the parts' dtype, norm [M, K] fp32.
+
+    The sum is that of the parts, plus the residual where there is one.
+    """
+    h = sum_of_parts(parts).float()
+    if residual is not None:
+        h = h + residual.float()
+    stored = h.to(parts.dtype)
+    return stored, rms_norm(
+        stored.float() if spec.sum == "rounded" else h, weight, eps, spec, parts.dtype, weight_offset
+    )
+
+
+def all_reduce_add_rms_norm_quant(
+    parts: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    spec: QuantSpec,
+    weight_offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same -> data [M, K] fp8, scale, sum and norm [M, K] in the parts' dtype."""
+    stored, y = all_reduce_norm(parts, residual, weight, eps, spec, weight_offset)
+    return *group_quant(y, spec), stored, y.to(parts.dtype)
+
+
 def group_quant(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] -> data [M, K] fp8, scale."""
     data, scale = quantize(x.float(), spec)

@@ -2,9 +2,12 @@
 
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
+from shared import pages
+from shared.pages import row, table, words
 
 from normquant.bench.cases import BENCHMARKED, kernel_cases
 from normquant.bench.comparison import key
@@ -58,24 +61,7 @@ def vllm(model: str) -> list[dict]:
     return [r for r in RECORDS if r["suite"] == "vllm" and (r["linear"], r["moe"]) == MODELS[model]]
 
 
-def section(title: str) -> str:
-    """What stands under a heading of docs/performance.md, up to the next heading."""
-    found = re.search(rf"^##+ {re.escape(title)}\n(.*?)(?=^##|\Z)", PERFORMANCE, re.M | re.S)
-    assert found, f"docs/performance.md has no section {title!r}"
-    return found[1]
-
-
-def words(text: str) -> str:
-    return " ".join(text.split())
-
-
-def table(text: str) -> list[str]:
-    """The lines of the table in a text, without its rule."""
-    return [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|---")]
-
-
-def row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+section = partial(pages.section, PERFORMANCE)
 
 
 def change(ours: float, other: float) -> str:

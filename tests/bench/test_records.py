@@ -34,6 +34,11 @@ def test_a_record_has_no_problems():
     assert RECORD.gbps == 2.0  # 4000 bytes in 2 microseconds
 
 
+def test_a_record_of_several_ranks_has_their_number():
+    assert problems(as_dict(RECORD) | {"ranks": 4}) == []
+    assert problems(as_dict(RECORD) | {"ranks": "4"}) == ["ranks is '4'"]
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -1,4 +1,4 @@
-"""`normquant bench vllm` as a command: its arguments, what it prints and what it writes."""
+"""`normquant bench vllm` as a command, what it prints and what it writes; and `bench kernels --ranks`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from shared.vllm_jobs import FAKE, FOUND
 
+from normquant.bench import ranks
 from normquant.bench.vllm import supervisor
 from normquant.cli import bench as command
 
@@ -69,6 +70,26 @@ def test_the_command_writes_what_it_has_and_says_what_failed(tmp_path: Path, eve
     assert [json.loads(row)["batch"] for row in output.read_text().splitlines()] == [1, 16]
     out = capsys.readouterr().out
     assert "off deepgemm batch=16: 100.0 us a step" in out and "2 identity" in out
+
+
+def of_ranks(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(["kernels", "--ranks", "4", *words])
+
+
+def test_cases_of_several_ranks_are_rows_of_a_hidden_state(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ranks, "on_ranks", lambda *args: asked.append(args) or [])
+    assert list(command.kernel_suite(of_ranks("--m", "1,64", "--samples", "3"))) == []
+    ((world, cases, names, samples),) = asked
+    assert (world, names, samples) == (4, None, 3)
+    assert [(c.op, c.m, c.k) for c in cases] == [("add_rms_norm_quant", m, 7168) for m in (1, 64)]
+
+
+def test_an_unknown_provider_of_several_ranks_is_named():
+    with pytest.raises(ValueError, match="unknown providers mpi; accepted: normquant, normquant sharded"):
+        list(command.kernel_suite(of_ranks("--providers", "mpi")))
 
 
 def test_a_process_that_fails_is_no_failed_check(tmp_path: Path, everything_there, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from normquant.bench.records import TIMES
 # What makes two records the same case, of whatever suite; the other fields were measured, or are versions.
 CASE = (
     *("suite", "op", "model", "setting", "linear", "layers", "moe", "batch", "m", "k"),
-    *("group", "layout", "scale", "residual", "normed", "provider", "inputs", "policy", "gpu"),
+    *("group", "layout", "scale", "residual", "normed", "provider", "inputs", "policy", "gpu", "ranks"),
 )
 NEEDED = (*TIMES, "us_p10", "us_p90")  # of each record
 
@@ -56,5 +56,5 @@ def _us(record: dict) -> float:
 def _label(record: dict) -> str:
     """A case in a few words."""
     words = [record.get(name) for name in ("provider", "setting", "linear", "op", "model") if record.get(name)]
-    sizes = [f"{name}={record[name]}" for name in ("m", "k", "batch") if name in record]
+    sizes = [f"{name}={record[name]}" for name in ("ranks", "m", "k", "batch") if name in record]
     return " ".join([*map(str, words), *sizes, *(["normed"] if record.get("normed") else [])])

@@ -61,6 +61,16 @@ class KernelRecord(Provenance):
 
 
 @dataclass(frozen=True)
+class RanksRecord(KernelRecord):
+    """The same on `ranks` GPUs of one host: times of the slowest rank, graphs replayed back to back on all of them.
+
+    bytes: what one rank must read and write for itself, whatever is sent.
+    """
+
+    ranks: int
+
+
+@dataclass(frozen=True)
 class LayerRecord(Provenance):
     """One setting of one model's decoder layer: microseconds a call over n samples, and its GPU kernels."""
 
@@ -251,7 +261,11 @@ def _unknown_suite(record: dict) -> str:
 
 
 def _types(record: dict) -> dict[str, Any]:
-    return {f.name: f.type for f in fields(SUITES[record["suite"]])}
+    return {f.name: f.type for f in fields(_kind(record))}
+
+
+def _kind(record: dict) -> type[Record]:
+    return RanksRecord if "ranks" in record else SUITES[record["suite"]]
 
 
 def _mistyped(record: dict, types: Mapping[str, Any]) -> list[str]:
@@ -262,7 +276,7 @@ def _mistyped(record: dict, types: Mapping[str, Any]) -> list[str]:
 
 def _missing(record: dict, types: Mapping[str, Any]) -> list[str]:
     """Fields that later versions added have a default: older records lack them."""
-    needed = [f.name for f in fields(SUITES[record["suite"]]) if f.default is MISSING and f.default_factory is MISSING]
+    needed = [f.name for f in fields(_kind(record)) if f.default is MISSING and f.default_factory is MISSING]
     return [f"missing {name}" for name in types if name not in record and name in needed]
 
 

@@ -27,6 +27,7 @@ from normquant.compile.policy import Policy
 from normquant.report import vllm_text
 
 SAMPLES = 21  # of each timing
+RANKS_MS = (1, 4, 16, 32, 64, 128, 256, 512, 2048)
 STEPS = 32  # decode steps of a sample of vLLM
 COMPARED = 32  # prompts whose logits are compared
 EXIT_FAILED = 2  # a process of vLLM failed: that is no check that did not hold
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels = suites.add_parser("kernels", help="each op on the shapes of DeepSeek, Qwen and Llama, beside its peers")
     add_grid(kernels)
     kernels.add_argument("--providers", help="comma-separated, of those that are installed (default: all)")
+    kernels.add_argument("--ranks", type=int, metavar="N", help="an all-reduce before them, on N GPUs of this host")
     layer = suites.add_parser("layer", help="whole decoder layers of transformers, compiled stock and fused")
     layer.add_argument("--models", help="comma-separated (default: all)")
     layer.add_argument("--m", type=integers, metavar="M,...", help="tokens (default: 1,16,64,1024,8192)")
@@ -130,6 +132,9 @@ def run(args: argparse.Namespace) -> int:
 
 def kernel_suite(args: argparse.Namespace) -> Found:
     """Each case: the records of all providers and a line about them."""
+    if args.ranks:
+        yield from ranks_suite(args)
+        return
     from normquant.bench import kernels
     from normquant.bench.precompile import precompile
     from normquant.bench.providers import PROVIDERS
@@ -145,6 +150,17 @@ def kernel_suite(args: argparse.Namespace) -> Found:
     for case in cases:
         new = list(kernels.measure(case, providers, args.samples, args.l2))
         yield new, kernel_line(new)
+
+
+def ranks_suite(args: argparse.Namespace) -> Found:
+    """The same with an all-reduce, on several GPUs: rows of 7168 values unless others are asked for."""
+    from normquant.bench import rank_providers, ranks
+
+    cases = [Case("add_rms_norm_quant", m, k) for k in args.k or (7168,) for m in args.m or RANKS_MS]
+    names = args.providers.split(",") if args.providers else None
+    rank_providers.named(names)
+    for records in ranks.on_ranks(args.ranks, cases, names, args.samples):
+        yield records, ranks.line(records)
 
 
 def kernel_line(records: Sequence[KernelRecord]) -> str:

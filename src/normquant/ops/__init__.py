@@ -8,6 +8,7 @@ from normquant.ops._examples import Examples
 from normquant.ops._op import LIBRARY, OPS, Op, warmup
 from normquant.ops._sharding import register_sharding
 from normquant.ops.add_rms_norm_quant import add_rms_norm_quant
+from normquant.ops.all_reduce_add_rms_norm_quant import all_reduce_add_rms_norm, all_reduce_add_rms_norm_quant
 from normquant.ops.group_quant import group_quant
 from normquant.ops.latent_norm_quant import latent_norm_quant
 from normquant.ops.rms_norm_quant import rms_norm_quant
@@ -19,6 +20,8 @@ __all__ = [
     "Examples",
     "Op",
     "add_rms_norm_quant",
+    "all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm_quant",
     "group_quant",
     "latent_norm_quant",
     "register_sharding",

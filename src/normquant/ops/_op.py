@@ -146,10 +146,11 @@ def _register_tensor_eps(op: Op) -> None:
     torch.library.register_fake(f"normquant::{op.name}.tensor", fake, lib=LIBRARY)
 
 
-_launches: dict[tuple, Launch] = {}
+Launcher = Callable[..., list[torch.Tensor]]  # tensors -> outputs; a Launch, or several steps
+_launches: dict[tuple, Launcher] = {}
 
 
-def cached(name: str, make: Callable[..., Launch]) -> Callable[..., Any]:
+def cached(name: str, make: Callable[..., Launcher]) -> Callable[..., Any]:
     """The function that launches on the arguments of op `name`; `make` is asked for a launch once for each key.
 
     Launches are cached by the shape, stride, dtype, device and 16-byte alignment of tensors and the value of all else.

@@ -1,0 +1,154 @@
+"""Who does the work on several GPUs: this package, and collectives of others before its norm and quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from normquant import distributed, ops
+from normquant.bench.cases import Case
+from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, TWO_SHOT, Choice, GroupRunner, launch_config
+from normquant.kernels.configs import Config
+from normquant.ops.all_reduce_add_rms_norm_quant import op_name
+
+if TYPE_CHECKING:
+    from normquant.bench.ranks import RankInputs
+
+Run = Callable[["RankInputs"], torch.Tensor]  # -> data; x may be overwritten
+Make = Callable[[Case, dist.ProcessGroup], "Run | None"]  # None for a case that the provider does not do
+EPS = 1e-6
+ONE_SHOT_LIMIT = 512  # rows
+
+
+def local_part(case: Case) -> Callable[[torch.Tensor, RankInputs], torch.Tensor]:
+    """Residual add, norm and quantization of a sum that is there."""
+    return lambda x, i: ops.add_rms_norm_quant(x, i.residual, i.weight, EPS, spec=case.spec)[0].data
+
+
+def normquant(sharded: bool = False, choice: Choice | None = None) -> Make:
+    """This package's op; choice: an algorithm and a config in place of the table's."""
+
+    def make(case: Case, group: dist.ProcessGroup) -> Run | None:
+        workspace = distributed.workspaces[group.group_name]
+        if choice is not None and choice.algorithm == ONE_SHOT and case.m > ONE_SHOT_LIMIT:
+            return None
+        run = GroupRunner(workspace) if choice is None else GroupRunner(workspace, lambda *_: choice)
+        name, args = op_name(True, True, False), (EPS, 0.0, sharded, group.group_name, case.spec.encode())
+        key = f"{name}@{choice}" if choice is not None else name  # launches are remembered by name
+        return lambda i: run(key, True, True, False, i.x, i.residual, i.weight, *args)[0]
+
+    return make
+
+
+def nccl(case: Case, group: dist.ProcessGroup) -> Run:
+    """NCCL's all-reduce."""
+    local = local_part(case)
+
+    def run(i: RankInputs) -> torch.Tensor:
+        dist.all_reduce(i.x, group=group)
+        return local(i.x, i)
+
+    return run
+
+
+def symmetric_one_shot(case: Case, group: dist.ProcessGroup) -> Run | None:
+    """torch's one-shot all-reduce of symmetric memory."""
+    if case.m > ONE_SHOT_LIMIT:
+        return None
+    shared, local = _symmetric(case, group), local_part(case)
+    op = torch.ops.symm_mem.one_shot_all_reduce_copy
+    return lambda i: local(op(shared, i.x, "sum", group.group_name), i)
+
+
+def symmetric_two_shot(case: Case, group: dist.ProcessGroup) -> Run:
+    """torch's two-shot all-reduce of symmetric memory, after a copy into it."""
+    shared, local = _symmetric(case, group), local_part(case)
+
+    def run(i: RankInputs) -> torch.Tensor:
+        torch.ops.symm_mem.two_shot_all_reduce_(shared.copy_(i.x), "sum", group.group_name)
+        return local(shared, i)
+
+    return run
+
+
+def _symmetric(case: Case, group: dist.ProcessGroup) -> torch.Tensor:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    shared = symmetric_memory.empty(case.m * case.k, dtype=torch.bfloat16, device=torch.device("cuda"))
+    symmetric_memory.rendezvous(shared, group.group_name)
+    return shared.view(case.m, case.k)
+
+
+def flashinfer(one_shot: bool) -> Make:
+    """FlashInfer's all-reduce with residual add and norm, then `group_quant`."""
+
+    def make(case: Case, group: dist.ProcessGroup) -> Run | None:
+        if case.m > ONE_SHOT_LIMIT if one_shot else case.m <= group.size():
+            return None
+        import flashinfer.comm as comm
+
+        pointers = _flashinfer_workspace(case.k, group)
+        total = torch.empty(case.m, case.k, dtype=torch.bfloat16, device="cuda")
+        norm = torch.empty_like(total)
+
+        def run(i: RankInputs) -> torch.Tensor:
+            comm.trtllm_allreduce_fusion(
+                allreduce_in=i.x, world_size=group.size(), world_rank=group.rank(), token_num=case.m,
+                hidden_dim=case.k, workspace_ptrs=pointers, launch_with_pdl=True, trigger_completion_at_end=True,
+                fp32_acc=True, pattern_code=comm.AllReduceFusionPattern.kARResidualRMSNorm, use_oneshot=one_shot,
+                allreduce_out=None, residual_in=i.residual, residual_out=total, norm_out=norm, quant_out=None,
+                scale_out=None, rms_gamma=i.weight, rms_eps=EPS, scale_factor=None, layout_code=None,
+            )  # fmt: skip
+            return ops.group_quant(norm, spec=case.spec).data
+
+        return run
+
+    return make
+
+
+_flashinfer: dict[tuple[str, int], Any] = {}
+
+
+def _flashinfer_workspace(k: int, group: dist.ProcessGroup) -> Any:
+    import flashinfer.comm as comm
+
+    key = group.group_name, k
+    if key not in _flashinfer:
+        _flashinfer[key] = comm.trtllm_create_ipc_workspace_for_all_reduce_fusion(
+            group.rank(), group.size(), 2048, k, group=group
+        )
+    return _flashinfer[key][1]
+
+
+def candidates() -> dict[str, Make]:
+    """This package's op with every algorithm and many launch configs, for tuning."""
+    found = {}
+    for split, warps in ((8, 4), (8, 2), (8, 8), (4, 8), (4, 4), (2, 8), (2, 16), (1, 16), (1, 8)):
+        config = Config(warps, split=split, cluster=split > 1, prefetch=True)
+        for algorithm, sharded in ((ONE_SHOT, False), (TWO_SHOT, False), (TWO_SHOT, True)):
+            name = f"{algorithm}{' sharded' if sharded else ''} split{split} warps{warps}"
+            found[name] = normquant(sharded, Choice(algorithm, config))
+    return found
+
+
+PROVIDERS: dict[str, Make] = {
+    "normquant": normquant(),
+    "normquant sharded": normquant(sharded=True),
+    "normquant collectives": normquant(choice=Choice(COLLECTIVE, launch_config(7168))),
+    "NCCL + normquant": nccl,
+    "symm_mem one-shot + normquant": symmetric_one_shot,
+    "symm_mem two-shot + normquant": symmetric_two_shot,
+    "flashinfer one-shot + normquant": flashinfer(True),
+    "flashinfer two-shot + normquant": flashinfer(False),
+}
+
+
+def named(names: Sequence[str] | None) -> dict[str, Make]:
+    """The providers of these names, all unless given; "configs" stands for this package's candidates."""
+    if unknown := set(names or ()) - {*PROVIDERS, "configs"}:
+        raise ValueError(f"unknown providers {', '.join(sorted(unknown))}; accepted: {', '.join(PROVIDERS)}, configs")
+    found = {name: make for name, make in PROVIDERS.items() if names is None or name in names}
+    return found | candidates() if "configs" in (names or ()) else found

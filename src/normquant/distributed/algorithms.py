@@ -1,0 +1,113 @@
+"""Which algorithm and which launch config a call gets, and the call itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normquant.distributed.collective import through_collectives
+from normquant.distributed.workspace import Workspace
+from normquant.kernels import all_reduce_add_rms_norm_quant as kernels
+from normquant.kernels.configs import Config
+from normquant.kernels.exchange_layout import one_shot_bytes, two_shot_bytes
+from normquant.kernels.launch import Launch
+from normquant.kernels.parts_plan import Outputs
+from normquant.kernels.tiling import power_of_two
+from normquant.ops._op import cached
+from normquant.ops.all_reduce_add_rms_norm_quant import check
+from normquant.spec import QuantSpec
+
+TABLE = Path(__file__).with_name("one_shot_rows.json")
+ONE_SHOT, TWO_SHOT, COLLECTIVE = "one_shot", "two_shot", "collective"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An algorithm, and how its kernel is launched."""
+
+    algorithm: str
+    config: Config
+
+
+def choose(m: int, k: int, world: int, half: int, sharded: bool) -> Choice:
+    """The choice for m rows of k values on so many ranks, whose workspaces have halves of so many bytes.
+
+    It depends on nothing that differs between ranks.
+    """
+    config = launch_config(k)
+    if m <= one_shot_rows(world, sharded) and one_shot_bytes(m, k, world) <= half:
+        return Choice(ONE_SHOT, config)
+    if two_shot_bytes(m, k, world) <= half:
+        return Choice(TWO_SHOT, config)
+    return Choice(COLLECTIVE, config)
+
+
+@cache
+def one_shot_rows(world: int, sharded: bool) -> int:
+    """Up to how many rows one shot is chosen: what `one_shot_rows.json` says, and for ranks that it lacks what it says
+    for the next higher number, or else for the highest."""
+    table: dict[str, int] = json.loads(TABLE.read_text(encoding="utf-8"))["sharded" if sharded else "whole"]
+    ranks = [int(n) for n in table]
+    return table[str(min((n for n in ranks if n >= world), default=max(ranks)))]
+
+
+def launch_config(k: int) -> Config:
+    """8 values a thread, loads of 16 bytes, and a long row over a cluster."""
+    split = 8 if k >= 4096 else 4 if k >= 2048 else 1
+    warps = max(1, min(16, power_of_two(-(-k // split)) // 256))
+    return Config(warps, split=split, cluster=split > 1, prefetch=True)
+
+
+class GroupRunner:
+    """Runs the ops of one group on its GPUs."""
+
+    def __init__(self, workspace: Workspace, choose: Callable[[int, int, int, int, bool], Choice] = choose) -> None:
+        self.workspace = workspace
+        self.choose = choose
+        self._calls: dict[str, Callable[..., Any]] = {}
+
+    def __call__(self, op: str, with_residual: bool, quantized: bool, normed: bool, *args: Any) -> Any:
+        """The op's outputs; launches of the same kind are worked out once."""
+        call = self._calls.get(op)
+        if call is None:
+
+            def work_out(*args: Any) -> Callable[..., list[torch.Tensor]]:
+                inputs = args if with_residual else (args[0], None, *args[1:])
+                return self.work_out(Outputs(quantized, normed), *inputs)
+
+            call = self._calls[op] = cached(f"{op}@{self.workspace.serial}", work_out)
+        return call(*args)
+
+    def work_out(
+        self,
+        wanted: Outputs,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_offset: float,
+        sharded: bool,
+        group_name: str,
+        spec_text: str,
+    ) -> Callable[..., list[torch.Tensor]]:
+        """What runs the op on tensors like these."""
+        spec = QuantSpec.decode(spec_text).at(x.shape[0])
+        check(x, residual, weight, eps, weight_offset, spec)
+        for name, t in (("x", x), ("residual", residual)):
+            if t is not None and t.data_ptr() % 16:
+                raise ValueError(f"{name} starts at {t.data_ptr():#x}; accepted: a multiple of 16 bytes")
+        exchange, group = self.workspace.exchange, self.workspace.group
+        choice = self.choose(x.shape[0], x.shape[1], group.size(), self.workspace.half, sharded)
+        settings = eps, weight_offset, spec, wanted
+        if exchange is None or choice.algorithm == COLLECTIVE:
+            return through_collectives(group, *settings, sharded, choice.config, residual is not None)
+        args = (x, residual, weight, *settings, exchange, choice.config)
+        one_shot = choice.algorithm == ONE_SHOT
+        launch = Launch(kernels.plan_one_shot(*args) if one_shot else kernels.plan_two_shot(*args, sharded))
+        return lambda *tensors: launch(*tensors, exchange.table, exchange.state)

@@ -1,0 +1,117 @@
+"""docs/scale.md quotes the committed measurements of several ranks, and the cost model, as they are."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+from shared import pages
+from shared.pages import row, table, words
+from shared.rank_records import MEASURED_ONE_SHOT, RECORDS
+
+from normquant.distributed.algorithms import ONE_SHOT, TWO_SHOT, one_shot_rows
+from normquant.distributed.cost import H200, GroupCall
+
+PAGE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+section = partial(pages.section, PAGE)
+TARGETS = {  # of issue 17, by ranks and rows
+    2: {1: 3.0, 4: 3.1, 16: 3.6, 32: 4.2, 64: 5.5, 128: 8.5, 256: 14, 512: 24, 2048: 80},
+    4: {1: 3.2, 4: 3.5, 16: 4.8, 32: 6.5, 64: 9, 128: 14, 256: 22, 512: 35, 2048: 110},
+    8: {},
+}
+ALGORITHMS = (("one shot", ONE_SHOT, False), ("two shots", TWO_SHOT, False), ("two shots, sharded", TWO_SHOT, True))
+
+
+def by_rows(ranks: int) -> dict[int, dict[str, float]]:
+    """Rows -> provider -> us."""
+    found: dict[int, dict[str, float]] = {}
+    for r in RECORDS:
+        if r["ranks"] == ranks:
+            found.setdefault(r["m"], {})[r["provider"]] = r["us"]
+    return found
+
+
+def measured_rows(ranks: int) -> list[str]:
+    """The rows of a table of measurements."""
+    lines = []
+    for m, us in by_rows(ranks).items():
+        peers = {name: time for name, time in us.items() if not name.startswith("normquant")}
+        best = min(peers, key=peers.__getitem__)
+        times = (us["normquant"], us["normquant sharded"], peers[best])
+        lines.append(
+            row(m, *(f"{t:.2f}" for t in times), best.removesuffix(" + normquant"), TARGETS[ranks].get(m, "-"))
+        )
+    return lines
+
+
+def predicted_rows() -> list[str]:
+    """The rows of the table of predictions for 8 ranks."""
+    lines = []
+    for m, us in by_rows(8).items():
+        algorithm = ONE_SHOT if m <= MEASURED_ONE_SHOT[8] else TWO_SHOT
+        cells = []
+        for name, sharded in (("normquant", False), ("normquant sharded", True)):
+            predicted = H200.us(GroupCall(8, m, algorithm, sharded))
+            cells += [f"{predicted:.2f}", f"{us[name]:.2f}", f"{100 * (predicted / us[name] - 1):+.0f} %"]
+        lines.append(row(m, *cells))
+    return lines
+
+
+def cost_rows() -> list[str]:
+    """The rows of the table of bytes and predicted times."""
+    lines = []
+    for label, algorithm, sharded in ALGORITHMS:
+        calls = {n: GroupCall(n, 1, algorithm, sharded) for n in (2, 4, 8, 16)}
+        sent = (f"{call.row_bytes / 1e3:.1f}" for call in calls.values())
+        lines.append(row(label, calls[2].hops, *sent))
+    return lines
+
+
+def tables() -> dict[str, list[str]]:
+    """Section -> the rows of its table."""
+    chosen = [row(n, one_shot_rows(n, False), one_shot_rows(n, True)) for n in (2, 4, 8)]
+    measured = {f"{n} ranks": measured_rows(n) for n in (2, 4, 8)}
+    return measured | {"Cost model": cost_rows(), "Eight ranks predicted": predicted_rows(), "The choice": chosen}
+
+
+@pytest.mark.parametrize("title", tables())
+def test_a_table_is_what_was_measured(title: str) -> None:
+    _, *rows = table(section(title))
+    assert rows == tables()[title]
+
+
+def test_every_table_of_the_page_is_one_of_these() -> None:
+    assert len(table(PAGE)) == sum(1 + len(rows) for rows in tables().values())
+
+
+def test_the_constants_of_the_model_are_quoted() -> None:
+    for text in (f"{H200.launch_us:.2f} us", f"{H200.peer_us} us", f"{H200.hop_us} us", f"{H200.gb_per_s} GB/s"):
+        assert text in words(section("Cost model"))
+
+
+def test_the_commands_are_those_of_the_records() -> None:
+    assert {r["command"] for r in RECORDS} == set(re.findall(r"^normquant bench kernels .*", PAGE, re.M))
+    assert {(r["gpu"], r["torch"], r["triton"]) for r in RECORDS} == {("NVIDIA H200", "2.11.0+cu130", "3.6.0")}
+    assert "H200" in PAGE and "torch 2.11.0" in PAGE and "Triton 3.6.0" in PAGE
+
+
+def test_what_the_page_says_of_bits_holds() -> None:
+    assert {r["match"] for r in RECORDS if r["provider"].startswith("normquant")} == {"bitwise"}
+    others = {r["match"] == "bitwise" for r in RECORDS if r["ranks"] > 2 and not r["provider"].startswith("normquant")}
+    assert others == {False}
+    slower = [
+        (r, m)
+        for r in (2, 4, 8)
+        for m, us in by_rows(r).items()
+        if min(us.values()) < min(us["normquant"], us["normquant sharded"])
+    ]
+    assert slower == []
+    whole = [
+        (r, m)
+        for r in (2, 4, 8)
+        for m, us in by_rows(r).items()
+        if min(t for n, t in us.items() if not n.startswith("normquant")) < us["normquant"]
+    ]
+    assert whole == [(8, 256), (8, 2048)]

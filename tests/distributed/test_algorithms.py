@@ -1,0 +1,51 @@
+"""Which algorithm a call gets: the committed table, its rule for other numbers of ranks, and the room there is."""
+
+from __future__ import annotations
+
+import pytest
+from shared.rank_records import MEASURED_ONE_SHOT, measured
+
+from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, TWO_SHOT, choose, one_shot_rows
+
+K, ROOM = 7168, 1 << 40
+
+
+def line(points: list[tuple[int, float]]) -> tuple[float, float]:
+    """us at no rows, and us for each row, through two points."""
+    (m, us), (more, more_us) = points
+    slope = (more_us - us) / (more - m)
+    return us - slope * m, slope
+
+
+def crossing(ranks: int, sharded: bool) -> float:
+    """Where the line through the two largest sizes with one shot meets that through the two smallest with two."""
+    us = {call.m: us for call, us in measured((ranks,)).items() if call.sharded == sharded}
+    one = line([(m, us[m]) for m in us if m <= MEASURED_ONE_SHOT[ranks]][-2:])
+    two = line([(m, us[m]) for m in us if m > MEASURED_ONE_SHOT[ranks]][:2])
+    return (two[0] - one[0]) / (one[1] - two[1])
+
+
+@pytest.mark.parametrize(("ranks", "sharded"), [(2, True), (4, False), (4, True), (8, False), (8, True)])
+def test_one_shot_ends_where_the_measurements_cross(ranks: int, sharded: bool) -> None:
+    assert one_shot_rows(ranks, sharded) == pytest.approx(crossing(ranks, sharded), rel=0.15)
+
+
+def test_on_2_ranks_with_the_whole_residual_one_shot_ends_between_what_was_measured() -> None:
+    assert crossing(2, False) < 0  # they do not cross
+    assert MEASURED_ONE_SHOT[2] < one_shot_rows(2, False) < 256
+
+
+def test_other_numbers_of_ranks_have_the_rows_of_the_next_higher_one() -> None:
+    for sharded in (False, True):
+        rows = {n: one_shot_rows(n, sharded) for n in range(2, 17)}
+        assert rows[3] == rows[4] and {rows[n] for n in (5, 6, 7, 9, 16)} == {rows[8]}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_a_call_gets_what_the_table_and_the_room_allow(world: int, sharded: bool) -> None:
+    last = one_shot_rows(world, sharded)
+    chosen = [choose(m, K, world, ROOM, sharded).algorithm for m in (1, last, last + 1, 1 << 14)]
+    assert chosen == [ONE_SHOT, ONE_SHOT, TWO_SHOT, TWO_SHOT]
+    assert choose(2048, K, world, 1 << 20, sharded).algorithm == COLLECTIVE
+    assert choose(1, K, world, 0, sharded).algorithm == COLLECTIVE

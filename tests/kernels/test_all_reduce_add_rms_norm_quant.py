@@ -1,0 +1,47 @@
+"""What the kernels of several ranks become on Hopper: a wait ends for all threads at once, and nothing spills."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shared.machine_code import SM_90, Code, machine_code
+
+from normquant import QuantSpec
+from normquant.kernels import all_reduce_add_rms_norm_quant as kernels
+from normquant.kernels import parts_plan
+from normquant.kernels.configs import Config
+from normquant.kernels.exchange_layout import Exchange
+from normquant.kernels.launch import Launch
+
+K, WORLD = 7168, 4
+CONFIGS = (Config(4, split=8, cluster=True), Config(16, split=8, cluster=True), Config(16))
+
+
+def compiled(algorithm: str, config: Config, wanted: tuple[bool, bool], sharded: bool = False) -> Code:
+    x, weight = torch.empty(64, K, dtype=torch.bfloat16), torch.empty(K, dtype=torch.bfloat16)
+    state, table = torch.zeros(2, dtype=torch.int32), torch.zeros(WORLD + 2, dtype=torch.int64)
+    group = Exchange(1, WORLD, table, state, 1 << 24)
+    args = (x, x, weight, 1e-6, 0.0, QuantSpec(layout="col_tma"), parts_plan.Outputs(*wanted), group, config)
+
+    def launch() -> None:
+        plan = kernels.plan_one_shot(*args) if algorithm == "one shot" else kernels.plan_two_shot(*args, sharded)
+        Launch(plan)(x, x, weight, table, state)
+
+    return machine_code(launch, SM_90)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("wanted", [(True, False), (True, True)])
+@pytest.mark.parametrize(("algorithm", "waits"), [("one shot", 1), ("two shots", 2)])
+def test_a_wait_ends_for_all_threads_of_a_program_at_once(algorithm, waits, wanted, config):
+    # A reduction over a tile says the same to the threads among which it is divided, and a tile of scales is held
+    # by some of a warp's: only a barrier that combines what all threads saw keeps them together.
+    code = compiled(algorithm, config, wanted)
+    assert sum(line.startswith("BAR.RED.OR") for line in code.sass) == waits
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_two_shots_of_four_ranks_hold_all_they_wait_for_in_registers(config, sharded):
+    code = compiled("two shots", config, (True, False), sharded)
+    assert (code.local, code.stack) == (0, 0)
