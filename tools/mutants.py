@@ -1,6 +1,6 @@
 """Mutation testing of one module: change its code in every small way that mutmut knows, and see that a test fails.
 
-    python tools/mutants.py compile/policy            # what `make mutants ARGS=compile/policy` runs
+    python tools/mutants.py compile/policy    # what `make mutants ARGS=compile/policy` runs; without a module, all
     python tools/mutants.py --list
 
 mutmut works in a copy of the sources under build/mutants, with the tests of the module alone. Exits with 1 where fewer
@@ -39,12 +39,15 @@ TESTS: dict[str, tuple[str, ...]] = {
     "spec": ("test_spec.py",),
     "specs": ("test_specs.py",),
 }
+# Without tests that compile: mutmut's switch between the mutants of a function is nothing that Dynamo can trace.
 SETTINGS = """[mutmut]
 source_paths=src
 only_mutate=src/normquant/{module}.py
 pytest_add_cli_args=
     -p
     no:cacheprovider
+    -k
+    not compiled
 pytest_add_cli_args_test_selection=
     {tests}
 """
@@ -92,7 +95,7 @@ def _lay_out(module: str) -> None:
 
 def _mutmut(*argv: str, capture: bool = False, check: bool = False) -> str:
     # One thread: a pool that was started before a fork hangs after it. The path goes: mutmut's copy has to be imported.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("MUTMUT_PATH", "")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     command = [sys.executable, "-c", "from mutmut.__main__ import cli; cli()", *argv]
     done = subprocess.run(command, cwd=WORK, env=environment, text=True, check=check, capture_output=capture)
     return done.stdout or ""

@@ -1,6 +1,6 @@
 """Run the zoo of tiny models and write docs/zoo.md; `make zoo`. Exits with 1 where a model breaks the promise.
 
-    python tools/zoo.py [--jobs 2] [--models llama,mamba2] [--resume]
+    PYTHONPATH=tests python tools/zoo.py [--jobs 2] [--models llama,mamba2] [--resume]
 
 Each outcome is kept in build/zoo.jsonl as soon as it is known; --resume runs the models that are not there.
 """
@@ -16,15 +16,13 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PAGE, RECORDS = ROOT / "docs" / "zoo.md", ROOT / "build" / "zoo.jsonl"
-sys.path.insert(0, str(ROOT / "tests"))
-
 import torch
 import transformers
 from shared.zoo import TinyModel, tiny_models
 from shared.zoo_outcome import ZooOutcome, zoo_outcome
 
+ROOT = Path(__file__).parents[1]
+PAGE, RECORDS = ROOT / "docs" / "zoo.md", ROOT / "build" / "zoo.jsonl"
 TEXT = """# The model zoo
 
 Every causal language model of transformers {transformers} that can be built tiny (two layers, 256 wide, random bf16

@@ -59,7 +59,7 @@ def test_a_pass_that_fails_at_a_random_step_leaves_a_graph_that_is_eager_to_the_
         with one_step_fails(random.Random(seed)) as passes:
             outcome = run_with_pass(made.fn, *compiled)
         (steps,), (report,) = passes, outcome.reports
-        note = f"seed {seed}, fails at {steps.fail_at} {steps.taken[-1:]}: {', '.join(made.parts)}"
+        note = f"seed {seed}, {steps}: {', '.join(made.parts)}"
         assert_same(outcome.result, expected, note)
         assert_same(compiled, eager, f"{note}: inputs")
         assert shared_memory(outcome.result) <= shared_memory(expected), note

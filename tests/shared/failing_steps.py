@@ -35,7 +35,8 @@ class PlantedError(RuntimeError):
 
 @dataclass
 class Steps:
-    """The steps that a pass takes, by name. The one numbered `fail_at` raises, before it is done or `after`."""
+    """The steps that a pass takes, by name. The one numbered `fail_at` raises, before it is done or `after`; a commit
+    before, since nothing that could raise comes after one."""
 
     fail_at: int | None = None
     after: bool = False
@@ -58,7 +59,7 @@ class Steps:
             self.taken.append(step.__qualname__)
             if number != self.fail_at:
                 return step(*args, **kwargs)
-            if self.after:
+            if self.after and step is not Rewrite.commit:
                 step(*args, **kwargs)
             raise PlantedError(f"step {number}, {step.__qualname__}")
 

@@ -1,7 +1,7 @@
 """What becomes of a tiny model whose linear layers are block-FP8 and whose graphs the pass rewrites.
 
-The graphs run without a code generator (`pass_harness`), so what differs is the arithmetic of the rewrite. Where a model
-gives other values than eager, the same graphs without a rewrite say whether torch.compile is the cause.
+The graphs run without a code generator (`pass_harness`), so what differs is the arithmetic of the rewrite. Where a
+model gives other values than eager, the same graphs without a rewrite say whether torch.compile is the cause.
 """
 
 from __future__ import annotations
@@ -125,6 +125,6 @@ def _time_limit(seconds: int) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    cause = error.__cause__ or error
+    cause = getattr(error, "inner_exception", None) or error.__cause__ or error
     text = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
     return f"{type(cause).__name__}: {text[:120]}".removesuffix(": ")
