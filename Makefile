@@ -31,10 +31,10 @@ endif
 # A first set-up shows pip's progress; an update in place has nothing to show but a page of "already satisfied".
 QUIET := $(if $(STALE),,$(if $(wildcard $(STAMP)),--quiet))
 
-.PHONY: help setup demo test setup-vllm test-vllm test-torch lint wheel clean FORCE
+.PHONY: help setup demo test setup-vllm test-vllm test-torch torch-table zoo random-graphs mutants lint wheel clean FORCE
 
 help:  ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup: $(STAMP)  ## make .venv with everything pinned (done by the targets below when needed)
 	@echo "$(VENV) is ready"
@@ -108,6 +108,22 @@ $(TORCH_STAMP): pyproject.toml constraints.txt
 
 test-torch: $(TORCH_STAMP)  ## set up another torch in build/torch-*, then run the tests of the compiler; TORCH=2.14.1
 	$(TORCH_VENV)/bin/python -m pytest tests/compile tests/audit tests/kernels/test_machine_code.py $(ARGS)
+
+torch-table: $(TORCH_STAMP)  ## what another torch makes of a site: its row of docs/torch.md; TORCH=2.14.1
+	$(TORCH_VENV)/bin/python tools/torch_table.py
+
+# The long tests: some of each run in `make test` as well.
+zoo: $(STAMP)  ## compile every causal LM of transformers tiny, write docs/zoo.md; ARGS="--models llama,mamba2"
+	PYTHONPATH=tests $(BIN)/python tools/zoo.py $(ARGS)
+
+RANDOM_GRAPHS ?= 3000
+random-graphs: $(STAMP)  ## 3,000 random graphs, whole and with a step of the pass that fails; RANDOM_GRAPHS=500
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pytest-xdist
+	NORMQUANT_RANDOM_GRAPHS=$(RANDOM_GRAPHS) $(BIN)/python -m pytest -n auto tests/compile/test_random_graphs.py $(ARGS)
+
+mutants: $(STAMP)  ## change the code in small ways and see that tests fail; ARGS=compile/policy for one module
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt mutmut
+	$(BIN)/python tools/mutants.py $(ARGS)
 
 lint: $(STAMP)  ## set up, then ruff and mypy
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import torch
 from normquant.compile import inductor_options
 from normquant.compile.driver import VLLM_FUSIONS, NormQuantPass
 from normquant.compile.measured import measured, parse
-from normquant.compile.policy import Facts, Rules
+from normquant.compile.policy import Decision, Facts, Rules
 from normquant.tune import strategies
 
 GPU = torch.device("cuda", 0)
@@ -22,7 +22,7 @@ def facts(device=GPU, op="rms_norm_quant", m=64, k=7168, opaque=False, extra=Fal
 
 
 def on(capability):
-    return mock.patch("torch.cuda.get_device_capability", lambda device=None: capability)
+    return mock.patch("torch.cuda.get_device_capability", lambda device: {GPU: capability}[device])
 
 
 def table(tmp_path, *entries, capability="9.0"):
@@ -39,13 +39,22 @@ def entry(m, op="rms_norm_quant", k=7168, **us):
     ("policy", "strategy"), [("always", "fused"), ("never", "stock"), ("native", "native"), ("opaque-norm", "stock")]
 )
 def test_fixed_policies(policy: str, strategy: str) -> None:
-    assert Rules(policy).decide("a", facts()).strategy == strategy  # type: ignore[arg-type]
+    decision = Rules(policy).decide("a", facts())  # type: ignore[arg-type]
+    assert decision.strategy == strategy and decision.reason.startswith(f"policy {policy}")
+
+
+def test_an_opaque_norm_is_fused_where_the_policy_asks_for_that() -> None:
+    expected = Decision("fused", "policy opaque-norm: the norm is one opaque operation")
+    assert Rules("opaque-norm").decide("a", facts(opaque=True)) == expected
+    expected = Decision("stock", "opaque-norm for 'a*': the compiler generates the norm itself")
+    assert Rules(sites={"a*": "opaque-norm"}).decide("a", facts()) == expected
 
 
 def test_a_site_has_the_first_rule_that_names_it() -> None:
     rules = Rules("never", {"layers.0.*": "always", "*.norm": "native"})
-    chosen = [rules.decide(name, facts()).strategy for name in ("layers.0.norm", "layers.1.norm", "head")]
-    assert chosen == ["fused", "native", "stock"]
+    chosen = [rules.decide(name, facts()) for name in ("layers.0.norm", "layers.1.norm", "head")]
+    reasons = ["always for 'layers.0.*'", "native for '*.norm'", "policy never"]
+    assert chosen == list(map(Decision, ("fused", "native", "stock"), reasons))
 
 
 def test_auto_on_hardware_without_measurements_keeps_stock_and_says_so() -> None:
@@ -55,6 +64,9 @@ def test_auto_on_hardware_without_measurements_keeps_stock_and_says_so() -> None
     assert "no measurements on sm_100; `normquant tune --strategies` makes them" in decision.reason
     decision = Rules().decide("a", facts(torch.device("cpu")))
     assert decision.strategy == "stock" and "no measurements on cpu" in decision.reason
+    with mock.patch("torch.version.hip", "7.2"), on((9, 4)):
+        decision = Rules().decide("a", facts())
+    assert decision.strategy == "stock" and "no measurements on ROCm;" in decision.reason
 
 
 def test_auto_on_sm90_without_an_entry_goes_by_the_rule() -> None:
@@ -79,7 +91,8 @@ def test_auto_goes_by_the_table_that_tune_wrote(tmp_path) -> None:
 def test_auto_adds_no_kernel() -> None:
     with on((9, 0)):
         decision = Rules().decide("a", facts(extra=True))
-        assert decision.strategy == "stock" and "one more kernel" in decision.reason
+        reason = "policy auto: the graph computes the weight, which would take one more kernel"
+        assert decision == Decision("stock", reason)
         assert Rules("always").decide("a", facts(extra=True)).strategy == "fused"
 
 

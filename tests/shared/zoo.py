@@ -46,6 +46,7 @@ LATENT = {"num_key_value_heads": 4, "head_dim": 32}
 # What the sizes above do not fit: model type -> sizes of its own.
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "bamba": dict(attn_layer_indices=[1]),
+    "falcon_h1": dict(mamba_d_ssm=512),  # mamba_n_heads * mamba_d_head
     "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     **{name: dict(num_hidden_layers=4) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
@@ -57,6 +58,7 @@ def capture(
     with contextlib.ExitStack() as stack:
         if target != targets.HERE:
             stack.enter_context(fake_gpu(chosen))
+        stack.enter_context(_no_warning_of_fp_fusion())
         stack.enter_context(torch.no_grad())
         stack.callback(torch._dynamo.reset)
         torch._dynamo.reset()
@@ -87,6 +89,14 @@ def _backward_explained() -> Iterator[None]:
             "the function asks autograd for gradients (backward or torch.autograd.grad), and an audit compiles it "
             "without them: audit the forward alone, or code that a training run generated (TORCH_LOGS=output_code)"
         ) from error
+
+
+@contextlib.contextmanager
+def _no_warning_of_fp_fusion() -> Iterator[None]:
+    """Triton 3.9 warns of its default where Inductor asks which fp8 types it has; generated kernels say it each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION is unset")
+        yield
 
 
 def _config_patches(options: Mapping[str, Any] | None) -> dict[str, Any]:

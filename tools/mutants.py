@@ -1,0 +1,105 @@
+"""Mutation testing of one module: change its code in every small way that mutmut knows, and see that a test fails.
+
+    python tools/mutants.py compile/policy    # what `make mutants ARGS=compile/policy` runs; without a module, all
+    python tools/mutants.py --list
+
+mutmut works in a copy of the sources under build/mutants, with the tests of the module alone. Exits with 1 where fewer
+than 95 % of the mutants are killed; docs/mutants.md says of each survivor why it lives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WORK = ROOT / "build" / "mutants"
+LEAST = 0.95
+# module -> the tests that have to notice a change of it
+TESTS: dict[str, tuple[str, ...]] = {
+    "compile/policy": ("compile/test_policy.py",),
+    "compile/measured": ("compile/test_policy.py",),
+    "compile/edit/build": ("compile/test_driver.py", "compile/edit"),
+    "compile/edit/cleanup": ("compile/edit", "compile/test_driver.py"),
+    "compile/edit/decompose": ("compile/edit", "compile/test_models.py"),
+    "compile/find/axes": ("compile/find/test_axes.py", "compile/find/test_quants.py"),
+    "compile/find/duplicates": ("compile/find/test_duplicates.py",),
+    "compile/find/norms": ("compile/find/test_norms.py",),
+    "compile/find/quants": ("compile/find/test_quants.py",),
+    "compile/find/sites": ("compile/find/test_sites.py",),
+    "ops/_checks": ("ops/test__checks.py",),
+    "ops/_op": ("ops/test__op.py", "ops/test_ops.py"),
+    "spec": ("test_spec.py",),
+    "specs": ("test_specs.py",),
+}
+# Without tests that compile: mutmut's switch between the mutants of a function is nothing that Dynamo can trace.
+SETTINGS = """[mutmut]
+source_paths=src
+only_mutate=src/normquant/{module}.py
+pytest_add_cli_args=
+    -p
+    no:cacheprovider
+    -k
+    not compiled
+pytest_add_cli_args_test_selection=
+    {tests}
+"""
+SURVIVED = ("survived", "no tests", "suspicious")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", metavar="module", help="below src/normquant, without .py; all by default")
+    parser.add_argument("--list", action="store_true", help="name the modules that have tests here")
+    args = parser.parse_args(argv)
+    if args.list:
+        print(*TESTS, sep="\n")
+        return 0
+    unknown = [module for module in args.modules if module not in TESTS]
+    if unknown:
+        parser.error(f"no tests are named for {', '.join(unknown)}; there are: {', '.join(TESTS)}")
+    shares = [killed_share(module) for module in args.modules or TESTS]
+    return int(min(shares) < LEAST)
+
+
+def killed_share(module: str) -> float:
+    """Run the mutants of a module, print those that live, and give the share that is killed."""
+    _lay_out(module)
+    _mutmut("run", "--max-children", str(os.cpu_count() or 1), check=True)
+    states = dict(re.findall(r"^\s+(\S+): (.+)$", _mutmut("results", "--all", "true", capture=True), re.M))
+    counts = Counter(states.values())
+    alive = sorted(name for name, state in states.items() if state in SURVIVED)
+    for name in alive:
+        print(f"\n{name}: {states[name]}\n{_mutmut('show', name, capture=True)}")
+    share = 1 - len(alive) / len(states) if states else 1.0
+    print(f"{module}: {len(states)} mutants, {share:.1%} killed ({dict(counts)})", flush=True)
+    return share
+
+
+def _lay_out(module: str) -> None:
+    """A fresh copy of what mutmut changes and runs."""
+    shutil.rmtree(WORK, ignore_errors=True)
+    for folder in ("src", "tests"):
+        shutil.copytree(ROOT / folder, WORK / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", WORK)
+    tests = "\n    ".join(f"tests/{test}" for test in TESTS[module])
+    (WORK / "setup.cfg").write_text(SETTINGS.format(module=module, tests=tests))
+
+
+def _mutmut(*argv: str, capture: bool = False, check: bool = False) -> str:
+    # One thread: a pool that was started before a fork hangs after it. The path goes: mutmut's copy has to be imported.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-c", "from mutmut.__main__ import cli; cli()", *argv]
+    done = subprocess.run(command, cwd=WORK, env=environment, text=True, check=check, capture_output=capture)
+    return done.stdout or ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
