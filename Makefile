@@ -58,8 +58,11 @@ $(STAMP): pyproject.toml constraints.txt $(if $(STALE),FORCE)
 demo: $(STAMP)  ## set up, then show the fusion on a DeepSeek-V3 layer; ARGS="--html demo.html"
 	$(BIN)/normquant demo $(ARGS)
 
+# A process a core, at the most 8; what a file's tests share is made once.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+
 test: $(STAMP)  ## set up, then run the tests; ARGS="tests/test_env.py -x" for a part
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # vLLM pins another world of packages, so its tests have an environment of their own. The packages that vLLM's wheel asks
 # for and whose binaries clash with a CPU torch go out again; nothing in the tests uses them.
@@ -118,7 +121,6 @@ zoo: $(STAMP)  ## compile every causal LM of transformers tiny, write docs/zoo.m
 
 RANDOM_GRAPHS ?= 3000
 random-graphs: $(STAMP)  ## 3,000 random graphs, whole and with a step of the pass that fails; RANDOM_GRAPHS=500
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pytest-xdist
 	NORMQUANT_RANDOM_GRAPHS=$(RANDOM_GRAPHS) $(BIN)/python -m pytest -n auto tests/compile/test_random_graphs.py $(ARGS)
 
 mutants: $(STAMP)  ## change the code in small ways and see that tests fail; ARGS=compile/policy for one module

@@ -22,6 +22,11 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    # A function's own text has its address, by which processes that share the tests would not agree on their names.
+    return getattr(val, "__name__", None) if callable(val) else None
+
+
 def _no_gpu() -> str | None:
     import torch
 

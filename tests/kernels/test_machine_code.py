@@ -276,7 +276,9 @@ def launch_example(op: Op, k: int, config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "k"), [(op, int(k)) for op in OPS.values() if op.configs for k in _table(SM_90)[op.configs]], ids=str
+    ("op", "k"),
+    [(op, int(k)) for op in OPS.values() if op.configs for k in _table(SM_90)[op.configs]],
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_no_config_of_the_table_spills(op, k):
     for choice in configs(op.configs, k, SM_90):

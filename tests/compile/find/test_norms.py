@@ -138,7 +138,6 @@ def fp32_add_rounded(x, r):
 @pytest.mark.parametrize(
     ("add", "total"),
     [(rounded_add, "rounded"), (fp32_add, "fp32"), (fp32_add_rounded, "rounded")],
-    ids=lambda v: str(v),
 )
 def test_residual_add_goes_into_the_op(add: Callable, total: str, keep: bool) -> None:
     def fn(x, r, w):

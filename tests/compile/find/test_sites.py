@@ -77,7 +77,9 @@ def rounded_twice(x, w):
 
 
 @pytest.mark.parametrize("norm", [norm, rounded_twice])
-@pytest.mark.parametrize("add", [lambda x, r: x, lambda x, r: x + r, lambda x, r: x.float() + r.float()], ids=str)
+@pytest.mark.parametrize(
+    "add", [lambda x, r: x, lambda x, r: x + r, lambda x, r: x.float() + r.float()], ids=("none", "rounded", "fp32")
+)
 def test_a_norm_that_is_written_down_again_is_computed_once(norm, add) -> None:
     def again(x, r, w):
         return norm(add(x, r).to(BF16), w)
@@ -128,7 +130,9 @@ def test_what_was_two_tensors_does_not_become_one() -> None:
     assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors) == 6
 
 
-@pytest.mark.parametrize("router", [lambda y: y * 2, lambda y: y.float() * 2, lambda y: y.view(-1)], ids=str)
+@pytest.mark.parametrize(
+    "router", [lambda y: y * 2, lambda y: y.float() * 2, lambda y: y.view(-1)], ids=("product", "fp32", "view")
+)
 def test_a_norm_with_other_readers_comes_out_of_the_op(router) -> None:
     def fn(x, r, w):
         y = norm(x, w)
