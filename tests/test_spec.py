@@ -47,7 +47,8 @@ def describe(spec: QuantSpec) -> str:
 def test_an_unknown_choice_is_named_with_the_known_ones(field, given_, accepted):
     with pytest.raises(ValueError) as error:
         QuantSpec(**{field: given_})
-    assert field in str(error.value) and str(given_) in str(error.value) and accepted in str(error.value)
+    assert str(error.value).startswith(f"{field} is "), str(error.value)
+    assert str(given_) in str(error.value) and accepted in str(error.value)
 
 
 @pytest.mark.parametrize("layout", ["row", "col"])
@@ -150,9 +151,16 @@ def test_one_rule_for_few_rows_and_another_for_many():
     for changes in ({"few_rows": -1}, {"few_rows": 2, "scale": "ue8m0_packed"}):
         with pytest.raises(ValueError, match="few_rows is"):
             spec.replace(**changes)
-    for changes in ({"few_rows": 2}, {"floor": 1e-10}, {"scale": "ue8m0"}, {"nan": "ignore"}):
-        with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="few_rows is 2"):
+        specs.FLASHINFER_LINEAR.replace(few_rows=2)
+    for changes in ({"floor": 1e-10}, {"scale": "ue8m0"}, {"nan": "ignore"}):
+        with pytest.raises(ValueError, match=r"^divide='fast_factor' has no floors and no choice of nan"):
             specs.FLASHINFER_LINEAR.replace(**changes)
+
+
+def test_specs_are_spread_over_the_buckets_of_a_dict():
+    every = list(all_choices())
+    assert len({hash(spec) for spec in every}) > len(every) - 10
 
 
 @pytest.mark.parametrize("name", [name for name in vars(specs) if name.isupper()])
@@ -175,6 +183,22 @@ def test_a_damaged_field_is_a_value_error(position):
     parts[position] = "nn"  # also an attribute of torch, though no dtype
     with pytest.raises(ValueError):
         QuantSpec.decode(",".join(parts))
+    parts[position] = "float7"  # no attribute of torch
+    with pytest.raises(ValueError):
+        QuantSpec.decode(",".join(parts))
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=describe)
+def test_scales_have_the_device_asked_for_and_no_default_dtype(spec):
+    torch.set_default_dtype(torch.float64)
+    try:
+        scale = empty_scale(5, 512, spec, torch.device("meta"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert scale.dtype == spec.scale_dtype and scale.device.type == "meta"
+    data = torch.empty(5, 512, dtype=spec.dtype, device="meta")
+    assert QuantizedActivation(data, scale, spec).scales().device.type == "meta"
+    assert type(spec.bytes(5, 512)) is int
 
 
 @pytest.mark.parametrize("spec", FORMATS, ids=describe)
@@ -283,6 +307,8 @@ def test_a_quantized_activation_is_a_pytree(spec: QuantSpec) -> None:
     q = QuantizedActivation(torch.zeros(2, 512), torch.ones(2, 4), spec)
     leaves, tree = pytree.tree_flatten({"q": q})
     assert leaves[0] is q.data and leaves[1] is q.scale and len(leaves) == 2
+    again = pytree.tree_unflatten(leaves, tree)["q"]
+    assert again.data is q.data and again.scale is q.scale
     assert pytree.treespec_loads(pytree.treespec_dumps(tree)) == tree
     doubled = pytree.tree_map(lambda t: t * 2, q)
     assert torch.equal(doubled.scale, q.scale * 2) and doubled.spec == spec

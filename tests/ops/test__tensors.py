@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import normquant as nq
 from normquant import QuantSpec
 from normquant.ops import latent_norm_quant, silu_mul_quant
+from normquant.ops._tensors import check_angles, rows, shapes
 
 M, K = 5, 384
 Q, C, R = 256, 128, 32
@@ -188,6 +189,56 @@ def test_ops_check_for_themselves(name):
     with pytest.raises(ValueError) as error:
         call()
     assert given in str(error.value) and accepted in str(error.value), str(error.value)
+
+
+def positions(step: int = 1, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(step * M, dtype=torch.int32, device=device)[::step]
+
+
+# a call -> how the sentence begins: the argument by its name, and what is wrong with it
+BEGINNINGS = {
+    "x of group_quant": (lambda: nq.group_quant(x(dtype=torch.int16)), "x has dtype torch.int16;"),
+    "width of group_quant": (lambda: nq.group_quant(x(M, 192)), "x has K = 192;"),
+    "weight's dtype": (lambda: nq.rms_norm_quant(x(), w(dtype=torch.float64)), "weight has dtype torch.float64;"),
+    "weight's device": (lambda: nq.rms_norm_quant(x(), w(device="meta")), "weight is on meta and x on cpu;"),
+    "residual": (lambda: nq.add_rms_norm_quant(x(), x(M, 2 * K)[:, ::2], w()), "residual has stride (768, 2);"),
+    "residual's device": (lambda: nq.add_rms_norm_quant(x(), x(device="meta"), w()), "residual is on meta and x on"),
+    "cos": (lambda: latent(cos=angles(M, 15)), "cos is (5, 15) float32;"),
+    "sin": (lambda: latent(sin=angles(dtype=torch.int32)), "sin is (5, 16) int32;"),
+    "cos's device": (lambda: latent(cos=angles(device="meta")), "cos is on meta and x on cpu;"),
+    "rows of sin": (lambda: latent(cos=angles(6), sin=angles(4)), "cos and sin have 6 and 4 rows for 5 rows of x"),
+    "positions": (lambda: latent(positions=positions(step=2)), "positions is (5,) int32;"),
+    "positions' device": (
+        lambda: latent(positions=torch.ones(M, dtype=torch.int32, device="meta")),
+        "positions is on meta and x on",
+    ),
+    "rope": (lambda: latent(rope="neox"), "rope is 'neox';"),
+}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_the_sentence_names_the_argument(name):
+    call, beginning = BEGINNINGS[name]
+    with pytest.raises(ValueError) as error:
+        call()
+    assert str(error.value).startswith(beginning), str(error.value)
+
+
+def test_as_many_angles_as_rows_and_positions_for_each_are_enough():
+    few = x(M, K), angles(M), angles(M)
+    check_angles(*few, None, R, "half")
+    with pytest.raises(ValueError, match="cos and sin have 5 and 4 rows"):
+        check_angles(x(M, K), angles(M), angles(4, 20), None, R, "half")
+    for dtype in (torch.int32, torch.int64):
+        check_angles(*few, torch.zeros(M, dtype=dtype), R, "half")
+
+
+def test_no_rows_in_any_number_of_dimensions_are_no_rows():
+    assert rows("x", x(0, 3, K)).shape == rows("x", x(2, 0, K)).shape == (0, K)
+
+
+def test_shapes_are_told_with_commas():
+    assert shapes(x(2, 3), w(4)) == "(2, 3), (4,)"
 
 
 def test_what_looks_odd_and_is_accepted():

@@ -17,6 +17,7 @@ from normquant.compile import FusionReport, driver
 from normquant.compile.edit.build import Builder, Rewrite
 from normquant.compile.policy import Rules
 
+COMMIT = Rewrite.commit
 # Not Graph.erase_node: that is how the pass takes a failed rewrite back.
 STEPS: tuple[tuple[Any, str], ...] = (
     (Builder, "__call__"),
@@ -59,7 +60,7 @@ class Steps:
             self.taken.append(step.__qualname__)
             if number != self.fail_at:
                 return step(*args, **kwargs)
-            if self.after and step is not Rewrite.commit:
+            if self.after and step is not COMMIT:
                 step(*args, **kwargs)
             raise PlantedError(f"step {number}, {step.__qualname__}")
 
