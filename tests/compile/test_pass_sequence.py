@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
 from torch.fx import Graph
 
-from normquant.compile import inductor_options
+from normquant.compile import inductor_options, pass_sequence
 from normquant.compile.driver import NormQuantPass
 from normquant.compile.pass_sequence import PassSequence
 from normquant.compile.policy import Rules
@@ -69,3 +71,18 @@ def test_both_run_in_a_compile_the_others_after_ours(given: str) -> None:
     (seen,) = theirs.calls
     assert "normquant.add_rms_norm_quant.default" in seen
     assert aware.calls == ([] if given == "a pass" else [True])
+
+
+def test_torch_without_passes_that_know_of_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch 2.11 has no such class; the options must be made there, and a pass beside ours must run
+    from torch._inductor import custom_graph_pass
+
+    monkeypatch.delattr(custom_graph_pass, "CustomInferenceAwareGraphPass")
+    spec = importlib.util.spec_from_file_location("older_pass_sequence", pass_sequence.__file__)
+    assert spec is not None and spec.loader is not None
+    older = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, older)
+    spec.loader.exec_module(older)
+    first, second = Plain("first"), Plain("second")
+    older.PassSequence((first, second))(Graph())
+    assert issubclass(older.PassSequence, CustomGraphPass) and len(first.calls) == len(second.calls) == 1
