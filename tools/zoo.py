@@ -12,6 +12,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -68,8 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(models: Sequence[TinyModel], jobs: int) -> Iterator[ZooOutcome]:
     """Each model once, in processes that are replaced now and then: compiled code stays in memory."""
-    with get_context("spawn").Pool(jobs, _quiet, maxtasksperchild=25) as pool:
-        for count, outcome in enumerate(pool.imap_unordered(zoo_outcome, models), 1):
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _quiet, max_tasks_per_child=25) as pool:
+        pending = [pool.submit(zoo_outcome, model) for model in models]
+        for count, done in enumerate(as_completed(pending), 1):
+            outcome = done.result()
             print(f"{count:>3}/{len(models)} {_line(outcome)}", flush=True)
             yield outcome
 

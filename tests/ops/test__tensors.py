@@ -10,7 +10,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import normquant as nq
 from normquant import QuantSpec
 from normquant.ops import latent_norm_quant, silu_mul_quant
-from normquant.ops._tensors import check_angles, rows, shapes
+from normquant.ops._tensors import (
+    check_angles,
+    check_eps,
+    check_normed_width,
+    check_weight_offset,
+    fake_quant,
+    rows,
+    shapes,
+)
 
 M, K = 5, 384
 Q, C, R = 256, 128, 32
@@ -199,6 +207,11 @@ def positions(step: int = 1, device: str = "cpu") -> torch.Tensor:
 BEGINNINGS = {
     "x of group_quant": (lambda: nq.group_quant(x(dtype=torch.int16)), "x has dtype torch.int16;"),
     "width of group_quant": (lambda: nq.group_quant(x(M, 192)), "x has K = 192;"),
+    "x of a norm": (lambda: nq.rms_norm_quant(x(dtype=torch.float32), w()), "x has dtype torch.float32;"),
+    "width of a norm": (lambda: nq.rms_norm_quant(x(M, 192), w(192)), "x has K = 192;"),
+    "too wide a norm": (lambda: nq.rms_norm_quant(x(1, 65664), w(65664)), "K is 65664; the norm kernels hold a row"),
+    "too wide a latent": (lambda: check_normed_width(65664, QuantSpec(), "q_a"), "K of q_a is 65664; the norm kernels"),
+    "width of a latent": (lambda: check_normed_width(192, QuantSpec(), "q_a"), "q_a has K = 192;"),
     "weight's dtype": (lambda: nq.rms_norm_quant(x(), w(dtype=torch.float64)), "weight has dtype torch.float64;"),
     "weight's device": (lambda: nq.rms_norm_quant(x(), w(device="meta")), "weight is on meta and x on cpu;"),
     "residual": (lambda: nq.add_rms_norm_quant(x(), x(M, 2 * K)[:, ::2], w()), "residual has stride (768, 2);"),
@@ -235,6 +248,30 @@ def test_as_many_angles_as_rows_and_positions_for_each_are_enough():
 
 def test_no_rows_in_any_number_of_dimensions_are_no_rows():
     assert rows("x", x(0, 3, K)).shape == rows("x", x(2, 0, K)).shape == (0, K)
+
+
+def test_limits_are_accepted():
+    check_normed_width(65536, QuantSpec(), "x")
+    check_eps(torch.finfo(torch.float32).max)
+    check_weight_offset(-torch.finfo(torch.float32).max)
+
+
+@pytest.mark.parametrize("layout", ["row", "col", "col_tma"])
+@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (1, 1)])
+def test_leading_dimensions_come_back(lead, layout):
+    spec = QuantSpec(layout=layout)
+    q = nq.group_quant(x(*lead, K), spec=spec)
+    assert q.spec == spec and q.data.shape == (*lead, K) and q.scale.shape == (*lead, K // 128)
+    if len(lead) == 1:
+        assert q.scale.stride() == spec.scale_stride(*lead, K)
+
+
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0_packed"])
+def test_a_fake_result_is_like_a_real_one(scale):
+    spec = QuantSpec(scale=scale, layout="col_tma")
+    real = nq.group_quant(x(), spec=spec)
+    for made, expected in zip(fake_quant(x(), M, K, spec), (real.data, real.scale), strict=True):
+        assert (made.shape, made.stride(), made.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
 def test_shapes_are_told_with_commas():
