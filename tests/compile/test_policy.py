@@ -91,7 +91,7 @@ def test_auto_goes_by_the_table_that_tune_wrote(tmp_path) -> None:
 def test_auto_adds_no_kernel() -> None:
     with on((9, 0)):
         decision = Rules().decide("a", facts(extra=True))
-        reason = "policy auto: the graph computes the weight, which would take one more kernel"
+        reason = "policy auto: the graph computes the weight or copies the input, one more kernel"
         assert decision == Decision("stock", reason)
         assert Rules("always").decide("a", facts(extra=True)).strategy == "fused"
 

@@ -109,7 +109,7 @@ def test_spelling_is_fused_with_its_own_roundings(name: str, dtype: torch.dtype,
     assert_same(outcome.result, fn(x, w))
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-6, 0.25])
+@pytest.mark.parametrize("eps", [1e-30, 1e-12, 1e-6, 0.25])  # 0 is refused by the op: ops/test__tensors.py
 def test_epsilon_and_offset_are_read_from_the_graph(eps: float) -> None:
     def fn(x, w):
         h = x.float()
@@ -248,7 +248,7 @@ def test_arithmetic_that_the_kernels_lack_is_rejected_with_the_reason(norm: Call
 
 
 def test_a_norm_module_of_torch_before_our_quantization() -> None:
-    norm = torch.nn.RMSNorm(K, eps=1e-5, dtype=BF16)
+    norm = torch.nn.RMSNorm(K, eps=1e-5, dtype=BF16).requires_grad_(False)
     outcome = run_with_pass(lambda x: nq.group_quant(norm(x)).data, exact(2, 3, K))
     assert outcome.site.fused and outcome.site.m == "6"
     assert_same(outcome.result, nq.group_quant(norm(exact(2, 3, K))).data)
