@@ -91,7 +91,7 @@ def test_auto_goes_by_the_table_that_tune_wrote(tmp_path) -> None:
 def test_auto_adds_no_kernel() -> None:
     with on((9, 0)):
         decision = Rules().decide("a", facts(extra=True))
-        reason = "policy auto: the graph computes the weight, which would take one more kernel"
+        reason = "policy auto: the graph computes the weight or copies the input, one more kernel"
         assert decision == Decision("stock", reason)
         assert Rules("always").decide("a", facts(extra=True)).strategy == "fused"
 
@@ -129,6 +129,16 @@ def one(entry: str) -> str:
 def test_what_is_no_table_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"t\.json is not a table of measurements"):
         parse(text, "t.json")
+
+
+def test_auto_goes_by_the_tables_of_the_package() -> None:
+    with on((9, 0)):
+        decision = Rules().decide("a", facts())
+    assert decision.strategy == "fused" and decision.reason.startswith("measured: M 17..64: fused ")
+
+
+def test_rules_are_spread_over_the_buckets_of_a_dict() -> None:
+    assert len({hash(Rules("never", {f"layers.{i}.*": "always"})) for i in range(100)}) > 90
 
 
 def test_the_tables_of_the_package_can_be_read() -> None:
