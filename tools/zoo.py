@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from shared.zoo_outcome import ZooOutcome, zoo_outcome
 
 ROOT = Path(__file__).parents[1]
 PAGE, RECORDS = ROOT / "docs" / "zoo.md", ROOT / "build" / "zoo.jsonl"
+MEMORY = 8 << 30  # bytes; a tiny model takes less than one
 TEXT = """# The model zoo
 
 Every causal language model of transformers {transformers} that can be built tiny (two layers, 256 wide, random bf16
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(models: Sequence[TinyModel], jobs: int) -> Iterator[ZooOutcome]:
     """Each model once, in processes that are replaced now and then: compiled code stays in memory."""
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _quiet, max_tasks_per_child=25) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _set_up, max_tasks_per_child=25) as pool:
         pending = [pool.submit(zoo_outcome, model) for model in models]
         for count, done in enumerate(as_completed(pending), 1):
             outcome = done.result()
@@ -82,7 +84,9 @@ def _kept() -> dict[str, ZooOutcome]:
     return {outcome.name: outcome for outcome in outcomes}
 
 
-def _quiet() -> None:
+def _set_up() -> None:
+    """Of a process: what a model takes more is an error of that model, and not of the machine."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

@@ -131,6 +131,16 @@ def test_what_is_no_table_is_refused(text: str) -> None:
         parse(text, "t.json")
 
 
+def test_auto_goes_by_the_tables_of_the_package() -> None:
+    with on((9, 0)):
+        decision = Rules().decide("a", facts())
+    assert decision.strategy == "fused" and decision.reason.startswith("measured: M 17..64: fused ")
+
+
+def test_rules_are_spread_over_the_buckets_of_a_dict() -> None:
+    assert len({hash(Rules("never", {f"layers.{i}.*": "always"})) for i in range(100)}) > 90
+
+
 def test_the_tables_of_the_package_can_be_read() -> None:
     assert measured((9, 0)) is not None and measured((9, 0)).capability == (9, 0)  # type: ignore[union-attr]
     assert measured((3, 5)) is None
