@@ -1,12 +1,10 @@
 """Block-FP8 layers under fully_shard and DTensor: two processes on gloo."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from shared.inputs import activations
+from shared.ranks import free_port, run_ranks
 from torch import nn
 
 import normquant as nq
@@ -84,16 +82,13 @@ def refuses_dtensors() -> None:
 CASES = {"fully_shard": shards, "half": conversion, "cast": casts_parameters, "DTensor": refuses_dtensors}
 
 
-def rank_of(rank: int, port: int, name: str) -> None:
+def rank_of(rank: int, world: int, port: int, name: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     CASES[name]()
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_on_two_ranks(name):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_of, args=(port, name), nprocs=RANKS)
+    run_ranks(rank_of, RANKS, free_port(), name)

@@ -1,12 +1,10 @@
 """The ops on DTensors: two processes on gloo."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from shared.compare import bits
+from shared.ranks import free_port, run_ranks
 
 import normquant as nq
 from normquant import QuantSpec
@@ -93,9 +91,9 @@ def gradients() -> None:
 CASES = {"gradients": gradients, "rows": rows, "columns": columns, "angles": angles}
 
 
-def rank_of(rank: int, port: int, name: str) -> None:
+def rank_of(rank: int, world: int, port: int, name: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     register_sharding()
     register_sharding()  # once more changes nothing
     CASES[name]()
@@ -104,7 +102,4 @@ def rank_of(rank: int, port: int, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_on_two_ranks(name):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_of, args=(port, name), nprocs=RANKS)
+    run_ranks(rank_of, RANKS, free_port(), name)
