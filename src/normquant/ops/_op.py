@@ -99,15 +99,20 @@ OPS: dict[str, Op] = {}
 def register(op: Op) -> Op:
     """Define an op in torch, and add it to `OPS`."""
     op = replace(op, stem=op.stem or op.name)
-    LIBRARY.define(op.name + op.schema, tags=TAGS)
-    torch.library.register_fake(f"normquant::{op.name}", _checked(op, op.fake), lib=LIBRARY)
-    LIBRARY.impl(op.name, _checked(op, op.reference), "CPU")
-    LIBRARY.impl(op.name, cached(op.name, op.launch), "CUDA")
-    without_gradient(op.name)
+    define(op.name, op.schema, _checked(op, op.fake), _checked(op, op.reference), cached(op.name, op.launch))
     if op.eps_overload:
         _register_tensor_eps(op)
     OPS[op.name] = op
     return op
+
+
+def define(name: str, schema: str, fake: Impl, cpu: Impl, cuda: Impl) -> None:
+    """Define an op without a gradient in torch; its implementations take the spec encoded."""
+    LIBRARY.define(name + schema, tags=TAGS)
+    torch.library.register_fake(f"normquant::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    without_gradient(name)
 
 
 def without_gradient(name: str) -> None:

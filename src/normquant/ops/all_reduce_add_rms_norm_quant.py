@@ -20,7 +20,7 @@ from normquant import reference
 from normquant.ops._examples import EPS
 from normquant.ops._gather import gather, group_of
 from normquant.ops._gradients import refuse_gradients
-from normquant.ops._op import DEFAULT, LIBRARY, TAGS, without_gradient
+from normquant.ops._op import DEFAULT, define
 from normquant.ops._tensors import activation, check_eps, check_norm, check_weight_offset, fake_quant, rows
 from normquant.spec import QuantizedActivation, QuantSpec
 
@@ -214,13 +214,6 @@ class GroupOp:
         return runner(args[-2])(self.name, self.with_residual, self.quantized, self.normed, *args)
 
 
-def _register(op: GroupOp) -> None:
-    LIBRARY.define(op.name + op.schema, tags=TAGS)
-    torch.library.register_fake(f"normquant::{op.name}", op.fake, lib=LIBRARY)
-    LIBRARY.impl(op.name, op.cpu, "CPU")
-    LIBRARY.impl(op.name, op.cuda, "CUDA")
-    without_gradient(op.name)
-
-
 for _with_residual, _outputs in product((False, True), ((True, False), (True, True), (False, True))):
-    _register(GroupOp(_with_residual, *_outputs))
+    _op = GroupOp(_with_residual, *_outputs)
+    define(_op.name, _op.schema, _op.fake, _op.cpu, _op.cuda)
