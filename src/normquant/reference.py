@@ -126,14 +126,19 @@ def _quantize_by_factor(grouped: torch.Tensor, spec: QuantSpec) -> tuple[torch.T
 
 def store_scale(scale: torch.Tensor, k: int, spec: QuantSpec) -> torch.Tensor:
     """Scales [M, G] fp32 in the encoding, shape and stride of `spec`, TMA padding zeroed."""
-    m, groups = scale.shape
+    groups = scale.shape[1]
     if spec.scale == "ue8m0_packed":
         exponents = F.pad((scale.view(torch.int32) >> 23) & 0xFF, (0, -groups % 4)).unflatten(-1, (-1, 4))
         shifts = torch.arange(0, 32, 8, device=scale.device, dtype=torch.int32)
         scale = (exponents << shifts).sum(-1, dtype=torch.int32)  # [M, ceil(G/4)]
-    out = empty_scale(m, k, spec, scale.device)
+    return lay_out_scale(scale, k, spec)
+
+
+def lay_out_scale(scale: torch.Tensor, k: int, spec: QuantSpec) -> torch.Tensor:
+    """Encoded scales [M, G or ceil(G/4)], in rows, in the stride of `spec`, TMA padding zeroed."""
+    out = empty_scale(scale.shape[0], k, spec, scale.device)
     if spec.layout == "col_tma":
-        out.as_strided((spec.scale_rows(m), out.shape[1]), out.stride()).zero_()
+        out.as_strided((spec.scale_rows(scale.shape[0]), out.shape[1]), out.stride()).zero_()
     return out.copy_(scale)
 
 

@@ -18,7 +18,7 @@ from normquant.kernels.configs import Config
 from normquant.kernels.launch import Launch
 from normquant.kernels.parts_plan import Outputs
 from normquant.ops.all_reduce_add_rms_norm_quant import own_rows
-from normquant.spec import QuantSpec, empty_scale
+from normquant.spec import QuantSpec
 
 
 def through_collectives(
@@ -93,12 +93,7 @@ def _gather_results(
 
 def _stored(scale: torch.Tensor, k: int, spec: QuantSpec) -> torch.Tensor:
     """Stored scales, in rows, in the layout of `spec`."""
-    if spec.layout == "row":
-        return scale
-    out = empty_scale(scale.shape[0], k, spec, scale.device)
-    if spec.layout == "col_tma":
-        out.as_strided((spec.scale_rows(scale.shape[0]), out.shape[1]), out.stride()).zero_()
-    return out.copy_(scale)
+    return scale if spec.layout == "row" else reference.lay_out_scale(scale, k, spec)
 
 
 def _empty(x: torch.Tensor, spec: QuantSpec, wanted: Outputs) -> list[torch.Tensor]:
