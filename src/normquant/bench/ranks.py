@@ -22,7 +22,7 @@ from normquant import distributed, reference
 from normquant.bench import rank_providers
 from normquant.bench.cases import Case
 from normquant.bench.records import RanksRecord, current_run, timing_fields
-from normquant.bench.timing import Call, replay_us, summary
+from normquant.bench.timing import Call, capture_repeated, replay_us, summary
 from normquant.version import VERSION
 
 EPS = 1e-6
@@ -118,7 +118,7 @@ def time_ranks(calls: Mapping[str, Sequence[Call]], group: dist.ProcessGroup, sa
     graphs = {}
     for name, some in calls.items():
         dist.barrier(group)
-        graphs[name] = capture(some, CALLS // len(some), pool)
+        graphs[name] = capture_repeated(some, CALLS // len(some), pool)
     raw: dict[str, list[float]] = {name: [] for name in calls}
     for sample in range(samples + 1):
         for name, graph in graphs.items():
@@ -132,23 +132,6 @@ def time_ranks(calls: Mapping[str, Sequence[Call]], group: dist.ProcessGroup, sa
     times = torch.tensor([raw[name] for name in names], device="cuda")  # [providers, samples]
     dist.all_reduce(times, op=dist.ReduceOp.MAX, group=group)
     return dict(zip(names, times.tolist(), strict=True))
-
-
-def capture(calls: Sequence[Call], repeats: int, pool: Any) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of the calls in turn, so many times, after one run of each."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, pool=pool):
-            for _ in range(repeats):
-                for call in calls:
-                    call()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph
 
 
 def run_rank(

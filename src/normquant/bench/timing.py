@@ -106,9 +106,15 @@ def capture(calls: Sequence[Call], sample_us: float, pool: Any) -> tuple[torch.c
 
 def capture_once(call: Call) -> torch.cuda.CUDAGraph:
     """A CUDA graph of one call, which is run once before the capture."""
+    return capture_repeated([call], 1)
+
+
+def capture_repeated(calls: Sequence[Call], repeats: int, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of the calls in turn, `repeats` times, after one run of each; pool: as in `capture`."""
     with _side_stream() as stream:
-        call()  # compiles and allocates outside of the graph
-        return _record([call], 1, stream)
+        for call in calls:  # compiles and allocates outside of the graph
+            call()
+        return _record(calls, repeats, stream, pool)
 
 
 @contextmanager
