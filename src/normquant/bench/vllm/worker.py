@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from normquant.bench.vllm import float32_model, kernel_profile, seeded_model
 from normquant.bench.vllm.engine import Engine, EngineStep, counted_scales, expert_kernels, linear_kernels, synchronize
 from normquant.bench.vllm.job import PROMPT, WARM_UP, Job, engine_arguments, read
 from normquant.bench.vllm.kernel_profile import CLASSES
+from normquant.vllm.fp8_linear import flashinfer_version
 
 Send = Callable[[dict[str, Any]], None]
 LOAD_FORMAT = "normquant_bench"
@@ -106,7 +106,7 @@ def facts(engine: Engine) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "vllm": vllm.__version__,
-        "flashinfer": version("flashinfer-python") if find_spec("flashinfer") else "",
+        "flashinfer": flashinfer_version(),
         "linear_kernels": sorted(linear_kernels(engine.model)),
         "expert_kernels": sorted(expert_kernels(engine.model)),
     }
