@@ -10,7 +10,7 @@ import torch
 
 from normquant import ops, specs
 from normquant.spec import QuantSpec
-from normquant.specs import VLLM
+from normquant.specs import VLLM, VLLM_UE8M0
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_layer_takes_what_was_quantized(manual: Any, shape: tuple[int, ...]) -
         ({}, VLLM),
         ({"column_major_scales": True}, VLLM.replace(layout="col")),
         ({"column_major_scales": True, "tma_aligned_scales": True}, VLLM.replace(layout="col_tma")),
-        ({"use_ue8m0": True}, VLLM.replace(scale="ue8m0", scale_floor=1e-10)),
+        ({"use_ue8m0": True}, VLLM_UE8M0),
         ({"group_size": 64}, VLLM.replace(group=64)),
     ],
 )
