@@ -113,6 +113,13 @@ LAUNCHES = {
 }
 
 
+def test_generated_code_launches_what_the_op_does(launched):
+    torch.ops.normquant.group_quant.default.launch(rows(), SPEC.encode())
+    GROUP_QUANT(rows(), SPEC)
+    (generated, _), (dispatched, _) = launched
+    assert generated is dispatched
+
+
 def test_every_launch_finds_the_binary_that_triton_takes(launched):
     for run in LAUNCHES.values():
         run()

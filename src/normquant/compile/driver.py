@@ -12,7 +12,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 
 from normquant import ops, reference, spec, specs
-from normquant.compile import fusion_report
+from normquant.compile import direct_calls, fusion_report
 from normquant.compile.edit.build import Builder
 from normquant.compile.edit.cleanup import clean, keep_outputs_apart, output_owners
 from normquant.compile.edit.snapshot import restore, states
@@ -78,6 +78,7 @@ class NormQuantPass(CustomGraphPass):
 
     def rewrite(self, graph: Graph) -> FusionReport:
         """Rewrite the graph and say what was done; `normquant.explain()` has the report as well."""
+        direct_calls.register()
         return fusion_report.add(run(graph, self.rules, self.strict, self.fusions))
 
 

@@ -107,11 +107,15 @@ def register(op: Op) -> Op:
 
 
 def define(name: str, schema: str, fake: Impl, cpu: Impl, cuda: Impl) -> None:
-    """Define an op without a gradient in torch; its implementations take the spec encoded."""
+    """Define an op without a gradient in torch; its implementations take the spec encoded.
+
+    The one for CUDA is also `launch` of what torch calls, for generated code (`compile/direct_calls.py`).
+    """
     LIBRARY.define(name + schema, tags=TAGS)
     torch.library.register_fake(f"normquant::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
+    getattr(torch.ops.normquant, name).default.launch = cuda
     without_gradient(name)
 
 
