@@ -103,7 +103,7 @@ $(TORCH_STAMP): pyproject.toml constraints.txt
 		if (( free < $(TORCH_GB) )); then \
 			echo "$(TORCH_VENV) needs $(TORCH_GB) GB of disk to set up, and $$free GB are free." >&2; exit 1; fi
 	@echo "setting up $(TORCH_VENV) with $$($(PYTHON) -V), up to 6 GB"; $(PYTHON) -m venv $(TORCH_VENV)
-	@grep -vE '^(torch|triton)==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	@grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(TORCH_VENV)/constraints.txt
 	$(TORCH_VENV)/bin/python -m pip install --constraint $(TORCH_VENV)/constraints.txt torch==$(TORCH) hatchling
 	$(TORCH_VENV)/bin/python -m pip install --quiet --constraint $(TORCH_VENV)/constraints.txt --no-build-isolation \
 		--editable '.[nogpu,hf,report,dev]'

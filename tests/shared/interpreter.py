@@ -2,7 +2,8 @@
 
 The stock interpreter rounds some casts to fp8 and bf16 wrongly, rounds the product inside `fma`, and has NaN for the
 maximum of a number and NaN. Here casts and exp go through torch, an fma is computed in float64, where the product of
-two fp32 is exact, and a maximum or minimum is the number, unless the kernel asks for NaN.
+two fp32 is exact, and a maximum or minimum is the number, unless the kernel asks for NaN. A condition that is spread
+over a tensor stays one: Triton 3.9 makes it a number, and refuses that number as a mask.
 """
 
 from __future__ import annotations
@@ -80,17 +81,28 @@ def _generic_reduce(stock):
     return reduce
 
 
+def _splat(stock):
+    def splat(self, type, value):
+        spread = stock(self, type, value)
+        spread.data = spread.data.astype(value.data.dtype)
+        return spread
+
+    return splat
+
+
 @contextlib.contextmanager
 def repaired():
     """A context in which interpreted kernels round as compiled ones do."""
     from triton.runtime import interpreter
 
+    builder = interpreter.InterpreterBuilder
     with (
         mock.patch.object(interpreter, "_convert_float", _convert_float(interpreter._convert_float)),
-        mock.patch.object(interpreter.InterpreterBuilder, "create_fma", _fma),
-        mock.patch.object(interpreter.InterpreterBuilder, "create_exp", _exp),
-        mock.patch.object(interpreter.InterpreterBuilder, "create_maxnumf", _number(np.fmax)),
-        mock.patch.object(interpreter.InterpreterBuilder, "create_minnumf", _number(np.fmin)),
+        mock.patch.object(builder, "create_fma", _fma),
+        mock.patch.object(builder, "create_exp", _exp),
+        mock.patch.object(builder, "create_maxnumf", _number(np.fmax)),
+        mock.patch.object(builder, "create_minnumf", _number(np.fmin)),
+        mock.patch.object(builder, "create_splat", _splat(builder.create_splat)),
         mock.patch.object(
             interpreter.ReduceOps, "generic_reduce", _generic_reduce(interpreter.ReduceOps.generic_reduce)
         ),
