@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
+POLICIES = ("auto", "always", "never", "native", "opaque-norm")  # of normquant.compile.policy, which imports torch
+
 
 def integers(text: str) -> tuple[int, ...]:
     """'1,64' -> (1, 64), an argparse type."""

@@ -14,8 +14,7 @@ from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
 from normquant.cli.arguments import integers
 from normquant.cli.output_files import check_writable, write_atomically
-from normquant.compile import explain, inductor_options
-from normquant.report import audit_diff, audit_html, audit_text
+from normquant.report import audit_text
 
 TOKENS = 64
 COMPILING = ("arg", "option", "fuse", "dynamic", "tokens", "layers")
@@ -108,6 +107,7 @@ def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
     if _kind(what) == "generated code":
         return audit_path(what, args.target, args.m, sizes)
     from normquant.audit.capture import live_compile, model_inputs  # the compiler, only where something is compiled
+    from normquant.compile import inductor_options
 
     if os.path.exists(what):
         function, make = model_inputs.hugging_face(what, args.tokens or TOKENS, args.layers)
@@ -141,6 +141,8 @@ def _is_config(what: str) -> bool:
 def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Sequence[AuditReport]) -> None:
     title = args.what
     if args.html:
+        from normquant.report import audit_html
+
         write_atomically(Path(args.html), audit_html.page(data, title))
     if args.github:
         print(audit_text.github_annotations(data))
@@ -150,6 +152,8 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Se
     if not args.github and args.json != "-":
         print(audit_text.render(data, title), end="")
         if args.fuse:
+            from normquant.compile import explain
+
             print(explain())
     if args.html:
         print(f"page: {args.html}", file=sys.stderr)
@@ -158,6 +162,8 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Se
 def _diff(args: argparse.Namespace) -> int:
     if args.what is not None:
         raise ValueError(f"--diff takes the two to compare; {args.what!r} is a third")
+    from normquant.report import audit_diff
+
     before, after = (_audit(what, args) for what in args.diff)
     for a, b in zip(before, after, strict=True):
         pair = a.to_dict(), b.to_dict()

@@ -13,26 +13,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from normquant.bench.cases import BENCHMARKED, MS, Case, kernel_cases
 from normquant.bench.records import KernelRecord, Record, writing
-from normquant.bench.vllm import supervisor
 from normquant.bench.vllm.job import INSTALLED, LABORATORY, LINEARS, Job
-from normquant.bench.vllm.seeded_model import config
-from normquant.bench.vllm.supervisor import Failure
-from normquant.cli.arguments import chosen, integers
+from normquant.cli.arguments import POLICIES, chosen, integers
 from normquant.cli.output_files import check_writable
-from normquant.compile.policy import Policy
 from normquant.report import vllm_text
+
+if TYPE_CHECKING:  # what imports torch is imported where something is measured
+    from normquant.bench.cases import Case
+    from normquant.bench.vllm.supervisor import Failure
+
+    Found = Iterator[tuple[Sequence[Record], str] | Failure]  # records and a line about them
 
 SAMPLES = 21  # of each timing
 RANKS_MS = (1, 4, 16, 32, 64, 128, 256, 512, 2048)
 STEPS = 32  # decode steps of a sample of vLLM
 COMPARED = 32  # prompts whose logits are compared
 EXIT_FAILED = 2  # a process of vLLM failed: that is no check that did not hold
-
-Found = Iterator[tuple[Sequence[Record], str] | Failure]  # records and a line about them
 
 
 def expert_layers(text: str) -> tuple[int, ...]:
@@ -87,7 +86,7 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
     add("--prefill", type=integers, default=(2048, 8192), metavar="N,...", help="prompts (default: 2048,8192 tokens)")
     add("--samples", type=int, default=5, help="samples of each timing (default: 5)")
     add("--steps", type=int, default=STEPS, help=f"decode steps of a sample (default: {STEPS})")
-    add("--policy", default="auto", choices=get_args(Policy), help="of normquant (default: auto)")
+    add("--policy", default="auto", choices=POLICIES, help="of normquant (default: auto)")
     add("--workers", type=int, help="processes that start together (default: those of one model and linear)")
     add("--timeout", type=float, default=900, metavar="S", help="of a start, of a measurement (default: 900)")
     add("--keep", type=Path, metavar="DIR", help="keep vLLM's caches, reports, logs and kernels here")
@@ -103,6 +102,8 @@ def need_gpu() -> None:
 
 def grid_cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the arguments ask for; raises ValueError where there are none."""
+    from normquant.bench.cases import BENCHMARKED, MS, kernel_cases
+
     ops = tuple(chosen(args.ops, BENCHMARKED, "ops"))
     cases = list(kernel_cases(ops, args.k, args.m or MS))
     if not cases:
@@ -114,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print a line for each case, write the records; 2 if a process of vLLM failed."""
     check_writable(args.output)
     need_gpu()
+    from normquant.bench.vllm.supervisor import Failure
+
     suite: Callable[[argparse.Namespace], Found] = SUITES[args.suite]
     start, count, code = time.monotonic(), 0, 0
     with writing(args.output) as add:
@@ -155,6 +158,7 @@ def kernel_suite(args: argparse.Namespace) -> Found:
 def ranks_suite(args: argparse.Namespace) -> Found:
     """The same with an all-reduce, on several GPUs: rows of 7168 values unless others are asked for."""
     from normquant.bench import rank_providers, ranks
+    from normquant.bench.cases import Case
 
     cases = [Case("add_rms_norm_quant", m, k) for k in args.k or (7168,) for m in args.m or RANKS_MS]
     names = args.providers.split(",") if args.providers else None
@@ -185,10 +189,12 @@ def vllm_suite(args: argparse.Namespace) -> Found:
     """Each setting at each batch: its record and a line about it, or the failure of its process; at the end a table."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed here; pip install vllm")
+    from normquant.bench.vllm import supervisor
+
     records: list[dict[str, Any]] = []
     with _folder(args.keep) as folder:
         for found in supervisor.measure(vllm_groups(args, folder), args.timeout, findings):
-            if isinstance(found, Failure):
+            if isinstance(found, supervisor.Failure):
                 yield found
                 continue
             records.append(asdict(found))
@@ -200,6 +206,8 @@ def vllm_suite(args: argparse.Namespace) -> Found:
 
 def vllm_groups(args: argparse.Namespace, folder: Path) -> list[list[Job]]:
     """The jobs, in groups that start together. Raises ValueError for arguments that make no sense."""
+    from normquant.bench.vllm.seeded_model import config
+
     settings, linears = _settings(args)
     if min(args.samples, args.steps, args.timeout, args.workers or 1) < 1 or args.samples < 2:
         raise ValueError("--samples starts at 2; --steps, --timeout and --workers start at 1")

@@ -1,17 +1,20 @@
 """The command ``normquant``: finds the subcommand, runs it, and turns what goes wrong into one line and an exit code.
 
 A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``. It is imported only when it is asked
-for, so that ``normquant env`` works where ``normquant demo`` cannot. To add one, add a line to ``COMMANDS``.
+for, so that ``normquant env`` works where ``normquant demo`` cannot, and imports what is large only in ``run``, so that
+its help takes no time. To add one, add a line to ``COMMANDS``.
 
-Exit codes: 0 done, 1 a check did not hold, 2 wrong usage, unusable input or any other failure, 130 interrupted,
-141 the reader of the output went away.
+Exit codes, which docs/exit-codes.md explains: 0 done, 1 a check did not hold, 2 wrong usage, unusable input or any other
+failure, 130 interrupted, 141 the reader of the output went away.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -53,8 +56,10 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     """
     given = sys.argv[1:] if argv is None else argv
     try:
+        _print_anything()
         code = _run(given, commands)
-        sys.stdout.flush()  # a closed pipe or a full disk must show here, not while the interpreter shuts down
+        if sys.stdout:  # None where it was closed
+            sys.stdout.flush()  # a closed pipe or a full disk must show here, not while the interpreter shuts down
         return code
     except KeyboardInterrupt:
         print("normquant: interrupted", file=sys.stderr)
@@ -65,19 +70,26 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     except Exception as error:
         _report(error, debug="--debug" in given)
         return EXIT_ERROR
+    finally:
+        if argv is None:  # the process ends here: one more Ctrl-C ends it at once, without a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _run(argv: Sequence[str], commands: Sequence[Command]) -> int:
-    top = _parser(commands).parse_args(argv)
-    module = importlib.import_module(next(c.module for c in commands if c.name == top.command))
-    parser = argparse.ArgumentParser(prog=f"normquant {top.command}", description=_first_line(module.__doc__))
-    parser.add_argument("--debug", action="store_true", default=top.debug, help=DEBUG_HELP)
-    module.add_arguments(parser)
-    args = parser.parse_args(top.arguments)
+    completing = "_ARGCOMPLETE" in os.environ  # a shell completes this line, and runs the command to do it
+    words = os.environ.get("COMP_LINE", "").split()[1:] if completing else argv
+    parser, parsers = _parser(commands, next((w for w in words if w in [c.name for c in commands]), None))
+    if completing:
+        import argcomplete  # which is there: it made the shell ask
+
+        argcomplete.autocomplete(parser)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parsers[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        code: int = module.run(args)
+        code: int = args.run(args)
     except SystemExit as error:  # of a user's module: its exit code would be taken for ours
-        raise RuntimeError(f"{top.command} ran code that called sys.exit({error.code!r})") from error
+        raise RuntimeError(f"{args.command} ran code that called sys.exit({error.code!r})") from error
     return code
 
 
@@ -92,20 +104,35 @@ def _report(error: Exception, debug: bool) -> None:
         _discard_stdout()
 
 
-def _parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
-    width = max(len(c.name) for c in commands)
-    listing = "\n".join(f"  {c.name:<{width}}  {c.help}" for c in commands)
+def _parser(
+    commands: Sequence[Command], wanted: str | None
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of all commands, and each command's own, of which only the wanted one has its arguments."""
     parser = argparse.ArgumentParser(
         prog="normquant",
         description="RMSNorm and FP8 block quantization as one kernel, and an auditor of compiled models.",
-        epilog=f"commands:\n{listing}\n\n`normquant COMMAND --help` describes one.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`normquant COMMAND --help` describes one.",
     )
     parser.add_argument("--version", action="version", version=f"normquant {VERSION}")
     parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
-    parser.add_argument("command", metavar="COMMAND", choices=[c.name for c in commands], help="see below")
-    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="arguments of the command")
-    return parser
+    listed = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    parsers = {}
+    for command in commands:
+        parsers[command.name] = one = listed.add_parser(command.name, help=command.help)
+        one.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG_HELP)
+        if command.name == wanted:
+            module = importlib.import_module(command.module)
+            one.description = _first_line(module.__doc__)
+            one.set_defaults(run=module.run)
+            module.add_arguments(one)
+    return parser, parsers
+
+
+def _print_anything() -> None:
+    """A character that the terminal's encoding lacks is printed as its number, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _first_line(text: str | None) -> str | None:

@@ -9,12 +9,14 @@ import shutil
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from normquant.bench.cases import Case
 from normquant.bench.records import current_command
 from normquant.cli.bench import SAMPLES, add_grid, grid_cases, need_gpu
 from normquant.cli.output_files import check_writable, replacing
+
+if TYPE_CHECKING:
+    from normquant.bench.cases import Case
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
