@@ -4,7 +4,7 @@ A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``
 for, so that ``normquant env`` works where ``normquant demo`` cannot, and imports what is large only in ``run``, so that
 its help takes no time. To add one, add a line to ``COMMANDS``.
 
-Exit codes, which docs/exit-codes.md explains: 0 done, 1 a check did not hold, 2 wrong usage, unusable input or any other
+Exit codes (docs/exit-codes.md): 0 done, 1 a check did not hold, 2 wrong usage, unusable input or any other
 failure, 130 interrupted, 141 the reader of the output went away.
 """
 
