@@ -78,6 +78,8 @@ COVERED = {
     "bench/rank*.py": "cli/test_bench",
     "bench/vllm/*.py": "vllm/test_bench",
     "cli/arguments.py": "cli/test_bench",
+    "cli/env/packages.py": "cli/env/test_machine",
+    "cli/terminal.py": "cli/test_list",
     "cli/plot.py": "report/test_kernels_plot",
     "compile/*.py": "compile/test_inductor",
     "compile/edit/*.py": "compile/fusions/test_latent_norm_quant",

@@ -55,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", nargs="?", const="-", metavar="PATH", help="as JSON, to PATH or instead of the text")
     output.add_argument("--html", metavar="PATH", help="as one self-contained page")
     output.add_argument("--github", action="store_true", help="findings as annotations of a GitHub workflow")
+    output.add_argument("--sarif", type=Path, metavar="PATH", help="findings as SARIF 2.1.0, for code scanning")
+    output.add_argument("--junit", type=Path, metavar="PATH", help="what exit code 1 is for, as tests in JUnit XML")
     failing = parser.add_argument_group("exit code 1")
     failing.add_argument(
         "--fail-on", type=_rules, default=(), metavar="RULE[,RULE]", help=f"any of {', '.join(RULE_IDS)}"
@@ -69,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Audit, print, and check. 0: all is well; 1: an expectation does not hold; 2: nothing can be audited."""
-    check_writable(*(Path(path) for path in (args.json, args.html) if path and path != "-"))
+    check_writable(args.sarif, args.junit, *(Path(path) for path in (args.json, args.html) if path and path != "-"))
     _check_read(args)
     try:
         if args.diff:
@@ -81,6 +83,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"normquant: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     data = [report.to_dict() for report in made]
+    if args.sarif or args.junit:
+        from normquant.cli import ci_reports
+
+        ci_reports.write(args, data, made, _counts(args.expect))
     _print(args, data, made)
     return _exit_code(made, args)
 
@@ -92,8 +98,11 @@ def _check_read(args: argparse.Namespace) -> None:
     for name in COMPILING:
         if getattr(args, name) and kinds and all(name in UNREAD[kind] for kind in kinds):
             unread[f"--{name}"] = kinds[0]
+    unread |= {f"--{name}": "--diff" for name in ("sarif", "junit") if args.diff and getattr(args, name)}
     if unread:
         raise ValueError("; ".join(f"{option} is not read with {other}" for option, other in unread.items()))
+    if args.junit and not (args.fail_on or args.expect or args.max_bytes is not None):
+        raise ValueError("--junit writes what is checked: give --fail-on, --expect or --max-bytes as well")
 
 
 def _kind(what: str) -> str:

@@ -37,13 +37,14 @@ class Command:
 
 
 COMMANDS: tuple[Command, ...] = (
-    Command("env", "normquant.cli.env", "versions, GPUs and driver, for a bug report"),
+    Command("env", "normquant.cli.env", "versions, GPUs, and what decides on this machine, for a bug report"),
     Command("demo", "normquant.cli.demo", "fuse a real DeepSeek-V3 layer and show before and after"),
     Command("audit", "normquant.cli.audit", "what the compiler generates for a model, and what to do about it"),
     Command("bench", "normquant.cli.bench", "measure kernels on this GPU, beside the packages that do the same"),
     Command("compare", "normquant.cli.compare", "what got slower or faster between two files of records"),
     Command("plot", "normquant.cli.plot", "plot the kernels' times in records, relative to normquant's"),
     Command("tune", "normquant.cli.tune", "measure launch configs on this GPU and write their table"),
+    Command("list", "normquant.cli.list", "the names of ops, specs, rules and providers, a line each"),
     Command("vllm-report", "normquant.cli.vllm_report", "what the plugin fused in vLLM's compiled graphs"),
 )
 
