@@ -55,6 +55,7 @@ TOGETHER = (
     *("integrations/test_documented_paths", "compile/find/test_reasons", "compile/test_zoo"),
     *("compile/test_inductor", "compile/test_models", "compile/test_nested_graphs", "compile/test_random_graphs"),
     *("compile/test_vllm_graphs", "compile/fusions/test_vllm_cases", "kernels/test_machine_code", "ops/test_ops"),
+    *("cli/test_completion", "cli/test_exit_codes"),
     *("linear/test_checkpoints", "linear/test_export", "linear/test_models", "linear/test_sharding"),
     *(
         "bench/test_baselines",

@@ -12,7 +12,7 @@ from normquant.audit import AuditReport, audit_path, expectations, reports
 from normquant.audit.rules import RULE_IDS
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
-from normquant.cli.arguments import integers
+from normquant.cli.arguments import completing, integers
 from normquant.cli.output_files import check_writable, write_atomically
 from normquant.report import audit_text
 
@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B, each like WHAT")
     compiling = parser.add_argument_group("what is compiled")
-    compiling.add_argument("--target", default="h100", help=f"{', '.join([*TARGETS, HERE])}; default h100")
+    targets = [*TARGETS, HERE]
+    completing(compiling.add_argument("--target", default="h100", help=f"{', '.join(targets)}; default h100"), targets)
     compiling.add_argument(
         "--arg", action="append", default=[], metavar="SPEC",
         help="an input of the callable: bf16[64,7168], a number, or a module:callable that makes it. Without any, "
@@ -58,9 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--sarif", type=Path, metavar="PATH", help="findings as SARIF 2.1.0, for code scanning")
     output.add_argument("--junit", type=Path, metavar="PATH", help="what exit code 1 is for, as tests in JUnit XML")
     failing = parser.add_argument_group("exit code 1")
-    failing.add_argument(
-        "--fail-on", type=_rules, default=(), metavar="RULE[,RULE]", help=f"any of {', '.join(RULE_IDS)}"
-    )
+    rules = f"any of {', '.join(RULE_IDS)}"
+    completing(failing.add_argument("--fail-on", type=_rules, default=(), metavar="RULE[,RULE]", help=rules), RULE_IDS)
     failing.add_argument(
         "--expect", action="append", default=[], metavar="NAME=N", help="launches by name; * is a wildcard"
     )
