@@ -31,7 +31,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
     """An environment with a command `normquant` that runs this checkout."""
     command = tmp_path / "bin" / "normquant"
     command.parent.mkdir()
-    command.write_text(f"#!/bin/sh\n# PYTHON_ARGCOMPLETE_OK\nexec {sys.executable} -m normquant \"$@\"\n")
+    command.write_text(f'#!/bin/sh\n# PYTHON_ARGCOMPLETE_OK\nexec {sys.executable} -m normquant "$@"\n')
     command.chmod(0o755)
     path = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path, "PYTHONPATH": str(SRC), "HOME": str(tmp_path), "TERM": "dumb"}

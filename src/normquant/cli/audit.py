@@ -14,6 +14,7 @@ from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
 from normquant.cli.arguments import completing, integers
 from normquant.cli.output_files import check_writable, write_atomically
+from normquant.cli.progress import add_quiet, showing
 from normquant.report import audit_text
 
 TOKENS = 64
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--github", action="store_true", help="findings as annotations of a GitHub workflow")
     output.add_argument("--sarif", type=Path, metavar="PATH", help="findings as SARIF 2.1.0, for code scanning")
     output.add_argument("--junit", type=Path, metavar="PATH", help="what exit code 1 is for, as tests in JUnit XML")
+    add_quiet(output)
     failing = parser.add_argument_group("exit code 1")
     rules = f"any of {', '.join(RULE_IDS)}"
     completing(failing.add_argument("--fail-on", type=_rules, default=(), metavar="RULE[,RULE]", help=rules), RULE_IDS)
@@ -127,7 +129,9 @@ def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
     options = _options(args.option)
     options = inductor_options(args.fuse, **options) if args.fuse else options
     try:
-        captured = live_compile.capture(function, make, args.target, options, args.dynamic)
+        with showing(1, args.quiet, ticking=True) as progress:
+            progress.begin(f"compiling {what} for {args.target}")
+            captured = live_compile.capture(function, make, args.target, options, args.dynamic)
     except (Unavailable, ValueError, KeyboardInterrupt):
         raise
     except Exception as error:  # the user's model, or what the compiler makes of it

@@ -19,6 +19,7 @@ from normquant.bench.records import KernelRecord, Record, writing
 from normquant.bench.vllm.job import INSTALLED, LABORATORY, LINEARS, Job
 from normquant.cli.arguments import POLICIES, chosen, integers
 from normquant.cli.output_files import check_writable
+from normquant.cli.progress import add_quiet, compiling, showing
 from normquant.report import vllm_text
 
 if TYPE_CHECKING:  # what imports torch is imported where something is measured
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_vllm(vllm)
     for suite in (kernels, layer, vllm):
         suite.add_argument("--output", type=Path, metavar="FILE", help="write the records here, one JSON object a line")
+        add_quiet(suite)
 
 
 def add_grid(parser: argparse.ArgumentParser) -> None:
@@ -119,18 +121,38 @@ def run(args: argparse.Namespace) -> int:
 
     suite: Callable[[argparse.Namespace], Found] = SUITES[args.suite]
     start, count, code = time.monotonic(), 0, 0
-    with writing(args.output) as add:
+    with writing(args.output) as add, showing(total(args), args.quiet) as progress:
         for found in suite(args):
             if isinstance(found, Failure):
                 code = EXIT_FAILED
-                print(f"{found.job.name} failed {found.reason}\n{found.log}", file=sys.stderr, flush=True)
+                progress.line(f"{found.job.name} failed {found.reason}\n{found.log}", sys.stderr)
                 continue
             new, text = found
             add(new)
             count += len(new)
-            print(text, flush=True)
+            progress.line(text)
+            progress.step(bool(new))
     print(f"{count} records in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return code
+
+
+def total(args: argparse.Namespace) -> int:
+    """How many times a suite yields records."""
+    if args.suite == "vllm":
+        return sum(len(job.batches) for group in vllm_groups(args, Path()) for job in group)
+    if args.suite == "layer":
+        from normquant.bench import decoder_layers
+
+        models = chosen(args.models, decoder_layers.MODELS, "models")
+        return len(models) * len(args.m or decoder_layers.MS) * len(decoder_layers.settings())
+    return len(ranks_cases(args) if args.ranks else grid_cases(args))
+
+
+def ranks_cases(args: argparse.Namespace) -> list[Case]:
+    """Rows of 7168 values unless others are asked for."""
+    from normquant.bench.cases import Case
+
+    return [Case("add_rms_norm_quant", m, k) for k in args.k or (7168,) for m in args.m or RANKS_MS]
 
 
 def kernel_suite(args: argparse.Namespace) -> Found:
@@ -148,22 +170,21 @@ def kernel_suite(args: argparse.Namespace) -> Found:
         print(f"{name}: left out, {lacks}", file=sys.stderr)
     providers = [provider for name, provider in PROVIDERS.items() if name in names and name not in lacking]
     cases = grid_cases(args)
-    if trouble := precompile(cases, providers):
-        print(trouble, file=sys.stderr)
+    with compiling(args.quiet) as told:
+        if trouble := precompile(cases, providers, told):
+            print(trouble, file=sys.stderr)
     for case in cases:
         new = list(kernels.measure(case, providers, args.samples, args.l2))
         yield new, kernel_line(new)
 
 
 def ranks_suite(args: argparse.Namespace) -> Found:
-    """The same with an all-reduce, on several GPUs: rows of 7168 values unless others are asked for."""
+    """The same with an all-reduce, on several GPUs."""
     from normquant.bench import rank_providers, ranks
-    from normquant.bench.cases import Case
 
-    cases = [Case("add_rms_norm_quant", m, k) for k in args.k or (7168,) for m in args.m or RANKS_MS]
     names = args.providers.split(",") if args.providers else None
     rank_providers.named(names)
-    for records in ranks.on_ranks(args.ranks, cases, names, args.samples):
+    for records in ranks.on_ranks(args.ranks, ranks_cases(args), names, args.samples):
         yield records, ranks.line(records)
 
 

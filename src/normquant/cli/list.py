@@ -51,14 +51,11 @@ def specs() -> Iterator[Row]:
 
 def _texts_below(source: str) -> dict[str, str]:
     """Name -> the string below its assignment, which documents a constant and is not kept at run time."""
-    body = ast.parse(source).body
-    return {
-        target.id: text.value.value
-        for node, text in pairwise(body)
-        if isinstance(node, ast.Assign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+    found: dict[str, str] = {}
+    for node, text in pairwise(ast.parse(source).body):
+        if isinstance(node, ast.Assign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found |= {target.id: str(text.value.value) for target in node.targets if isinstance(target, ast.Name)}
+    return found
 
 
 def rules() -> Iterator[Row]:
