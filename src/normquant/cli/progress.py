@@ -42,9 +42,11 @@ class Progress:
         self._next = self._started + (0.0 if eager else DELAY_S)
         self._bar: Any = None
         if not quiet and sys.stderr and sys.stderr.isatty():
-            form, width = BAR if total > 1 else BAR_OF_ONE, shutil.get_terminal_size().columns
-            late = 0.0 if eager else DELAY_S
-            self._bar = tqdm(total=total, file=sys.stderr, delay=late, leave=False, ncols=width, bar_format=form)
+            size = shutil.get_terminal_size()  # which has an answer for a terminal that says 0
+            self._bar = tqdm(
+                total=total, file=sys.stderr, delay=0.0 if eager else DELAY_S, leave=False,
+                ncols=size.columns, nrows=size.lines, bar_format=BAR if total > 1 else BAR_OF_ONE,
+            )  # fmt: skip
 
     def begin(self, what: str) -> None:
         """Say what is done now."""
