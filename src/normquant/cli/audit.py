@@ -12,6 +12,7 @@ from normquant.audit import AuditReport, audit_path, expectations, reports
 from normquant.audit.rules import RULE_IDS
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
+from normquant.cli import terminal
 from normquant.cli.arguments import completing, integers
 from normquant.cli.output_files import check_writable, write_atomically
 from normquant.cli.progress import add_quiet, showing
@@ -163,7 +164,7 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Se
         text = json.dumps(data[0] if len(data) == 1 else data, indent=2)
         _write(args.json, text)
     if not args.github and args.json != "-":
-        print(audit_text.render(data, title), end="")
+        print(audit_text.render(data, title, terminal.columns() or audit_text.WIDTH), end="")
         if args.fuse:
             from normquant.compile import explain
 

@@ -10,17 +10,16 @@ failure, 130 interrupted, 141 the reader of the output went away.
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import io
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from normquant.version import VERSION
+
+if TYPE_CHECKING:  # imported in functions: until `main` catches it, a Ctrl-C is a traceback
+    import argparse
 
 DEBUG_HELP = "show the traceback of an error"
 EXIT_ERROR = 2
@@ -29,8 +28,7 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 CORRECTABLE = (ValueError, OSError, ImportError)  # by the user; UnicodeDecodeError and json's error are ValueErrors
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     name: str
     module: str
     help: str
@@ -97,6 +95,8 @@ def _run(argv: Sequence[str], commands: Sequence[Command]) -> int:
 def _report(error: Exception, debug: bool) -> None:
     expected = isinstance(error, CORRECTABLE)
     if debug or not expected:
+        import traceback
+
         traceback.print_exc()
     print(f"normquant: error: {'' if expected else f'{type(error).__name__}: '}{_one_line(error)}", file=sys.stderr)
     try:
@@ -109,6 +109,9 @@ def _parser(
     commands: Sequence[Command], wanted: str | None
 ) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of all commands, and each command's own, of which only the wanted one has its arguments."""
+    import argparse
+    import importlib
+
     parser = argparse.ArgumentParser(
         prog="normquant",
         description="RMSNorm and FP8 block quantization as one kernel, and an auditor of compiled models.",
@@ -131,6 +134,8 @@ def _parser(
 
 def _print_anything() -> None:
     """A character that the terminal's encoding lacks is printed as its number, and ends nothing."""
+    import io
+
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
