@@ -79,7 +79,9 @@ def test_text_is_as_wide_as_it_may_be(report: dict[str, Any], width: int) -> Non
     wide = [line for line in text.splitlines() if len(line) > width]
     if width > 60:  # where the numbers alone take more
         assert wide == []
-    assert all("  extern  " in line or "  pointwise" in line or " reduction " in line or "----" in line for line in wide[1:])
+    assert all(
+        "  extern  " in line or "  pointwise" in line or " reduction " in line or "----" in line for line in wide[1:]
+    )
     table_lines = text.partition("\n\n")[2].partition("\n\n")[0].splitlines()
     assert ("findings" in table_lines[0]) == (width >= 110), "they follow below; names need the room"
     names = [line.split()[1] for line in table_lines[2:]]

@@ -118,8 +118,9 @@ def _finding(group: Sequence[Mapping[str, Any]], width: int) -> str:
 
 
 def _wrapped(text: str, width: int, first: str = "    ", others: str = "    ") -> list[str]:
-    indents = {"initial_indent": first, "subsequent_indent": others}
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False, **indents)
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _remarks(report: Report, width: int) -> list[str]:
