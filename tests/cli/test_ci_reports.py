@@ -47,6 +47,7 @@ def test_checks_of_an_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ([LAYER, "--junit", "a.xml"], "--junit writes what is checked"),
         (["--diff", LAYER, str(OFF), "--sarif", "a.sarif"], "--sarif is not read with --diff"),
         ([LAYER, *GATE, "--junit", "no/such/a.xml"], "no/such is not a directory"),
+        ([LAYER, *GATE, "--sarif", "-"], "- is no path of a file; /dev/stdout is one"),
     ],
 )
 def test_options_that_make_no_sense(
