@@ -158,11 +158,14 @@ def test_a_pipe_whose_reader_is_gone_is_141() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_output_that_nobody_takes_is_no_error() -> None:
+def test_output_that_nobody_takes_is_no_error_and_an_error_stays_one_line() -> None:
     done = subprocess.run(
         [*NORMQUANT, "list", "rules"], stderr=subprocess.PIPE, env=environ(), preexec_fn=lambda: os.close(1)
     )
     assert (done.returncode, done.stderr) == (0, b"")
+    command = [*NORMQUANT, "audit", "no/such/file.py"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, env=environ(), preexec_fn=lambda: os.close(1))
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
 
 
 def test_the_page_has_every_command_and_every_code() -> None:

@@ -100,7 +100,8 @@ def _report(error: Exception, debug: bool) -> None:
         traceback.print_exc()
     print(f"normquant: error: {'' if expected else f'{type(error).__name__}: '}{_one_line(error)}", file=sys.stderr)
     try:
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except OSError:  # the disk is full, say: the interpreter would fail once more on exit, with a code of its own
         _discard_stdout()
 
