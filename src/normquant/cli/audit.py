@@ -74,8 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Audit, print, and check. 0: all is well; 1: an expectation does not hold; 2: nothing can be audited."""
-    check_writable(args.sarif, args.junit, *(Path(path) for path in (args.json, args.html) if path and path != "-"))
+    check_writable(*(Path(path) for path in (args.json, args.html) if path and path != "-"))
     _check_read(args)
+    _check_ci_reports(args)
     try:
         if args.diff:
             return _diff(args)
@@ -101,9 +102,15 @@ def _check_read(args: argparse.Namespace) -> None:
     for name in COMPILING:
         if getattr(args, name) and kinds and all(name in UNREAD[kind] for kind in kinds):
             unread[f"--{name}"] = kinds[0]
-    unread |= {f"--{name}": "--diff" for name in ("sarif", "junit") if args.diff and getattr(args, name)}
     if unread:
         raise ValueError("; ".join(f"{option} is not read with {other}" for option, other in unread.items()))
+
+
+def _check_ci_reports(args: argparse.Namespace) -> None:
+    """Raise OSError or ValueError for --sarif and --junit that cannot be written, or would be ignored."""
+    check_writable(args.sarif, args.junit)
+    if args.diff and (args.sarif or args.junit):
+        raise ValueError(f"{'--sarif' if args.sarif else '--junit'} is not read with --diff")
     if args.junit and not (args.fail_on or args.expect or args.max_bytes is not None):
         raise ValueError("--junit writes what is checked: give --fail-on, --expect or --max-bytes as well")
 
