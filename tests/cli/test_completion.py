@@ -1,4 +1,4 @@
-"""Completion of command lines in real shells, as docs/completion.md sets it up."""
+"""Completion of command lines in real shells, as docs/command-line.md sets it up."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def environ(*folders: Path) -> dict[str, str]:
 
 def test_ctrl_c_is_130_and_leaves_the_old_report(tmp_path: Path) -> None:
     (tmp_path / "users_model.py").write_text(
-        "import signal\ndef build():\n    print('building', flush=True)\n    signal.pause()\n"
+        "import time\ndef build():\n    print('building', flush=True)\n    while True:\n        time.sleep(0.1)\n"
     )
     report = tmp_path / "report.html"
     report.write_text("old")

@@ -86,6 +86,16 @@ def test_tables_are_those_that_kernels_and_policy_read() -> None:
     assert "need compute capability 8.9" in value("launch configs, sm_80", [A100], {})
 
 
+def test_a_plugin_that_vllm_is_told_not_to_load(installed: Path) -> None:
+    assert value("vLLM plugin", [], {"VLLM_PLUGINS": "other"}).endswith("(VLLM_PLUGINS leaves it out)")
+    (installed / "vllm-0.25.1.dist-info").mkdir()
+    (installed / "vllm-0.25.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: vllm\nVersion: 0.25.1\n"
+    )
+    for environ in ({}, {"VLLM_PLUGINS": "other,normquant"}):
+        assert value("vLLM plugin", [], environ).endswith("(vLLM is 0.25.1; 0.26 to 0.33 are supported)")
+
+
 def test_caches_are_where_the_variables_say(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     environ = {"TRITON_CACHE_DIR": str(tmp_path), "VLLM_CACHE_ROOT": f"{tmp_path}/no", "XDG_CACHE_HOME": "/else"}

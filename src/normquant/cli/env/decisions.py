@@ -47,7 +47,7 @@ def settings(gpus: Sequence[Gpu], environ: Mapping[str, str]) -> tuple[Setting, 
     capabilities = sorted({c for gpu in gpus if (c := _numbers(gpu.capability))})
     return (
         switch(environ),
-        _plugin(),
+        _plugin(environ),
         *(Setting(name, environ[name], meaning) for name, meaning in VARIABLES.items() if name in environ),
         *(Setting(f"linear in vLLM, {_sm(c)}", linear_kernel(c, environ)) for c in capabilities),
         *(setting for c in capabilities for setting in tables(c)),
@@ -68,7 +68,7 @@ def switch(environ: Mapping[str, str]) -> Setting:
     return Setting("NORMQUANT", value or "not set", meaning)
 
 
-def _plugin() -> Setting:
+def _plugin(environ: Mapping[str, str]) -> Setting:
     """Whether vLLM finds the plugin, and whether it is a vLLM that the plugin knows."""
     name = "vLLM plugin"
     try:
@@ -76,6 +76,8 @@ def _plugin() -> Setting:
     except Exception as error:  # a damaged dist-info
         return Setting(name, one_line(error))
     value = "registered" if found else "not registered: normquant is not installed, run from its sources"
+    if "normquant" not in environ.get("VLLM_PLUGINS", "normquant").split(","):
+        return Setting(name, value, "VLLM_PLUGINS leaves it out")
     version = distribution_version(PACKAGES["vllm"])
     if version is None:
         return Setting(name, value, "there is no vLLM to load it")
