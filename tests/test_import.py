@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import normquant
+from normquant.cli import COMMANDS
+from normquant.cli.bench import SUITES
 
 SOURCES = Path(__file__).parents[1] / "src"
 LAZY = ("triton", "transformers", "vllm", "torch._inductor")  # never imported by `import normquant` itself
@@ -77,16 +82,36 @@ def test_import_brings_in_nothing_heavy() -> None:
     assert python(source) == "[]"
 
 
-@pytest.mark.parametrize("argument", ["--version", "--help"])
-def test_the_command_says_what_it_is_without_torch(argument: str) -> None:
-    source = """
+def test_import_warns_of_nothing() -> None:
+    python("import warnings\nwarnings.simplefilter('error')\nimport normquant, normquant.cli")
+
+
+def test_a_type_checker_knows_the_public_names() -> None:
+    tree = ast.parse(Path(normquant.__file__).read_text())
+    typed = next(n for n in tree.body if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING")
+    names = {alias.name for node in typed.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names == {*normquant.__all__, *normquant._MODULES}
+
+
+def test_dir_shows_what_is_public() -> None:
+    shown = {name for name in dir(normquant) if not name.startswith("__")}
+    assert shown == {*normquant.__all__, *normquant._MODULES}
+
+
+HEAVY = ("torch", "triton", "transformers", "vllm", "numpy", "sympy", "jinja2", "matplotlib", "rich", "tqdm")
+WORDS = (["--version"], ["--help"], *([c.name, "--help"] for c in COMMANDS), *(["bench", s, "--help"] for s in SUITES))
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_the_command_says_what_it_is_without_large_packages(words: list[str]) -> None:
+    source = f"""
 from normquant.cli import main
 try:
     main(sys.argv[1:])
 except SystemExit as ended:
-    print("torch" in sys.modules, ended.code)
+    print([name for name in {HEAVY} if name in sys.modules], ended.code)
 """
-    assert python(source, argument).endswith("False 0")
+    assert python(source, *words).endswith("[] 0")
 
 
 LOOKED_UP = "import normquant, importlib.util\nassert importlib.util.find_spec('torch')\nimport torch"

@@ -55,6 +55,7 @@ TOGETHER = (
     *("integrations/test_documented_paths", "compile/find/test_reasons", "compile/test_zoo"),
     *("compile/test_inductor", "compile/test_models", "compile/test_nested_graphs", "compile/test_random_graphs"),
     *("compile/test_vllm_graphs", "compile/fusions/test_vllm_cases", "kernels/test_machine_code", "ops/test_ops"),
+    *("cli/test_completion", "cli/test_exit_codes"),
     *("linear/test_checkpoints", "linear/test_export", "linear/test_models", "linear/test_sharding"),
     *(
         "bench/test_baselines",
@@ -78,6 +79,8 @@ COVERED = {
     "bench/rank*.py": "cli/test_bench",
     "bench/vllm/*.py": "vllm/test_bench",
     "cli/arguments.py": "cli/test_bench",
+    "cli/env/packages.py": "cli/env/test_machine",
+    "cli/terminal.py": "cli/test_list",
     "cli/plot.py": "report/test_kernels_plot",
     "compile/*.py": "compile/test_inductor",
     "compile/edit/*.py": "compile/fusions/test_latent_norm_quant",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from normquant.version import VERSION
 
 if TYPE_CHECKING:
-    from normquant import specs
+    from normquant import compile, distributed, linear, ops, reference, spec, specs  # noqa: F401
     from normquant.audit import audit  # to a type checker, a module cannot be called
     from normquant.compile import FusionReport, explain, inductor_options
     from normquant.linear import BlockFP8Linear, block_fp8, block_fp8_linear, quantize_weight
@@ -70,7 +70,7 @@ if not TYPE_CHECKING:  # which knows the names from the imports above, and repor
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})
 
 
 def _require_torch(name: str) -> None:

@@ -7,14 +7,18 @@ import re
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 from shared.clean_graphs import GRAPHS, compiled
 from shared.generated_code import COPY, KERNEL, ON, SEEDS, module
 
 from normquant.audit import AuditReport, audit_path, reports, rules
 from normquant.audit.program import GeneratedCode
+from normquant.audit.result import SCHEMA_VERSION
 
 M, K = 64, 7168
 
@@ -158,3 +162,26 @@ def test_the_package_audits_when_it_is_called() -> None:
     assert isinstance(report, AuditReport) and report.target.name == "h200" and len(report.kernels) == 1
     with pytest.raises(ValueError, match="unknown target 'a100'"):
         nq.audit(*GRAPHS["add"], "a100")
+
+
+def strict(schema: Any) -> Any:
+    """A JSON schema with every object closed: a field that it does not describe is an error."""
+    if isinstance(schema, list):
+        return [strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {"additionalProperties": False} if "properties" in schema else {}
+    return {name: strict(one) for name, one in schema.items()} | closed
+
+
+def test_the_data_is_what_the_schema_in_the_package_says() -> None:
+    schema = json.loads((resources.files("normquant.audit") / "audit.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    _, live = compiled("add_norm_quant")
+    found = [report.to_dict() for report in (*audit_path(ON, rows=(1, 64)), live)]
+    for data in (found, found[0]):
+        jsonschema.validate(json.loads(json.dumps(data)), strict(schema))
+    versions = schema["$defs"]["report"]["properties"]["schema_version"]
+    assert versions == {"const": SCHEMA_VERSION}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**found[0], "bytes": "many"}, schema)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from shared.vllm_jobs import FAKE, FOUND
@@ -14,6 +15,8 @@ from shared.vllm_jobs import FAKE, FOUND
 from normquant.bench import ranks
 from normquant.bench.vllm import supervisor
 from normquant.cli import bench as command
+from normquant.cli.arguments import POLICIES
+from normquant.compile.policy import Policy
 
 
 def parsed(*words: str) -> argparse.Namespace:
@@ -99,3 +102,7 @@ def test_a_process_that_fails_is_no_failed_check(tmp_path: Path, everything_ther
     assert command.run(parsed("--output", str(output), "--settings", "off")) == 2
     assert output.read_text() == "old" and list(tmp_path.iterdir()) == [output]
     assert "off-deepgemm failed starting" in capsys.readouterr().err
+
+
+def test_the_policies_in_the_help_are_those_of_the_pass():
+    assert get_args(Policy) == POLICIES

@@ -106,7 +106,7 @@ def test_help_lists_the_commands_and_imports_none(toy: list[cli.Command], capsys
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"], toy)
     out = capsys.readouterr().out
-    assert "  toy     a toy\n  absent  cannot be imported\n" in out
+    assert "    toy       a toy\n    absent    cannot be imported\n" in out
     assert "nq_toy" not in sys.modules
 
 

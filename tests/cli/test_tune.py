@@ -60,3 +60,17 @@ def test_strategies_that_were_not_measured_keep_their_entries(tmp_path: Path, me
     assert main(["tune", "--strategies", "--ops", "rms_norm_quant", *k, "--output", str(path)]) == 0
     assert sorted({e["k"] for e in json.loads(path.read_text())["entries"]}) == [512, 640]
     assert [p.name for p in tmp_path.iterdir()] == ["sm90.json"] and measured
+
+
+def test_a_table_names_every_torch_that_its_entries_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, now = tmp_path / "sm90.json", torch.__version__
+    strategies.write(path, (9, 0), "a command", [ENTRY])
+    assert json.loads(path.read_text())["torch"] == now
+    monkeypatch.setattr(torch, "__version__", "9.0.0")
+    strategies.write(path, (9, 0), "a command", [ENTRY | {"k": 640}])
+    assert json.loads(path.read_text())["torch"] == f"{now}, 9.0.0"
+    strategies.write(path, (9, 0), "a command", [ENTRY, ENTRY | {"k": 640}])
+    assert json.loads(path.read_text())["torch"] == "9.0.0"
+    path.write_text(json.dumps({"capability": "9.0", "entries": [ENTRY]}))
+    strategies.write(path, (9, 0), "a command", [ENTRY | {"k": 640}])
+    assert json.loads(path.read_text())["torch"] == "9.0.0, unknown"

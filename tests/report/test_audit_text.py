@@ -49,7 +49,7 @@ def test_columns_line_up() -> None:
 
 
 def test_long_names_keep_their_ends() -> None:
-    assert shorten("triton_poi_fused_add_mul_view_12", 16) == "triton_p…view_12"
+    assert shorten("triton_poi_fused_add_mul_view_12", 16) == "triton_...iew_12"
     assert len(shorten("x" * 100, 16)) == 16 and shorten("short", 16) == "short"
 
 
@@ -70,3 +70,20 @@ def test_annotations_escape_what_github_would_read(report: dict[str, Any]) -> No
     assert line.startswith(
         "::error file=a%3Ab%2Cc.py,line=7,title=mutated-input-copy%3A a%2Cb%3Ac::50%25%0Aof::it. Fix: "
     )
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 200])
+def test_text_is_as_wide_as_it_may_be(report: dict[str, Any], width: int) -> None:
+    text = audit_text.render([report], "model", width)
+    longest = max(report["programs"][0]["launches"], key=lambda launch: len(launch["name"]))["name"]
+    wide = [line for line in text.splitlines() if len(line) > width]
+    if width > 60:  # where the numbers alone take more
+        assert wide == []
+    assert all(
+        "  extern  " in line or "  pointwise" in line or " reduction " in line or "----" in line for line in wide[1:]
+    )
+    table_lines = text.partition("\n\n")[2].partition("\n\n")[0].splitlines()
+    assert ("findings" in table_lines[0]) == (width >= 110), "they follow below; names need the room"
+    names = [line.split()[1] for line in table_lines[2:]]
+    assert len(set(names)) == len({launch["name"] for launch in report["programs"][0]["launches"]}), names
+    assert longest.startswith(names[-1].partition("...")[0]) and text.count("fix: ") == 6

@@ -10,6 +10,7 @@ from normquant.audit.targets import Target
 
 ERROR = "error"  # a kernel that need not exist, or numbers other than those asked for
 WARNING = "warning"  # bytes or launches that another compile would not spend
+SCHEMA_VERSION = 1  # of `AuditReport.to_dict`, as audit.schema.json has it: the next where a field goes or changes
 NOTE = "note"  # worth knowing; its bytes may come from a cache, and are not counted as wasted
 
 
@@ -105,6 +106,7 @@ class AuditReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; `to_json` is its text."""
         return {
+            "schema_version": SCHEMA_VERSION,
             "target": self.target.name,
             "kernels": [_kernel_dict(kernel, self.target) for kernel in self.kernels],
             "extern": [{"name": name, "count": count} for name, count in self.externs.items()],

@@ -18,8 +18,11 @@ from normquant.ops import warmup
 CHUNK = 8  # calls that one process makes before it takes the next ones
 
 
-def precompile(cases: Sequence[Case], providers: Sequence[Provider]) -> str | None:
-    """Compile what this package and torch.compile run on the cases.
+Told = Callable[[int, int], None]  # how many calls of how many are made
+
+
+def precompile(cases: Sequence[Case], providers: Sequence[Provider], told: Told = lambda done, of: None) -> str | None:
+    """Compile what this package and torch.compile run on the cases; `told` is told how far it is.
 
     Returns what went wrong, if something did; what is missing is compiled when it is measured.
     """
@@ -28,7 +31,7 @@ def precompile(cases: Sequence[Case], providers: Sequence[Provider]) -> str | No
     work = [(p.name, case) for p in first for case in ops.values() if p.build(case)]
     if any(p.name == "normquant" for p in providers):
         work += [("normquant", case) for case in ops.values()]
-    return everywhere(_compile, work, chunk=1)
+    return everywhere(_compile, work, chunk=1, told=told)
 
 
 def _compile(provider: str, case: Case) -> None:
@@ -42,14 +45,17 @@ def _compile(provider: str, case: Case) -> None:
     torch.cuda.synchronize()
 
 
-def everywhere(call: Callable[..., None], work: Sequence[tuple], chunk: int = CHUNK) -> str | None:
+def everywhere(
+    call: Callable[..., None], work: Sequence[tuple], chunk: int = CHUNK, told: Told = lambda done, of: None
+) -> str | None:
     """Make all calls, each with one tuple of arguments, in a process a core; returns what went wrong, None if nothing.
 
     A call that fails, or ends its process, does not keep those in other processes from going on.
     """
     if not work:
         return None
-    troubles = []
+    troubles, done = [], 0
+    told(done, len(work))
     chunks = [work[i : i + chunk] for i in range(0, len(work), chunk)]
     with ProcessPoolExecutor(min(len(chunks), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(_all, call, part): part for part in chunks}
@@ -58,6 +64,8 @@ def everywhere(call: Callable[..., None], work: Sequence[tuple], chunk: int = CH
                 troubles += future.result()
             except BrokenProcessPool as error:
                 return f"compiling ahead stopped, a process died: {error}"
+            done += len(futures[future])
+            told(done, len(work))
     return f"{len(troubles)} of {len(work)} did not compile ahead, the first: {troubles[0]}" if troubles else None
 
 

@@ -102,6 +102,7 @@ def compiled(nested: bool) -> Callable[[Case], Run | None]:
     """
 
     def build(case: Case) -> Run | None:
+        """The same graph through torch.compile, compiled for each K and once for every M above one."""
         if case.op not in (NORM, ADD_NORM):
             return None
 
@@ -227,6 +228,7 @@ def flashinfer(pdl: bool) -> Callable[[Case], Run | None]:
     """FlashInfer's `fused_add_rmsnorm_fp8_block_quant`, which always adds a residual and always writes the norm."""
 
     def build(case: Case) -> Run | None:
+        """FlashInfer's `fused_add_rmsnorm_fp8_block_quant`, with a residual and the norm written."""
         from flashinfer.norm import fused_add_rmsnorm_fp8_block_quant
 
         if case.op != ADD_NORM or not case.normed or case.k % 256:

@@ -10,11 +10,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from normquant.bench.timing import Timing
+if TYPE_CHECKING:  # reading records takes no torch
+    from normquant.bench.timing import Timing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +138,7 @@ SUITES: dict[str, type[Record]] = {"kernels": KernelRecord, "layer": LayerRecord
 
 def current_run(version: str) -> Provenance:
     """Where this process measures."""
+    import torch
     import triton
 
     return Provenance(

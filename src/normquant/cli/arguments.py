@@ -5,6 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
+POLICIES = ("auto", "always", "never", "native", "opaque-norm")  # of normquant.compile.policy, which imports torch
+
+
+def completing(action: argparse.Action, names: Iterable[str]) -> None:
+    """Have a shell that completes a command line offer these for an option that accepts others, too."""
+    offered = list(names)
+    action.completer = lambda **given: offered  # type: ignore[attr-defined]  # what argcomplete looks for
+
 
 def integers(text: str) -> tuple[int, ...]:
     """'1,64' -> (1, 64), an argparse type."""

@@ -12,10 +12,11 @@ from normquant.audit import AuditReport, audit_path, expectations, reports
 from normquant.audit.rules import RULE_IDS
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
-from normquant.cli.arguments import integers
+from normquant.cli import terminal
+from normquant.cli.arguments import completing, integers
 from normquant.cli.output_files import check_writable, write_atomically
-from normquant.compile import explain, inductor_options
-from normquant.report import audit_diff, audit_html, audit_text
+from normquant.cli.progress import add_quiet, showing
+from normquant.report import audit_text
 
 TOKENS = 64
 COMPILING = ("arg", "option", "fuse", "dynamic", "tokens", "layers")
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B, each like WHAT")
     compiling = parser.add_argument_group("what is compiled")
-    compiling.add_argument("--target", default="h100", help=f"{', '.join([*TARGETS, HERE])}; default h100")
+    targets = [*TARGETS, HERE]
+    completing(compiling.add_argument("--target", default="h100", help=f"{', '.join(targets)}; default h100"), targets)
     compiling.add_argument(
         "--arg", action="append", default=[], metavar="SPEC",
         help="an input of the callable: bf16[64,7168], a number, or a module:callable that makes it. Without any, "
@@ -56,10 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", nargs="?", const="-", metavar="PATH", help="as JSON, to PATH or instead of the text")
     output.add_argument("--html", metavar="PATH", help="as one self-contained page")
     output.add_argument("--github", action="store_true", help="findings as annotations of a GitHub workflow")
+    output.add_argument("--sarif", type=Path, metavar="PATH", help="findings as SARIF 2.1.0, for code scanning")
+    output.add_argument("--junit", type=Path, metavar="PATH", help="what exit code 1 is for, as tests in JUnit XML")
+    add_quiet(output)
     failing = parser.add_argument_group("exit code 1")
-    failing.add_argument(
-        "--fail-on", type=_rules, default=(), metavar="RULE[,RULE]", help=f"any of {', '.join(RULE_IDS)}"
-    )
+    rules = f"any of {', '.join(RULE_IDS)}"
+    completing(failing.add_argument("--fail-on", type=_rules, default=(), metavar="RULE[,RULE]", help=rules), RULE_IDS)
     failing.add_argument(
         "--expect", action="append", default=[], metavar="NAME=N", help="launches by name; * is a wildcard"
     )
@@ -72,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Audit, print, and check. 0: all is well; 1: an expectation does not hold; 2: nothing can be audited."""
     check_writable(*(Path(path) for path in (args.json, args.html) if path and path != "-"))
     _check_read(args)
+    _check_ci_reports(args)
     try:
         if args.diff:
             return _diff(args)
@@ -82,6 +87,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"normquant: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     data = [report.to_dict() for report in made]
+    if args.sarif or args.junit:
+        from normquant.cli import ci_reports
+
+        ci_reports.write(args, data, made, _counts(args.expect))
     _print(args, data, made)
     return _exit_code(made, args)
 
@@ -97,6 +106,15 @@ def _check_read(args: argparse.Namespace) -> None:
         raise ValueError("; ".join(f"{option} is not read with {other}" for option, other in unread.items()))
 
 
+def _check_ci_reports(args: argparse.Namespace) -> None:
+    """Raise OSError or ValueError for --sarif and --junit that cannot be written, or would be ignored."""
+    check_writable(args.sarif, args.junit)
+    if args.diff and (args.sarif or args.junit):
+        raise ValueError(f"{'--sarif' if args.sarif else '--junit'} is not read with --diff")
+    if args.junit and not (args.fail_on or args.expect or args.max_bytes is not None):
+        raise ValueError("--junit writes what is checked: give --fail-on, --expect or --max-bytes as well")
+
+
 def _kind(what: str) -> str:
     if not os.path.exists(what):
         return "module:callable"
@@ -108,6 +126,7 @@ def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
     if _kind(what) == "generated code":
         return audit_path(what, args.target, args.m, sizes)
     from normquant.audit.capture import live_compile, model_inputs  # the compiler, only where something is compiled
+    from normquant.compile import inductor_options
 
     if os.path.exists(what):
         function, make = model_inputs.hugging_face(what, args.tokens or TOKENS, args.layers)
@@ -118,7 +137,9 @@ def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
     options = _options(args.option)
     options = inductor_options(args.fuse, **options) if args.fuse else options
     try:
-        captured = live_compile.capture(function, make, args.target, options, args.dynamic)
+        with showing(1, args.quiet, ticking=True) as progress:
+            progress.begin(f"compiling {what} for {args.target}")
+            captured = live_compile.capture(function, make, args.target, options, args.dynamic)
     except (Unavailable, ValueError, KeyboardInterrupt):
         raise
     except Exception as error:  # the user's model, or what the compiler makes of it
@@ -141,6 +162,8 @@ def _is_config(what: str) -> bool:
 def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Sequence[AuditReport]) -> None:
     title = args.what
     if args.html:
+        from normquant.report import audit_html
+
         write_atomically(Path(args.html), audit_html.page(data, title))
     if args.github:
         print(audit_text.github_annotations(data))
@@ -148,8 +171,10 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Se
         text = json.dumps(data[0] if len(data) == 1 else data, indent=2)
         _write(args.json, text)
     if not args.github and args.json != "-":
-        print(audit_text.render(data, title), end="")
+        print(audit_text.render(data, title, terminal.columns() or audit_text.WIDTH), end="")
         if args.fuse:
+            from normquant.compile import explain
+
             print(explain())
     if args.html:
         print(f"page: {args.html}", file=sys.stderr)
@@ -158,6 +183,8 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Se
 def _diff(args: argparse.Namespace) -> int:
     if args.what is not None:
         raise ValueError(f"--diff takes the two to compare; {args.what!r} is a third")
+    from normquant.report import audit_diff
+
     before, after = (_audit(what, args) for what in args.diff)
     for a, b in zip(before, after, strict=True):
         pair = a.to_dict(), b.to_dict()

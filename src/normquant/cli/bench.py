@@ -13,26 +13,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from normquant.bench.cases import BENCHMARKED, MS, Case, kernel_cases
 from normquant.bench.records import KernelRecord, Record, writing
-from normquant.bench.vllm import supervisor
 from normquant.bench.vllm.job import INSTALLED, LABORATORY, LINEARS, Job
-from normquant.bench.vllm.seeded_model import config
-from normquant.bench.vllm.supervisor import Failure
-from normquant.cli.arguments import chosen, integers
+from normquant.cli.arguments import POLICIES, chosen, integers
 from normquant.cli.output_files import check_writable
-from normquant.compile.policy import Policy
+from normquant.cli.progress import add_quiet, compiling, showing
 from normquant.report import vllm_text
+
+if TYPE_CHECKING:  # what imports torch is imported where something is measured
+    from normquant.bench.cases import Case
+    from normquant.bench.vllm.supervisor import Failure
+
+    Found = Iterator[tuple[Sequence[Record], str] | Failure]  # records and a line about them
 
 SAMPLES = 21  # of each timing
 RANKS_MS = (1, 4, 16, 32, 64, 128, 256, 512, 2048)
 STEPS = 32  # decode steps of a sample of vLLM
 COMPARED = 32  # prompts whose logits are compared
 EXIT_FAILED = 2  # a process of vLLM failed: that is no check that did not hold
-
-Found = Iterator[tuple[Sequence[Record], str] | Failure]  # records and a line about them
 
 
 def expert_layers(text: str) -> tuple[int, ...]:
@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_vllm(vllm)
     for suite in (kernels, layer, vllm):
         suite.add_argument("--output", type=Path, metavar="FILE", help="write the records here, one JSON object a line")
+        add_quiet(suite)
 
 
 def add_grid(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +88,7 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
     add("--prefill", type=integers, default=(2048, 8192), metavar="N,...", help="prompts (default: 2048,8192 tokens)")
     add("--samples", type=int, default=5, help="samples of each timing (default: 5)")
     add("--steps", type=int, default=STEPS, help=f"decode steps of a sample (default: {STEPS})")
-    add("--policy", default="auto", choices=get_args(Policy), help="of normquant (default: auto)")
+    add("--policy", default="auto", choices=POLICIES, help="of normquant (default: auto)")
     add("--workers", type=int, help="processes that start together (default: those of one model and linear)")
     add("--timeout", type=float, default=900, metavar="S", help="of a start, of a measurement (default: 900)")
     add("--keep", type=Path, metavar="DIR", help="keep vLLM's caches, reports, logs and kernels here")
@@ -103,6 +104,8 @@ def need_gpu() -> None:
 
 def grid_cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the arguments ask for; raises ValueError where there are none."""
+    from normquant.bench.cases import BENCHMARKED, MS, kernel_cases
+
     ops = tuple(chosen(args.ops, BENCHMARKED, "ops"))
     cases = list(kernel_cases(ops, args.k, args.m or MS))
     if not cases:
@@ -114,20 +117,42 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print a line for each case, write the records; 2 if a process of vLLM failed."""
     check_writable(args.output)
     need_gpu()
+    from normquant.bench.vllm.supervisor import Failure
+
     suite: Callable[[argparse.Namespace], Found] = SUITES[args.suite]
     start, count, code = time.monotonic(), 0, 0
-    with writing(args.output) as add:
+    with writing(args.output) as add, showing(total(args), args.quiet) as progress:
         for found in suite(args):
             if isinstance(found, Failure):
                 code = EXIT_FAILED
-                print(f"{found.job.name} failed {found.reason}\n{found.log}", file=sys.stderr, flush=True)
+                progress.line(f"{found.job.name} failed {found.reason}\n{found.log}", sys.stderr)
                 continue
             new, text = found
             add(new)
             count += len(new)
-            print(text, flush=True)
+            progress.line(text)
+            progress.step(bool(new))
     print(f"{count} records in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return code
+
+
+def total(args: argparse.Namespace) -> int:
+    """How many times a suite yields records."""
+    if args.suite == "vllm":
+        return sum(len(job.batches) for group in vllm_groups(args, Path()) for job in group)
+    if args.suite == "layer":
+        from normquant.bench import decoder_layers
+
+        models = chosen(args.models, decoder_layers.MODELS, "models")
+        return len(models) * len(args.m or decoder_layers.MS) * len(decoder_layers.settings())
+    return len(ranks_cases(args) if args.ranks else grid_cases(args))
+
+
+def ranks_cases(args: argparse.Namespace) -> list[Case]:
+    """Rows of 7168 values unless others are asked for."""
+    from normquant.bench.cases import Case
+
+    return [Case("add_rms_norm_quant", m, k) for k in args.k or (7168,) for m in args.m or RANKS_MS]
 
 
 def kernel_suite(args: argparse.Namespace) -> Found:
@@ -145,21 +170,21 @@ def kernel_suite(args: argparse.Namespace) -> Found:
         print(f"{name}: left out, {lacks}", file=sys.stderr)
     providers = [provider for name, provider in PROVIDERS.items() if name in names and name not in lacking]
     cases = grid_cases(args)
-    if trouble := precompile(cases, providers):
-        print(trouble, file=sys.stderr)
+    with compiling(args.quiet) as told:
+        if trouble := precompile(cases, providers, told):
+            print(trouble, file=sys.stderr)
     for case in cases:
         new = list(kernels.measure(case, providers, args.samples, args.l2))
         yield new, kernel_line(new)
 
 
 def ranks_suite(args: argparse.Namespace) -> Found:
-    """The same with an all-reduce, on several GPUs: rows of 7168 values unless others are asked for."""
+    """The same with an all-reduce, on several GPUs."""
     from normquant.bench import rank_providers, ranks
 
-    cases = [Case("add_rms_norm_quant", m, k) for k in args.k or (7168,) for m in args.m or RANKS_MS]
     names = args.providers.split(",") if args.providers else None
     rank_providers.named(names)
-    for records in ranks.on_ranks(args.ranks, cases, names, args.samples):
+    for records in ranks.on_ranks(args.ranks, ranks_cases(args), names, args.samples):
         yield records, ranks.line(records)
 
 
@@ -185,10 +210,12 @@ def vllm_suite(args: argparse.Namespace) -> Found:
     """Each setting at each batch: its record and a line about it, or the failure of its process; at the end a table."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("vLLM is not installed here; pip install vllm")
+    from normquant.bench.vllm import supervisor
+
     records: list[dict[str, Any]] = []
     with _folder(args.keep) as folder:
         for found in supervisor.measure(vllm_groups(args, folder), args.timeout, findings):
-            if isinstance(found, Failure):
+            if isinstance(found, supervisor.Failure):
                 yield found
                 continue
             records.append(asdict(found))
@@ -200,6 +227,8 @@ def vllm_suite(args: argparse.Namespace) -> Found:
 
 def vllm_groups(args: argparse.Namespace, folder: Path) -> list[list[Job]]:
     """The jobs, in groups that start together. Raises ValueError for arguments that make no sense."""
+    from normquant.bench.vllm.seeded_model import config
+
     settings, linears = _settings(args)
     if min(args.samples, args.steps, args.timeout, args.workers or 1) < 1 or args.samples < 2:
         raise ValueError("--samples starts at 2; --steps, --timeout and --workers start at 1")

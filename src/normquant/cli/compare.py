@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from normquant.bench.comparison import NEEDED, compare
+from normquant.bench.comparison import NEEDED, CaseChange, compare
 from normquant.bench.records import read
+from normquant.cli.output_files import check_writable
 
 
 def percent(text: str) -> float:
@@ -28,12 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fail-if-slower", type=percent, metavar="PCT", help="exit 1 if a case is slower by more than this"
     )
     parser.add_argument(
+        "--junit", type=Path, metavar="PATH", help="every case as a test in JUnit XML, failed where it is slower"
+    )
+    parser.add_argument(
         "--provider", default="normquant", help="whose records to compare, or 'all' (default: normquant)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the comparison; 1 if a case got slower by more than --fail-if-slower, beyond the spread of its samples."""
+    check_writable(args.junit)
+    if args.junit and args.fail_if_slower is None:
+        raise ValueError("--junit writes what is checked: give --fail-if-slower as well")
     before, after = (_of_provider(path, args.provider) for path in (args.before, args.after))
     changes, gone, added = compare(before, after)
     if not changes:
@@ -46,9 +54,22 @@ def run(args: argparse.Namespace) -> int:
             print(f"{c.ratio:6.3f}x  {c.before_us:9.2f} -> {c.after_us:9.2f} us  {c.case}{mark}")
     same = sum(not c.separate for c in changes)
     print(f"{len(changes)} cases, {same} within their samples' spread, {gone} only before, {added} only after")
+    if args.junit:
+        _write_junit(args, changes, slower)
     if slower:
         print(f"{len(slower)} cases are slower by more than {limit:.1%}")
     return 1 if slower else 0
+
+
+def _write_junit(args: argparse.Namespace, changes: Sequence[CaseChange], slower: Sequence[CaseChange]) -> None:
+    from normquant.cli import ci_reports
+
+    def failures(c: CaseChange) -> list[str]:
+        times, limit = f"{c.before_us:.2f} -> {c.after_us:.2f} us", f"{args.fail_if_slower:.1%}"
+        return [f"{times}, {c.ratio - 1:.1%} slower; at most {limit} is accepted"] if c in slower else []
+
+    cases = [ci_reports.JUnitCase("normquant bench", c.case, failures(c)) for c in changes]
+    ci_reports.write_junit(args.junit, f"normquant compare {args.before} {args.after}", cases)
 
 
 def _of_provider(path: Path, provider: str) -> list[dict]:

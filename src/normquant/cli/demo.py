@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from normquant.cli.output_files import check_writable, write_atomically
+from normquant.cli.progress import Progress, add_quiet, showing
 
 PACKAGES = {"transformers": "hf", "triton": "nogpu"}  # package -> the extra that brings it
 EXIT_FAILED = 1
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``normquant demo``."""
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write what was found as JSON")
     parser.add_argument("--html", type=Path, metavar="PATH", help="also write it as one self-contained HTML page")
+    add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,16 +30,15 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     check_writable(args.json, args.html)
 
-    def progress(what: str) -> None:
-        print(f"[{time.monotonic() - started:5.1f} s] {what}", file=sys.stderr, flush=True)
-
-    progress("loading torch's compiler, triton and transformers")
-    require()
-    from normquant.demo import demonstration, render, sections
-
-    result = demonstration.demonstrate(progress)
+    with showing(1, args.quiet, ticking=True, eager=True) as progress:
+        progress.begin("loading torch's compiler, triton and transformers")
+        require()
+        from normquant.demo import demonstration, render, sections
+    with showing(demonstration.steps(), args.quiet, ticking=True, eager=True) as progress:
+        result = demonstration.demonstrate(partial(_next, progress))
+        progress.step()
+        progress.begin("done")
     found, verdict = sections.sections(result), sections.verdict(result)
-    progress("done")
     if args.json:
         write_atomically(args.json, json.dumps(result.to_dict(), indent=2) + "\n")
     if args.html:
@@ -47,6 +48,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"\nwrote {path}", end="")
     print()
     return 0 if result.exact and result.all_fused else EXIT_FAILED
+
+
+def _next(progress: Progress, what: str) -> None:
+    """The step before, if there was one, is done; this one begins."""
+    progress.step(bool(progress.doing))
+    progress.begin(what)
 
 
 def require() -> None:

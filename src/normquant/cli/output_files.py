@@ -12,6 +12,8 @@ from pathlib import Path
 def check_writable(*paths: Path | None) -> None:
     """Raise OSError for a path that cannot be written, before minutes are spent on what belongs there."""
     for path in filter(None, paths):
+        if str(path) == "-":
+            raise FileNotFoundError("- is no path of a file; /dev/stdout is one")
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a directory; the path of a file is accepted")
         if not path.parent.is_dir():

@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from normquant.bench.cases import ADD_NORM
 from normquant.bench.records import read
 from normquant.cli.output_files import check_writable, replacing
 from normquant.report import kernels_plot
@@ -15,7 +14,7 @@ from normquant.report import kernels_plot
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `normquant plot`."""
     parser.add_argument("records", type=Path, metavar="FILE", help="records, as `normquant bench kernels` writes them")
-    parser.add_argument("--op", default=ADD_NORM, help="(default: %(default)s)")
+    parser.add_argument("--op", default="add_rms_norm_quant", help="(default: %(default)s)")
     parser.add_argument("--k", type=int, default=7168, help="width (default: 7168)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="an .svg, .png or .pdf")
 

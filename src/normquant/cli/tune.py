@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from normquant.bench.cases import Case
 from normquant.bench.records import current_command
 from normquant.cli.bench import SAMPLES, add_grid, grid_cases, need_gpu
 from normquant.cli.output_files import check_writable, replacing
+from normquant.cli.progress import add_quiet, compiling, showing
+
+if TYPE_CHECKING:
+    from normquant.bench.cases import Case
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="time, beside the present launch configs, only those whose programs are thread block clusters",
     )
+    add_quiet(parser)
     parser.set_defaults(samples=None)  # the default depends on what is timed
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where the table goes (default: into this installation)"
@@ -69,10 +72,11 @@ def configs(args: argparse.Namespace, cases: list[Case]) -> Path:
     candidates = launch_configs.present_and_clusters if args.clusters else launch_configs.candidates
     if args.clusters:
         cases = [case for case in cases if launch_configs.clusters(case)]
-    print(f"compiling on {os.cpu_count()} cores", file=sys.stderr)
-    if trouble := launch_configs.precompile(cases, candidates):
-        print(trouble, file=sys.stderr)
-    found = launch_configs.tune(cases, args.samples, lambda text: print(text, flush=True), args.l2, candidates)
+    with compiling(args.quiet) as told:
+        if trouble := launch_configs.precompile(cases, candidates, told):
+            print(trouble, file=sys.stderr)
+    with showing(len(cases), args.quiet) as progress:
+        found = launch_configs.tune(cases, args.samples, progress.result, args.l2, candidates)
     for op, widths in found.items():
         table.setdefault(op, {}).update(widths)
     with replacing(path) as part:
@@ -91,11 +95,13 @@ def decode(args: argparse.Namespace) -> Path:
     path = _destination(args.output, launch_configs.table_path(capability))
     table = _present(path)
     ms, gemm = args.m or by_decode_step.DECODE_MS, find_gemm(capability)
-    print(f"compiling on {os.cpu_count()} cores", file=sys.stderr)
-    if trouble := by_decode_step.precompile(ms, capability):
-        print(trouble, file=sys.stderr)
+    with compiling(args.quiet) as told:
+        if trouble := by_decode_step.precompile(ms, capability, told):
+            print(trouble, file=sys.stderr)
     replays = by_decode_step.REPLAYS if args.samples is None else args.samples
-    found = by_decode_step.tune(ms, replays, gemm, lambda text: print(text, flush=True))
+    results = 1 + len(set(ms)) * (len(DEEPSEEK_R1.widths) + 1)  # a line that says what is timed; each op, and the step
+    with showing(results, args.quiet) as progress:
+        found = by_decode_step.tune(ms, replays, gemm, progress.result)
     with replacing(path) as part:
         launch_configs.write(part, by_decode_step.merged(table, found, DEEPSEEK_R1.widths, capability))
     return path
@@ -112,11 +118,12 @@ def strategies(args: argparse.Namespace, cases: list[Case]) -> Path:
     _present(path)
     norms = sorted((c for c in cases if "cluster" in c.definition.choices), key=lambda c: (c.op_name, c.k, c.m))
     entries = []
-    for _, op in groupby(norms, key=lambda c: (c.op_name, c.k)):
-        for entry in strategies.measure(list(op), args.samples, args.l2):
-            entries.append(entry)
-            times = ", ".join(f"{name} {us} us" for name, us in entry["us"].items())
-            print(f"{entry['op']} k={entry['k']} m={entry['m'][1]}: {times}", flush=True)
+    with showing(len(norms), args.quiet) as progress:
+        for _, op in groupby(norms, key=lambda c: (c.op_name, c.k)):
+            for entry in strategies.measure(list(op), args.samples, args.l2):
+                entries.append(entry)
+                times = ", ".join(f"{name} {us} us" for name, us in entry["us"].items())
+                progress.result(f"{entry['op']} k={entry['k']} m={entry['m'][1]}: {times}")
     with replacing(path) as part:
         if path.is_file():  # `write` keeps the entries that are there
             shutil.copyfile(path, part)

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from normquant.compile.fusion_report import op_text
-from normquant.vllm.graph_records import FILE, GraphRecord, find, read, remark
+if TYPE_CHECKING:  # what imports torch is imported where records are read
+    from normquant.vllm.graph_records import GraphRecord
 
 INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from normquant.vllm.graph_records import FILE, find
+
     root = args.path or default_root(os.environ)
     if not root.exists():
         raise ValueError(f"{root} does not exist; give the compile cache that vLLM's log names")
@@ -43,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(path: Path, as_json: bool) -> str:
     """A file of records, as JSON lines or as text. Raises ValueError where it holds anything else."""
+    from normquant.vllm.graph_records import read
+
     try:
         records = list(read(path))
         if as_json:
@@ -88,6 +92,8 @@ def text(records: Iterable[GraphRecord]) -> str:
 
 def _kind(site: Mapping[str, Any]) -> tuple[str, ...]:
     """strategy, layer type, what is done, why: everything that the sites of one line have in common."""
+    from normquant.compile.fusion_report import op_text
+
     what = op_text(site["op"], site["spec"]) if site["op"] else ""
     shape = f"K={site['k']} {site['dtype']}" if site["k"] else ""
     return site["strategy"], INDEX.sub("*", site["name"]), shape, what, site["reason"]
@@ -100,4 +106,6 @@ def _line(kind: tuple[str, ...], layers: set[str]) -> str:
 
 
 def _note(kernel: str) -> str:
+    from normquant.vllm.graph_records import remark
+
     return f"; {remark(kernel)}" if remark(kernel) else ""

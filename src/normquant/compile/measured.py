@@ -1,6 +1,6 @@
 """Measured times of the three strategies, by op, K, range of rows and GPU; the files are in `tables/`.
 
-    {"capability": "9.0", "source": "command that measured it",
+    {"capability": "9.0", "torch": "version", "source": "command that measured it",
      "entries": [{"op": "name of an op", "k": 7168, "m": [1, 16], "us": {"fused": 1.5, "native": 3.4, "stock": 4.4}}]}
 
 `m` is the first and the last number of rows that an entry speaks for. `us` holds at least "stock" and one other.

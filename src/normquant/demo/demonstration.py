@@ -25,6 +25,7 @@ from normquant.demo.deepseek_layer import (
     inputs,
     relative_error,
 )
+from normquant.demo.gpu_timing import TOKENS as GPU_TOKENS
 from normquant.demo.gpu_timing import OnGpu, measure, why_not
 
 RULES = ("identity", "layout-copy")
@@ -89,6 +90,11 @@ class Demonstration:
             "gpu": None if self.gpu is None else _gpu(self.gpu),
             "no_gpu": self.no_gpu,
         }
+
+
+def steps() -> int:
+    """How many times `demonstrate` says what it does: two compiles, two runs, and those of a GPU."""
+    return 4 if why_not() else 5 + len(GPU_TOKENS)
 
 
 def demonstrate(progress: Progress) -> Demonstration:

@@ -50,5 +50,5 @@ def shorten(text: str, width: int) -> str:
     """The text with its middle left out where it is longer than `width`: the ends tell names apart."""
     if len(text) <= width:
         return text
-    tail = (width - 1) // 2
-    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
+    tail = (width - 3) // 2
+    return f"{text[: width - 3 - tail]}...{text[len(text) - tail :]}"

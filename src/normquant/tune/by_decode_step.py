@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from normquant.bench.cases import MS, Case
-from normquant.bench.precompile import everywhere
+from normquant.bench.precompile import Told, everywhere
 from normquant.bench.timing import capture_once, interleaved, middle_mean
 from normquant.kernels import configs, tiling
 from normquant.kernels.configs import RELEASES, Config, ConfigRow, ConfigTable, read_row
@@ -85,14 +85,15 @@ def shapes(op: str, k: int, m: int) -> Iterator[Config]:
     yield from clusters(Case(op, m, k, spec=SPEC))
 
 
-def precompile(ms: Sequence[int], capability: tuple[int, int]) -> str | None:
-    """Compile every candidate into Triton's cache; returns what went wrong, if something did."""
+def precompile(ms: Sequence[int], capability: tuple[int, int], told: Told = lambda done, of: None) -> str | None:
+    """Compile every candidate into Triton's cache, telling how far it is; returns what went wrong, if something did."""
     wanted: dict[tuple[str, Config], int] = {}
     for m in ms:
         for op, config in present_configs(DEEPSEEK_R1.widths, m, capability).items():
             k = DEEPSEEK_R1.widths[op]
             wanted |= {(op, candidate): k for candidate in candidates(op, k, m, config)}
-    return everywhere(launch_once, [(Case(op, 2, k, spec=SPEC), config) for (op, config), k in wanted.items()])
+    work = [(Case(op, 2, k, spec=SPEC), config) for (op, config), k in wanted.items()]
+    return everywhere(launch_once, work, told=told)
 
 
 def trials(op: str, configs: Sequence[Config], present: Configs, times: Times) -> list[Trial]:

@@ -12,7 +12,7 @@ import torch
 
 from normquant import specs
 from normquant.bench.cases import Case, CaseInputs, inputs
-from normquant.bench.precompile import everywhere
+from normquant.bench.precompile import Told, everywhere
 from normquant.bench.timing import Call, Timing, sets_of, time_calls
 from normquant.kernels import capability, configs, tiling
 from normquant.kernels.configs import Config, ConfigRow, ConfigTable, write_row
@@ -134,9 +134,14 @@ def measure(
     }
 
 
-def precompile(cases: Sequence[Case], candidates: Callable[[Case], Iterable[Config]] = candidates) -> str | None:
+def precompile(
+    cases: Sequence[Case],
+    candidates: Callable[[Case], Iterable[Config]] = candidates,
+    told: Told = lambda done, of: None,
+) -> str | None:
     """Compile every candidate of every (op, K) into Triton's cache, since compiling is most of tuning.
 
+    `told` is told how far it is.
     Returns what went wrong, if something did; what is missing is compiled when it is measured.
     """
     wanted = {
@@ -145,7 +150,7 @@ def precompile(cases: Sequence[Case], candidates: Callable[[Case], Iterable[Conf
         for spec in rules(case)
         for config in candidates(case)
     }
-    return everywhere(launch_once, [(case, config) for (*_, config), case in wanted.items()])
+    return everywhere(launch_once, [(case, config) for (*_, config), case in wanted.items()], told=told)
 
 
 def launch_once(case: Case, config: Config) -> None:

@@ -94,12 +94,17 @@ def table_path(capability: tuple[int, int]) -> Path:
 
 
 def write(path: Path, capability: tuple[int, int], command: str, entries: Sequence[dict[str, Any]]) -> None:
-    """Write the table, one line an entry; entries of an (op, K) that was not measured again are kept."""
-    old = json.loads(path.read_text())["entries"] if path.is_file() else []
+    """Write the table, one line an entry; entries of an (op, K) that was not measured again are kept.
+
+    "torch" is the version that it was measured with, or several where entries of another one are kept: "stock" and
+    "native" are what that torch generates.
+    """
+    old = json.loads(path.read_text()) if path.is_file() else {"entries": []}
     measured = {(e["op"], e["k"]) for e in entries}
-    merged = [*(e for e in old if (e["op"], e["k"]) not in measured), *(_open_ended(e, entries) for e in entries)]
-    merged.sort(key=lambda e: (e["op"], e["k"], e["m"]))
-    head = json.dumps({"capability": "{}.{}".format(*capability), "source": command})[:-1]
+    kept = [e for e in old["entries"] if (e["op"], e["k"]) not in measured]
+    merged = sorted([*kept, *(_open_ended(e, entries) for e in entries)], key=lambda e: (e["op"], e["k"], e["m"]))
+    versions = ", ".join(sorted({str(torch.__version__), *(old.get("torch", "unknown").split(", ") if kept else ())}))
+    head = json.dumps({"capability": "{}.{}".format(*capability), "torch": versions, "source": command})[:-1]
     lines = ",\n".join("  " + json.dumps(e) for e in merged)
     path.write_text(f'{head}, "entries": [\n{lines}\n]}}\n')
 

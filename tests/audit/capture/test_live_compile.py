@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from shared.clean_graphs import BF16, empty, rows_of_ones
 
+import normquant
 from normquant.audit import audit, targets
 from normquant.audit.capture.live_compile import capture
 from normquant.audit.program import Extern, Kernel
@@ -116,6 +118,26 @@ def test_symbolic_sizes_are_kept() -> None:
 def test_the_user_s_lines_are_known() -> None:
     (kernel,) = audit(double, rows_of_ones).kernels
     assert any(origin.file == __file__ and "x * 2" in origin.code for origin in kernel.origins)
+
+
+class Block(torch.nn.Module):
+    """A model's own module, made of torch's and this package's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(512, dtype=BF16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return normquant.group_quant(self.norm(x)).data
+
+
+def test_a_line_is_the_model_s_not_that_of_the_modules_that_it_calls() -> None:
+    report = audit(Block(), (torch.empty(8, 512, dtype=BF16),))
+    places = {(origin.file, origin.code) for launch in report.launches for origin in launch.origins}
+    assert places == {(__file__, "return normquant.group_quant(self.norm(x)).data")}
+    alone = audit(torch.nn.RMSNorm(512, dtype=BF16), (torch.empty(8, 512, dtype=BF16),))
+    (origin,) = alone.kernels[0].origins
+    assert origin.file.startswith(str(Path(torch.__file__).parent)), "no frame of a model: the innermost is shown"
 
 
 def test_unknown_names_are_refused_with_what_is_accepted() -> None:

@@ -5,14 +5,20 @@ launch order.
 """
 
 import math
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from normquant.audit.program import Access, Buffer, Extern, Kernel, Origin, Program, ProgramLaunch
 
 Reasons = Iterable[tuple[str, str, str]]  # a node, another, why they were not fused
 
 _GENERAL_REASONS = ("no shared data", "intermediate nodes between")
+# Packages whose frames say what is computed, and not where in a model.
+_BUILDING_BLOCKS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
 _TRITON_KINDS = (("persistent_reduction", "_per_"), ("reduction", "_red_"), ("template", "_tem_"), ("foreach", "_for_"))
 
 
@@ -142,15 +148,16 @@ def _origins(members: Iterable[Any]) -> tuple[Origin, ...]:
 
 
 def _parse_stack(trace: str) -> Origin | None:
-    """The innermost frame of a formatted stack trace."""
+    """The innermost frame of a formatted stack trace that is a model's: torch's and our own only where no other is."""
     lines = [line.strip() for line in trace.splitlines() if line.strip()]
-    for index in range(len(lines) - 1, -1, -1):
-        if lines[index].startswith('File "'):
-            path, _, rest = lines[index].removeprefix('File "').partition('", line ')
+    frames = []
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith('File "'):
+            path, _, rest = line.removeprefix('File "').partition('", line ')
             number = rest.split(",")[0]
-            code = lines[index + 1] if index + 1 < len(lines) else ""
-            return Origin(path, int(number) if number.isdigit() else 0, code)
-    return None
+            frames.append(Origin(path, int(number) if number.isdigit() else 0, following))
+    own = [frame for frame in frames if not frame.file.startswith(_BUILDING_BLOCKS)]
+    return next(reversed(own or frames), None)
 
 
 def _aten(members: Iterable[Any]) -> tuple[str, ...]:

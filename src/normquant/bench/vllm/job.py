@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normquant.bench.vllm.seeded_model import cache_bytes
-
 INSTALLED = ("installed", "installed-normquant")  # vLLM as pip installs it, without and with the plugin
 LABORATORY = ("default", "off", "normquant")  # with one linear kernel chosen for all of them
 # What vLLM is told to leave alone; "unfused" is the model as it is written, whose numerics the plugin keeps.
@@ -141,6 +139,8 @@ def engine_arguments(job: Job) -> dict[str, Any]:
     The cache has a fixed size: several processes start on one GPU, where vLLM's way to find one would count the
     others' memory as its own.
     """
+    from normquant.bench.vllm.seeded_model import cache_bytes  # which imports torch
+
     batch = max(job.batches)
     tokens = max(batch * (PROMPT + job.decoded + 64), job.longest)
     compilation: dict[str, Any] = {} if job.installed else {"cudagraph_capture_sizes": sorted(job.batches)}

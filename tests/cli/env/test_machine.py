@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from normquant.cli import env
+from normquant.cli.env import machine, packages
 
-SRC = Path(__file__).parents[2] / "src"
+SRC = Path(__file__).parents[3] / "src"
 SMI_LINE = "NVIDIA H100 80GB HBM3, 9.0, 81559, 580.65.06"
 
 
@@ -38,24 +39,15 @@ def make_smi(folder: Path, script: str) -> None:
     (folder / "nvidia-smi").chmod(0o755)
 
 
-def bare_env(*args: str, site: Path, path: Path) -> subprocess.CompletedProcess[str]:
-    """env.py in a Python that has no packages but those in ``site`` and no programs but those in ``path``."""
-    code = (
-        "import argparse, importlib.util as u, sys\n"
-        f"spec = u.spec_from_file_location('nq_env', {str(SRC / 'normquant' / 'cli' / 'env.py')!r})\n"
-        "env = sys.modules['nq_env'] = u.module_from_spec(spec)\n"
-        "spec.loader.exec_module(env)\n"
-        "parser = argparse.ArgumentParser()\n"
-        "env.add_arguments(parser)\n"
-        "raise SystemExit(env.run(parser.parse_args()))\n"
-    )
+def bare_env(*args: str, site: Path, path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command in a Python that has no packages but those in ``site`` and no programs but those in ``path``."""
     # -S keeps site-packages out, PYTHONPATH brings the given folder in
     return subprocess.run(
-        [sys.executable, "-S", "-c", code, *args],
+        [sys.executable, "-S", "-m", "normquant", "env", *args],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(site), "PATH": str(path)},
+        env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{SRC}", "PATH": str(path), **variables},
     )
 
 
@@ -63,11 +55,11 @@ def test_a_machine_with_nothing(tmp_path: Path) -> None:
     done = bare_env("--json", site=tmp_path, path=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
-    assert report["packages"] == {name: {"version": None, "problem": None} for name in env.PACKAGES}
+    assert report["packages"] == {name: {"version": None, "problem": None} for name in packages.PACKAGES}
     assert (report["gpus"], report["gpus_seen_by"], report["driver"], report["cuda"]) == ([], None, None, None)
     assert report["python"].startswith(platform.python_version())
     text = bare_env(site=tmp_path, path=tmp_path).stdout
-    assert text.count("not installed") == len(env.PACKAGES) + 1  # and normquant itself
+    assert text.partition("What decides")[0].count("not installed") == len(packages.PACKAGES) + 1  # and normquant
 
 
 def test_broken_and_odd_packages(tmp_path: Path) -> None:
@@ -130,8 +122,8 @@ def test_a_broken_nvidia_smi_is_no_gpu(tmp_path: Path, script: str) -> None:
 
 
 def test_parse_smi() -> None:
-    gpus, driver = env.parse_smi(f"{SMI_LINE}\nNVIDIA GB10, [N/A], [N/A], 580.65.06\n\n")
-    assert gpus == (env.Gpu("NVIDIA H100 80GB HBM3", "9.0", 81559), env.Gpu("NVIDIA GB10", None, None))
+    gpus, driver = machine.parse_smi(f"{SMI_LINE}\nNVIDIA GB10, [N/A], [N/A], 580.65.06\n\n")
+    assert gpus == (machine.Gpu("NVIDIA H100 80GB HBM3", "9.0", 81559), machine.Gpu("NVIDIA GB10", None, None))
     assert driver == "580.65.06"
     assert gpus[1].describe() == "NVIDIA GB10"
 
@@ -150,7 +142,7 @@ def test_torch_gpus_come_with_what_torch_warned_about(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     report = env.collect()
-    assert report.gpus == (env.Gpu("NVIDIA H200", "9.0", 141 * 1024),) * 2
+    assert report.gpus == (machine.Gpu("NVIDIA H200", "9.0", 141 * 1024),) * 2
     assert report.gpus_seen_by == "torch"
     assert report.gpu_problem == "The NVIDIA driver on your system is too old"
     assert "GPU problem   The NVIDIA driver on your system is too old" in env.format_text(report)
@@ -166,8 +158,16 @@ def test_a_torch_that_fails_on_the_gpu_is_reported(monkeypatch: pytest.MonkeyPat
     assert env.collect().gpu_problem == "RuntimeError: CUDA unknown error"
 
 
+def test_torch_s_own_report_is_there_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = env.collect(full=True)
+    assert full.collect_env and "PyTorch version" in full.collect_env
+    assert f"\n\ntorch.utils.collect_env\n\n{full.collect_env}" in env.format_text(full)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert env.collect(full=True).collect_env == "exit code 1"
+
+
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert env.run(argparse.Namespace(json=True, check=False)) == 0
+    assert env.run(argparse.Namespace(json=True, check=False, full=False)) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["packages"]["torch"] == {"version": metadata.version("torch"), "problem": None}
     assert report["cores"] >= 1
