@@ -55,6 +55,7 @@ TOGETHER = (
     *("integrations/test_documented_paths", "compile/find/test_reasons", "compile/test_zoo"),
     *("compile/test_inductor", "compile/test_models", "compile/test_nested_graphs", "compile/test_random_graphs"),
     *("compile/test_vllm_graphs", "compile/fusions/test_vllm_cases", "kernels/test_machine_code", "ops/test_ops"),
+    "report/page/test_browser",
     *("linear/test_checkpoints", "linear/test_export", "linear/test_models", "linear/test_sharding"),
     *(
         "bench/test_baselines",
@@ -88,7 +89,7 @@ COVERED = {
     "integrations/*.py": "integrations/test_documented_paths",
     "kernels/*.py": "kernels/test_machine_code",
     "ops/*.py": "ops/test_ops",
-    "report/dataflow_svg.py": "report/test_audit_html",
+    "report/page/view.py": "report/page/test_html",
     "report/formatting.py": "report/test_audit_text",
     "tune/by_decode_step.py": "tune/test_decode_step",
     "vllm/compile_pass.py": "vllm_plugin/test_plugin",
