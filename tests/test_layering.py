@@ -51,7 +51,7 @@ MACHINE_ONLY = {"gpu", "vllm"}  # tests by what they need; they mirror nothing
 FOLDERS = {"vllm_plugin": "vllm"}  # tests/vllm needs vLLM
 # Tests of several modules together.
 TOGETHER = (
-    *("test_docs", "test_import", "test_layering", "test_peers", "test_reference_values"),
+    *("test_docs", "test_import", "test_layering", "test_peers", "test_reference_values", "test_screenshots"),
     *("integrations/test_documented_paths", "compile/find/test_reasons", "compile/test_zoo"),
     *("compile/test_inductor", "compile/test_models", "compile/test_nested_graphs", "compile/test_random_graphs"),
     *("compile/test_vllm_graphs", "compile/fusions/test_vllm_cases", "kernels/test_machine_code", "ops/test_ops"),
@@ -79,7 +79,6 @@ COVERED = {
     "bench/rank*.py": "cli/test_bench",
     "bench/vllm/*.py": "vllm/test_bench",
     "cli/arguments.py": "cli/test_bench",
-    "cli/plot.py": "report/test_kernels_plot",
     "compile/*.py": "compile/test_inductor",
     "compile/edit/*.py": "compile/fusions/test_latent_norm_quant",
     "compile/find/*.py": "compile/find/test_sites",
