@@ -68,7 +68,10 @@ def _each(name: str, records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def save(drawing: Figure, path: Path) -> None:
-    """Write the drawing; the suffix says the format. An SVG is for light and dark; the same records make the same file."""
+    """Write the drawing; the suffix says the format.
+
+    An SVG is for light and dark pages, and the same records give the same file.
+    """
     import matplotlib
 
     svg = path.suffix == ".svg"

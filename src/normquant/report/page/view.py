@@ -11,7 +11,7 @@ from normquant.report.audit_text import Report, sizes
 from normquant.report.page import alignment, drawing, folding
 from normquant.report.page.drawing import SideDrawing
 from normquant.report.page.folding import Block
-from normquant.report.page.timeline import PRODUCT, Step, timeline
+from normquant.report.page.timeline import CLASSES, PRODUCT, Step, timeline
 
 TAIL, LONG_TAIL = 12, 26  # letters of a name that are kept where it is cut: they tell kernels and operators apart
 
@@ -216,7 +216,7 @@ def _details(row: int, side: SideDrawing, lines: dict[tuple[str, str], int]) -> 
     each = sum(side.block_of[other] == side.block_of[row] for other in side.steps)
     return {
         "name": launch["name"],
-        "kind": launch["kind"],
+        "kind": CLASSES[step.kind],
         "position": launch["position"],
         "count": block.count,
         "each": each,
