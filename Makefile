@@ -31,7 +31,7 @@ endif
 # A first set-up shows pip's progress; an update in place has nothing to show but a page of "already satisfied".
 QUIET := $(if $(STALE),,$(if $(wildcard $(STAMP)),--quiet))
 
-.PHONY: help setup demo test setup-vllm test-vllm test-torch torch-table zoo random-graphs mutants lint wheel clean FORCE
+.PHONY: help setup demo test setup-vllm test-vllm test-torch torch-table zoo plots screenshots random-graphs mutants lint wheel clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -118,6 +118,13 @@ torch-table: $(TORCH_STAMP)  ## what another torch makes of a site: its row of d
 # The long tests: some of each run in `make test` as well.
 zoo: $(STAMP)  ## compile every causal LM of transformers tiny, write docs/zoo.md; ARGS="--models llama,mamba2"
 	PYTHONPATH=tests $(BIN)/python tools/zoo.py $(ARGS)
+
+plots: $(STAMP)  ## draw docs/*.svg anew from baselines/, by the commands in the docs
+	grep -hoE '`normquant plot [^`]+ --output docs/[^`]+`' docs/*.md | tr -d '`' | while read -r _ command; do \
+		$(BIN)/normquant $$command; done
+
+screenshots: $(STAMP)  ## take docs/page-*.png anew; ten minutes the first time. Needs Chromium
+	$(BIN)/python tools/screenshots.py $(ARGS)
 
 RANDOM_GRAPHS ?= 3000
 random-graphs: $(STAMP)  ## 3,000 random graphs, whole and with a step of the pass that fails; RANDOM_GRAPHS=500

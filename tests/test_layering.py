@@ -51,11 +51,12 @@ MACHINE_ONLY = {"gpu", "vllm"}  # tests by what they need; they mirror nothing
 FOLDERS = {"vllm_plugin": "vllm"}  # tests/vllm needs vLLM
 # Tests of several modules together.
 TOGETHER = (
-    *("test_docs", "test_import", "test_layering", "test_peers", "test_reference_values"),
+    *("test_docs", "test_import", "test_layering", "test_peers", "test_reference_values", "test_screenshots"),
     *("integrations/test_documented_paths", "compile/find/test_reasons", "compile/test_zoo"),
     *("compile/test_inductor", "compile/test_models", "compile/test_nested_graphs", "compile/test_random_graphs"),
     *("compile/test_vllm_graphs", "compile/fusions/test_vllm_cases", "kernels/test_machine_code", "ops/test_ops"),
     *("cli/test_completion", "cli/test_exit_codes"),
+    "report/page/test_browser",
     *("linear/test_checkpoints", "linear/test_export", "linear/test_models", "linear/test_sharding"),
     *(
         "bench/test_baselines",
@@ -81,7 +82,6 @@ COVERED = {
     "cli/arguments.py": "cli/test_bench",
     "cli/env/packages.py": "cli/env/test_machine",
     "cli/terminal.py": "cli/test_list",
-    "cli/plot.py": "report/test_kernels_plot",
     "compile/*.py": "compile/test_inductor",
     "compile/edit/*.py": "compile/fusions/test_latent_norm_quant",
     "compile/find/*.py": "compile/find/test_sites",
@@ -91,7 +91,7 @@ COVERED = {
     "integrations/*.py": "integrations/test_documented_paths",
     "kernels/*.py": "kernels/test_machine_code",
     "ops/*.py": "ops/test_ops",
-    "report/dataflow_svg.py": "report/test_audit_html",
+    "report/page/view.py": "report/page/test_html",
     "report/formatting.py": "report/test_audit_text",
     "tune/by_decode_step.py": "tune/test_decode_step",
     "vllm/compile_pass.py": "vllm_plugin/test_plugin",

@@ -1,5 +1,6 @@
 """Records: the schema, files that are written whole or not at all, and the command that each one names."""
 
+import datetime
 import json
 import sys
 from dataclasses import asdict, replace
@@ -67,7 +68,7 @@ def test_an_interrupted_run_keeps_its_part(tmp_path: Path):
         raise KeyboardInterrupt
     assert path.read_text() == "before\n"
     (kept,) = read(tmp_path / "records.jsonl.part")
-    assert kept == as_dict(RECORD) and next(iter(kept)) == "suite" and list(kept)[-5:] == list(RUN)
+    assert kept == as_dict(RECORD) and next(iter(kept)) == "suite" and list(kept)[-6:] == [*RUN, "date"]
     with writing(path) as add:
         add([RECORD, replace(RECORD, m=2)])
     assert [r["m"] for r in read(path)] == [1, 2]
@@ -99,6 +100,7 @@ def test_the_command_leaves_out_where_the_records_went(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "bench", "layer", "--output", "/tmp/a", "--m", "1"])
     assert isinstance(current_run("1"), Provenance)
     assert current_run("1").command == "normquant bench layer --m 1"
+    assert datetime.date.fromisoformat(current_run("1").date) <= datetime.date.today()
 
 
 def test_summary():

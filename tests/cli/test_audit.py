@@ -110,7 +110,10 @@ def test_unusable_input_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixtu
         ([ON, "--size", "s1=4"], "its symbolic sizes are s72"),
         ([ON, "--target", "a100"], "unknown target 'a100'"),
         ([ON, "--diff", ON, OFF], "is a third"),
-        (["--diff", ON, OFF, "--html", "page.html"], "--html is not read with --diff"),
+        ([ON, "--compare-fused"], "--compare-fused is not read with generated code"),
+        (["users_model:layer", "--compare-fused", "--fuse"], "--compare-fused is not read with --fuse"),
+        (["--diff", ON, OFF, "--compare-fused"], "--compare-fused is not read with --diff"),
+        (["users_model:layer", "--compare-fused", "--github"], "--github is not read with --compare-fused"),
         (["--diff", ON, OFF, "--github"], "--github is not read with --diff"),
         ([ON, "--arg", "bf16[1]"], "--arg is not read with generated code"),
         ([ON, "--fuse", "--dynamic"], "--fuse is not read with generated code; --dynamic is not read with"),
@@ -223,3 +226,70 @@ def test_a_model_made_on_the_cpu_is_audited_as_it_is_and_fused(model: str, capsy
 def test_a_model_that_does_not_compile_is_one_line(model: str) -> None:
     with pytest.raises(ValueError, match=r"few does not compile: TypeError: double\(\) missing 1 required"):
         run(f"{model}:few")
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.html"
+    path.write_text("old")
+
+    def full_disk(self: Path, text: str, **how: str) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        for arguments in ([ON], ["--diff", OFF, ON]):
+            with pytest.raises(OSError, match="No space left"):
+                run(*arguments, "--m", "64", "--html", str(path))
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert run(ON, "--m", "64", "--html", str(path)) == 0
+    assert path.read_text().startswith("<!doctype html>")
+
+
+def test_before_and_after_of_a_model(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert run(f"{model}:layer", "--compare-fused", "--html", str(page), "--expect", "rms_norm_quant=1") == 0
+    out = capsys.readouterr().out
+    assert "before: torch.compile\nafter:  with normquant" in out and "+  normquant.rms_norm_quant" in out
+    assert "1 of 1 norm -> quant sites fused (policy auto)" in out
+    text = page.read_text()
+    assert 'class="row fused new"' in text and 'class="row fused gone"' in text and "block_fp8_linear" in text
+    assert run(f"{model}:layer", "--compare-fused", "never", "--expect", "rms_norm_quant=0", "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["changes"] == [] and all(before == after for before, after in data["findings"].values())
+
+
+def test_a_comparison_with_a_stored_audit(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    baseline, page = str(tmp_path / "baseline.json"), tmp_path / "page.html"
+    assert run(f"{model}:layer", "--json", baseline) == 0
+    assert run("--diff", baseline, f"{model}:layer", "--html", str(page)) == 0
+    out = capsys.readouterr().out
+    assert f"before: {baseline}" in out and "the same launches with the same bytes" in out
+    assert ">baseline.json</p>" in page.read_text() and 'class="tint' not in page.read_text()
+    assert run("--diff", OFF, baseline, "--m", "64", "--expect", "group_quant=1") == 0
+    assert run(baseline, "--html", str(page), "--expect", "rms_norm_quant=1") == 1
+    assert "failed: expected 1 of rms_norm_quant, the code launches 0" in capsys.readouterr().err
+    assert page.read_text().startswith("<!doctype html>")
+    assert "not read with a stored audit" in _refused(baseline, "--m", "64")
+
+
+def _refused(*arguments: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        run(*arguments)
+    return str(caught.value)
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    baseline = str(tmp_path / "baseline.json")
+    assert run(ON, "--m", "1,64", "--json", baseline) == 0
+    assert "has 2 sets of sizes" in _refused("--diff", baseline, ON, "--m", "64")
+    assert run("--diff", baseline, ON, "--m", "1,64", "--html", str(tmp_path / "page.html")) == 0
+    assert (tmp_path / "page.html").read_text().count('data-show="') == 2
+    said = _refused("--diff", baseline, ON, "--m", "1,64", "--target", "h200")
+    assert "was audited for h100" in said and "for h200: give the same --target" in said
+
+
+def test_differences_at_several_sizes_are_one_json(tmp_path: Path) -> None:
+    path = tmp_path / "diff.json"
+    assert run("--diff", OFF, ON, "--m", "1,64", "--json", str(path)) == 0
+    assert [sorted(one) for one in json.loads(path.read_text())] == [["changes", "findings"]] * 2

@@ -42,12 +42,6 @@ def test_names_do_not_cover_each_other():
         assert all(b - a >= 0.99 * kernels_plot.GAP for a, b in pairwise(heights))
 
 
-def test_the_drawing_in_the_readme_is_that_of_the_records(tmp_path):
-    assert main(["plot", str(BASELINES), "--output", str(tmp_path / "kernels.svg")]) == 0
-    assert (tmp_path / "kernels.svg").read_text() == (ROOT / "docs" / "kernels.svg").read_text()
-    assert "](docs/kernels.svg)" in (ROOT / "README.md").read_text()
-
-
 def test_records_without_the_op_are_refused(tmp_path, capsys):
     assert main(["plot", str(BASELINES), "--k", "640", "--output", str(tmp_path / "x.svg")]) == 2
     assert "no records of add_rms_norm_quant with K=640" in capsys.readouterr().err

@@ -73,6 +73,7 @@ class ProgramLaunch:
     writes: tuple[Access, ...]
     file: str = ""
     line: int = 0
+    code: str = ""  # that line of the generated code
     origins: tuple[Origin, ...] = ()
     aten: tuple[str, ...] = ()  # the graph operations that it was made of
     mutates: tuple[str, ...] = ()  # buffers that held data and are overwritten

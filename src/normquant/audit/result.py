@@ -160,6 +160,7 @@ def _launch_dict(launch: ProgramLaunch, target: Target) -> dict[str, Any]:
         "kind": launch.kind if isinstance(launch, Kernel) else "extern",
         "file": launch.file,
         "line": launch.line,
+        "code": launch.code,
         "bytes_read": launch.bytes_read,
         "bytes_written": launch.bytes_written,
         "reads": {access.buffer: access.bytes for access in launch.reads},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -18,13 +19,14 @@ if TYPE_CHECKING:  # reading records takes no torch
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a record was measured: GPU, versions and the command that did it."""
+    """Where a record was measured: GPU, versions and the command that did it. date: the day, "" in older records."""
 
     gpu: str
     torch: str
     triton: str
     version: str
     command: str
+    date: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def current_run(version: str) -> Provenance:
         triton=triton.__version__,
         version=version,
         command=current_command(),
+        date=datetime.date.today().isoformat(),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from normquant.audit import AuditReport, audit_path, expectations, reports
+from normquant.audit import AuditReport, audit_path, expectations, reports, stored
 from normquant.audit.rules import RULE_IDS
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
@@ -16,12 +16,20 @@ from normquant.cli import terminal
 from normquant.cli.arguments import completing, integers
 from normquant.cli.output_files import check_writable, write_atomically
 from normquant.cli.progress import add_quiet, showing
-from normquant.report import audit_text
+from normquant.report import audit_diff, audit_text
+from normquant.report.page import html
 
 TOKENS = 64
-COMPILING = ("arg", "option", "fuse", "dynamic", "tokens", "layers")
+COMPILING = ("arg", "option", "fuse", "compare_fused", "dynamic", "tokens", "layers")
+SIZES = ("m", "size")
+STOCK, FUSED = "torch.compile", "with normquant"
 # Options that a kind of input does not read: given with it, they are errors.
-UNREAD = {"generated code": COMPILING, "module:callable": ("tokens", "layers"), "a transformers config": ("arg",)}
+UNREAD = {
+    "generated code": COMPILING,
+    "a stored audit": (*COMPILING, *SIZES),
+    "module:callable": ("tokens", "layers"),
+    "a transformers config": ("arg",),
+}
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -30,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what", nargs="?", metavar="WHAT",
         help="module:callable to compile; or generated code: a file, a cache directory of Inductor or vLLM, a log of "
-        "TORCH_LOGS=output_code; or a transformers config.json",
+        "TORCH_LOGS=output_code; or a transformers config.json; or the JSON of an earlier audit",
     )  # fmt: skip
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B, each like WHAT")
     compiling = parser.add_argument_group("what is compiled")
@@ -46,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fuse", nargs="?", const="auto", metavar="POLICY",
         help="with normquant.inductor_options(POLICY), by default auto; prints what was fused, what was not, and why",
     )  # fmt: skip
+    compiling.add_argument(
+        "--compare-fused", nargs="?", const="auto", metavar="POLICY",
+        help="compile twice, without and with normquant.inductor_options(POLICY), and show what changed",
+    )  # fmt: skip
     compiling.add_argument("--dynamic", action="store_true", default=None, help="compile with symbolic sizes")
     compiling.add_argument("--tokens", type=_positive, help=f"tokens for a transformers model; default {TOKENS}")
     compiling.add_argument("--layers", type=_positive, help="build only so many layers of a transformers model")
@@ -56,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", nargs="?", const="-", metavar="PATH", help="as JSON, to PATH or instead of the text")
-    output.add_argument("--html", metavar="PATH", help="as one self-contained page")
+    output.add_argument("--html", metavar="PATH", help="as one self-contained page; of two, side by side")
     output.add_argument("--github", action="store_true", help="findings as annotations of a GitHub workflow")
     output.add_argument("--sarif", type=Path, metavar="PATH", help="findings as SARIF 2.1.0, for code scanning")
     output.add_argument("--junit", type=Path, metavar="PATH", help="what exit code 1 is for, as tests in JUnit XML")
@@ -79,10 +91,12 @@ def run(args: argparse.Namespace) -> int:
     _check_ci_reports(args)
     try:
         if args.diff:
-            return _diff(args)
-        if args.what is None:
-            raise ValueError("nothing to audit: give module:callable, a path of generated code, or --diff A B")
-        made = _audit(args.what, args)
+            before, after = (_audit(what, args, args.fuse) for what in args.diff)
+            return _compare(before, after, (args.diff[0], args.diff[1]), args)
+        if args.compare_fused:
+            before, after = (_audit(args.what, args, policy) for policy in (None, args.compare_fused))
+            return _compare(before, after, (STOCK, FUSED), args)
+        made = _audit(args.what, args, args.fuse)
     except (Unusable, Unavailable) as error:
         print(f"normquant: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -91,26 +105,31 @@ def run(args: argparse.Namespace) -> int:
         from normquant.cli import ci_reports
 
         ci_reports.write(args, data, made, _counts(args.expect))
-    _print(args, data, made)
+    _print(args, data)
     return _exit_code(made, args)
 
 
 def _check_read(args: argparse.Namespace) -> None:
-    """Raise ValueError for an option that would be ignored."""
-    unread = {f"--{name}": "--diff" for name in ("html", "github") if args.diff and getattr(args, name)}
-    kinds = [_kind(what) for what in args.diff or [args.what] if what is not None]
-    for name in COMPILING:
-        if getattr(args, name) and kinds and all(name in UNREAD[kind] for kind in kinds):
-            unread[f"--{name}"] = kinds[0]
+    """Raise ValueError where there is nothing to audit, and for an option that would be ignored."""
+    if args.diff and args.what is not None:
+        raise ValueError(f"--diff takes the two to compare; {args.what!r} is a third")
+    if not args.diff and args.what is None:
+        raise ValueError("nothing to audit: give module:callable, a path of generated code, or --diff A B")
+    comparing = "--diff" if args.diff else "--compare-fused" if args.compare_fused else ""
+    unread = {f"--{name}": comparing for name in ("github", "sarif", "junit") if comparing and getattr(args, name)}
+    if args.compare_fused and (args.diff or args.fuse):
+        unread["--compare-fused"] = "--diff" if args.diff else "--fuse"
+    kinds = [_kind(what) for what in args.diff or [args.what]]
+    for name in (*COMPILING, *SIZES):
+        if getattr(args, name) and all(name in UNREAD[kind] for kind in kinds):
+            unread.setdefault(f"--{name.replace('_', '-')}", kinds[0])
     if unread:
         raise ValueError("; ".join(f"{option} is not read with {other}" for option, other in unread.items()))
 
 
 def _check_ci_reports(args: argparse.Namespace) -> None:
-    """Raise OSError or ValueError for --sarif and --junit that cannot be written, or would be ignored."""
+    """Raise OSError for --sarif and --junit that cannot be written, ValueError for a --junit that checks nothing."""
     check_writable(args.sarif, args.junit)
-    if args.diff and (args.sarif or args.junit):
-        raise ValueError(f"{'--sarif' if args.sarif else '--junit'} is not read with --diff")
     if args.junit and not (args.fail_on or args.expect or args.max_bytes is not None):
         raise ValueError("--junit writes what is checked: give --fail-on, --expect or --max-bytes as well")
 
@@ -118,11 +137,16 @@ def _check_ci_reports(args: argparse.Namespace) -> None:
 def _kind(what: str) -> str:
     if not os.path.exists(what):
         return "module:callable"
+    if os.path.isfile(what) and stored.is_stored(what):
+        return "a stored audit"
     return "a transformers config" if _is_config(what) else "generated code"
 
 
-def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
+def _audit(what: str, args: argparse.Namespace, fuse: str | None) -> list[AuditReport]:
+    """What `what` gives, compiled with normquant's pass where `fuse` is its policy."""
     sizes = _counts(args.size, "--size")
+    if _kind(what) == "a stored audit":
+        return stored.read(what)
     if _kind(what) == "generated code":
         return audit_path(what, args.target, args.m, sizes)
     from normquant.audit.capture import live_compile, model_inputs  # the compiler, only where something is compiled
@@ -135,7 +159,7 @@ def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
     else:
         raise Unusable(f"{what}: no such file or directory, and not module:callable")
     options = _options(args.option)
-    options = inductor_options(args.fuse, **options) if args.fuse else options
+    options = inductor_options(fuse, **options) if fuse else options
     try:
         with showing(1, args.quiet, ticking=True) as progress:
             progress.begin(f"compiling {what} for {args.target}")
@@ -159,42 +183,72 @@ def _is_config(what: str) -> bool:
     return path.suffix == ".json"
 
 
-def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Sequence[AuditReport]) -> None:
+def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]]) -> None:
     title = args.what
     if args.html:
-        from normquant.report import audit_html
-
-        write_atomically(Path(args.html), audit_html.page(data, title))
+        _write_page(args.html, html.Compared([[one] for one in data]), title)
     if args.github:
         print(audit_text.github_annotations(data))
     if args.json:
-        text = json.dumps(data[0] if len(data) == 1 else data, indent=2)
-        _write(args.json, text)
+        _write_json(args.json, data)
     if not args.github and args.json != "-":
         print(audit_text.render(data, title, terminal.columns() or audit_text.WIDTH), end="")
         if args.fuse:
             from normquant.compile import explain
 
             print(explain())
+
+
+def _compare(
+    before: Sequence[AuditReport], after: Sequence[AuditReport], names: tuple[str, str], args: argparse.Namespace
+) -> int:
+    """What changed from one audit to the other, at each of their sizes; what is expected holds of the second."""
+    pairs = [(a.to_dict(), b.to_dict()) for a, b in zip(before, after, strict=False)]
+    _check_comparable(before, after, names)
+    title = args.what or " and ".join(names)
     if args.html:
-        print(f"page: {args.html}", file=sys.stderr)
+        _write_page(args.html, html.Compared(pairs, [_short(name) for name in names]), title)
+    if args.json:
+        _write_json(args.json, [audit_diff.to_dict(*pair) for pair in pairs])
+    if args.json != "-":
+        print("\n".join(audit_diff.render(*pair, names) for pair in pairs), end="")
+        if args.compare_fused:
+            from normquant.compile import explain
 
-
-def _diff(args: argparse.Namespace) -> int:
-    if args.what is not None:
-        raise ValueError(f"--diff takes the two to compare; {args.what!r} is a third")
-    from normquant.report import audit_diff
-
-    before, after = (_audit(what, args) for what in args.diff)
-    for a, b in zip(before, after, strict=True):
-        pair = a.to_dict(), b.to_dict()
-        if args.json:
-            counts = {rule: [x, y] for rule, x, y in audit_diff.rule_counts(*pair)}
-            changed = [change.__dict__ for change in audit_diff.changes(*pair)]
-            _write(args.json, json.dumps({"changes": changed, "findings": counts}, indent=2))
-        else:
-            print(audit_diff.render(*pair, tuple(args.diff)), end="")
+            print(f"\n{explain()}")
     return _exit_code(after, args)
+
+
+def _check_comparable(before: Sequence[AuditReport], after: Sequence[AuditReport], names: tuple[str, str]) -> None:
+    counts = len(before), len(after)
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"{names[0]} has {counts[0]} sets of sizes, {names[1]} has {counts[1]}: give both the same --m"
+        )
+    targets = before[0].target.name, after[0].target.name
+    if targets[0] != targets[1]:
+        raise ValueError(
+            f"{names[0]} was audited for {targets[0]}, {names[1]} for {targets[1]}: give the same --target"
+        )
+
+
+def _short(what: str) -> str:
+    """How the page calls one of two: a file or folder by its name."""
+    return os.path.basename(os.path.normpath(what)) if os.path.exists(what) else what
+
+
+def _write_page(path: str, shown: html.Compared, title: str) -> None:
+    write_atomically(Path(path), html.page(shown, title))
+    print(f"page: {path}", file=sys.stderr)
+
+
+def _write_json(path: str, data: Sequence[Mapping[str, Any]]) -> None:
+    """One audit as an object, several as a list."""
+    text = json.dumps(data[0] if len(data) == 1 else data, indent=2)
+    if path == "-":
+        print(text)
+    else:
+        write_atomically(Path(path), text + "\n")
 
 
 def _exit_code(made: Sequence[AuditReport], args: argparse.Namespace) -> int:
@@ -203,13 +257,6 @@ def _exit_code(made: Sequence[AuditReport], args: argparse.Namespace) -> int:
     for line in broken:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if broken else 0
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        print(text)
-    else:
-        write_atomically(Path(path), text + "\n")
 
 
 def _counts(pairs: Sequence[str], option: str = "--expect") -> dict[str, int]:

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_atomically(args.json, json.dumps(result.to_dict(), indent=2) + "\n")
     if args.html:
-        write_atomically(args.html, render.as_html(found, verdict, _versions()))
+        reports = result.before.report.to_dict(), result.after.report.to_dict()
+        write_atomically(args.html, render.as_html(reports, found, verdict, _versions()))
     print("\n" + render.as_text(found, verdict, time.monotonic() - started), end="")
     for path in filter(None, (args.json, args.html)):
         print(f"\nwrote {path}", end="")

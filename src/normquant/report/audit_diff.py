@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from normquant.report import formatting
@@ -70,6 +70,12 @@ def rule_counts(before: Report, after: Report) -> list[tuple[str, int, int]]:
 
 def _count(report: Report, rule: str) -> int:
     return sum(finding["rule"] == rule for finding in report["findings"])
+
+
+def to_dict(before: Report, after: Report) -> dict[str, Any]:
+    """The differences as plain data."""
+    counts = {rule: [a, b] for rule, a, b in rule_counts(before, after)}
+    return {"changes": [asdict(change) for change in changes(before, after)], "findings": counts}
 
 
 def render(before: Report, after: Report, names: tuple[str, str]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from normquant.report import plot_style
+from normquant.report.plot_style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,25 +14,17 @@ if TYPE_CHECKING:
 
 OURS = "normquant"
 NEEDED = ("op", "k", "normed", "inputs", "m", "provider", "us")  # fields of a record
-# provider of a record -> its label and colour, of Okabe and Ito's palette, which colour-blind people tell apart
+# provider of a record -> its label and colour
 SHOWN = {
-    "vllm fused": ("vLLM fused", "#D55E00"),
-    "vllm unfused": ("vLLM unfused", "#E69F00"),
-    "torch.compile": ("torch.compile", "#009E73"),
-    "flashinfer pdl": ("FlashInfer, PDL", "#CC79A7"),
-    "copy": ("a copy of as many bytes", "#7F7F7F"),
+    "vllm fused": ("vLLM fused", VERMILION),
+    "vllm unfused": ("vLLM unfused", ORANGE),
+    "torch.compile": ("torch.compile", GREEN),
+    "flashinfer pdl": ("FlashInfer, PDL", PURPLE),
+    "copy": ("a copy of as many bytes", GREY),
 }
-BLUE = "#0072B2"
 COPIES = ("torch copy_", "triton copy")  # the better one is drawn
 TICKS = (0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24)
 GAP = 0.05  # of the height, between the labels at the ends of two lines
-STYLE = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "normquant",  # the same records give the same file
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -57,16 +51,13 @@ def series(records: Sequence[Mapping[str, Any]], op: str, k: int, normed: bool) 
     return {name: points for name, points in found.items() if points}
 
 
-def figure(records: Sequence[Mapping[str, Any]], op: str, k: int) -> Figure:
+def figure(records: Sequence[Mapping[str, Any]], op: str, k: int, date: str = "") -> Figure:
     """A panel for the op and, where it was measured, one for the op that also writes the norm."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    normed = any(r["suite"] == "kernels" and (r["op"], r["k"]) == (op, k) and r["normed"] for r in records)
-    panels = [series(records, op, k, with_norm) for with_norm in (False, True)[: 1 + normed]]
+    used = [r for r in records if r["suite"] == "kernels" and (r["op"], r["k"], r["inputs"]) == (op, k, "dram")]
+    normed = any(r["normed"] for r in used)
+    panels = [series(used, op, k, with_norm) for with_norm in (False, True)[: 1 + normed]]
     ratios = [1.0, *(ratio for found in panels for points in found.values() for _, ratio in points)]
-    with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
+    with plot_style.figure(4.6 * len(panels), 3.6, used, date) as drawing:
         axes = drawing.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for panel, found, title in zip(axes, panels, (op, f"{op}, the norm written too"), strict=False):
             _draw(panel, found, f"{title}, K = {k}", min(ratios) / 1.1, max(ratios) * 1.1)
@@ -75,13 +66,13 @@ def figure(records: Sequence[Mapping[str, Any]], op: str, k: int) -> Figure:
 
 
 def _draw(axes: Axes, found: Series, title: str, lowest: float, highest: float) -> None:
-    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_title(title)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     rows = sorted({m for points in found.values() for m, _ in points})
     axes.set_xticks(rows[::3], [str(m) for m in rows[::3]])
     axes.set_xlabel("rows")
-    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    axes.grid(axis="y")
     axes.axhline(1, color=BLUE, linewidth=2.5)
     ends = {OURS: (1.0, BLUE)}
     for name, points in found.items():
@@ -103,11 +94,3 @@ def _label(axes: Axes, ends: Mapping[str, tuple[float, str]], x: float) -> None:
         height = float(at.transform(axes.transData.transform((x, ratio)))[1])
         below = max(height, below + GAP)
         axes.text(1.02, below, name, color=color, transform=axes.transAxes, va="center", fontsize=8, clip_on=False)
-
-
-def save(drawing: Figure, path: Path) -> None:
-    """Write the drawing; the suffix says the format. An SVG of the same records is the same file."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        drawing.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)

@@ -46,6 +46,9 @@ class _Evaluation:
     written: set[str] = field(default_factory=set)
     ops: dict[tuple[str, tuple[tuple[str, int], ...]], MemoryOps | None] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.lines = self.module.code.text.splitlines()
+
     def program(self) -> Program:
         module = self.module
         self.written = {*module.inputs, *module.constants}
@@ -67,8 +70,13 @@ class _Evaluation:
         origins = tuple(Origin(file, line, code) for file, line, code in call.origins)
         return {
             "position": position, "name": call.name, "reads": reads, "writes": writes, "branch": call.branch,
-            "file": self.module.code.name, "line": call.line, "origins": origins, "aten": call.aten,
+            "file": self.module.code.name, "line": call.line, "code": self.source_line(call.line),
+            "origins": origins, "aten": call.aten,
         }  # fmt: skip
+
+    def source_line(self, number: int) -> str:
+        """A line of the generated code, from 1; "" where there is none."""
+        return self.lines[number - 1].strip() if 0 < number <= len(self.lines) else ""
 
     # ---- sizes
 
