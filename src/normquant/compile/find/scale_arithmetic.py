@@ -19,6 +19,7 @@ from normquant.compile.find.graph import (
     dtype,
     first_arg,
     is_call,
+    is_expand,
     is_python_number,
     is_tensor,
     is_view,
@@ -63,10 +64,6 @@ def bounds_of(node: Node) -> tuple[float | None, float | None] | None:
         low, high = [*arguments(node), None, None][1:3]
         return (number(low), number(high))
     return None
-
-
-def is_expand(node: Node) -> bool:
-    return is_call(node, aten.expand.default)
 
 
 def read_scale(use: Node, divide: Divide) -> tuple[Node, Scale]:
