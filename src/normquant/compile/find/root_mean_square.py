@@ -103,7 +103,9 @@ def normalization(n: Node, inner: set[Node], values: Values) -> Normalization:
     if is_cast(rstd):
         raise Unsupported(f"rstd is rounded to {dtype_name(dtype(rstd))}")
     if is_call(rstd, aten.reciprocal.default, aten.mul.Tensor):
-        raise Unsupported("the norm takes the reciprocal of a square root; the kernels take rsqrt, which gives other bits")
+        raise Unsupported(
+            "the norm takes the reciprocal of a square root; the kernels take rsqrt, which gives other bits"
+        )
     variance = step_in(first_arg(rstd), inner, keeps_order)
     mean, eps = _mean_and_epsilon(variance)
     square, dims = _mean(step_in(mean, inner, keeps_order), inner)
