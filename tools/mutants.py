@@ -29,7 +29,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compile/edit/build": ("compile/test_driver.py", "compile/edit"),
     "compile/edit/cleanup": ("compile/edit", "compile/test_driver.py"),
     "compile/edit/decompose": ("compile/edit", "compile/test_models.py"),
-    "compile/find/axes": ("compile/find/test_axes.py", "compile/find/test_quants.py"),
+    "compile/find/axes": ("compile/find/test_axes.py",),
     "compile/find/duplicates": ("compile/find/test_duplicates.py",),
     "compile/find/norms": ("compile/find/test_norms.py",),
     "compile/find/quants": ("compile/find/test_quants.py",),
