@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from normquant.compile.find.duplicates import Values
 from normquant.compile.find.graph import FP8_DTYPES, NotFound, Unsupported, dtype, is_cast, is_view, peel
 from normquant.compile.find.quants import Arithmetic, complete, read_arithmetic
+from normquant.compile.find.scale_arithmetic import bounds_of, read_scale
 from normquant.spec import QuantSpec
 
 M, K, GROUP = 5, 512, 128
@@ -51,6 +52,15 @@ def up_by_bits(s, add=0x7FFFFF, mask=0x7F800000):
     return ((s.view(torch.int32) + add) & mask).view(FP32)
 
 
+def up_by_values(s):
+    """Conversions where `up_by_bits` reads the same bits as another dtype."""
+    return ((s.view(torch.int32) + 0x7FFFFF) & 0x7F800000).to(FP32)
+
+
+def up_from_values(s):
+    return ((s.to(torch.int32) + 0x7FFFFF) & 0x7F800000).view(FP32)
+
+
 def up_by_log2(s, power=torch.exp2):
     return power(torch.ceil(torch.log2(s)))
 
@@ -77,7 +87,12 @@ READ: dict[str, tuple[Step, dict[str, Any]]] = {
     "bits of a finite": (lambda a: finite_bits(a / 448.0, lambda s: s.abs() < INF), {"ue8m0": True}),
     "bits of isfinite": (lambda a: finite_bits(a / 448.0, torch.isfinite), {"ue8m0": True}),
     "bits of x == x": (lambda a: finite_bits(a / 448.0, lambda s: (s == s) & (s.abs() != INF)), {"ue8m0": True}),
+    "bits of both": (lambda a: finite_bits(a / 448.0, both), {"ue8m0": True}),
 }
+
+
+def both(s):
+    return torch.logical_and(s == s, s.abs() != INF)
 
 
 def finite_bits(s, finite):
@@ -142,10 +157,71 @@ def floored_amax(g):
 
 
 def test_data_that_is_divided_by_the_amax() -> None:
-    found = read(quantize(lambda a: a / 448.0, by_amax(448.0), floored_amax))
-    assert (found.divide, found.facts.floor, found.facts.scale_by) == ("amax", 1e-4, "scalar")
+    for scale in (lambda a: a / 448.0, lambda a: a.squeeze(-1) / 448.0, lambda a: ((a * 2.0) * (a * a), a / 448.0)[1]):
+        found = read(quantize(scale, by_amax(448.0), floored_amax))
+        assert (found.divide, found.facts.floor, found.facts.scale_by) == ("amax", 1e-4, "scalar")
 
 
+def test_an_amax_that_is_scaled_for_others_too() -> None:
+    def quant(y):
+        g = y.view(M, -1, GROUP).float()
+        a = floored_amax(g)
+        return a * 2.0, (g * (448.0 / a)).to(FP8).view(y.shape), a / 448.0
+
+    assert read(quant).divide == "amax"
+
+
+def test_the_default_dtype_changes_no_factor() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert read(quantize(lambda a: a * (1.0 / 448.0))).facts.scale_by == "multiply"
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "read_as"),
+    [({"min": 1e-5}, (1e-5, None)), ({"max": 2.0}, (None, 2.0)), ({"min": 1e-5, "max": 2.0}, (1e-5, 2.0))],
+    ids=str,
+)
+def test_a_clamp_that_was_not_decomposed(bounds: dict[str, float], read_as: tuple) -> None:
+    quant = quantize(lambda a: torch.clamp(a / 448.0, **bounds))
+    graph = graph_of(quant, torch.zeros(M, K, dtype=BF16), decompose=False).graph
+    clamp = next(node for node in graph.nodes if "clamp" in str(node.target))
+    assert bounds_of(clamp) == read_as
+    if "max" not in bounds:
+        assert read_scale(clamp, "scale")[1].scale_floor == 1e-5
+    else:
+        with pytest.raises(Unsupported, match=r"^the scale has an upper bound; the kernels support none$"):
+            read_scale(clamp, "scale")
+
+
+def below_2(s):
+    return s.abs() < 2.0
+
+
+def a_number(s):
+    return s == s
+
+
+def another_number(s):
+    return (s == s + 0.0) & (s.abs() != INF)
+
+
+def no_number(s):
+    return (s != s) & (s.abs() != INF)
+
+
+def a_number_and_not_1(s):
+    return (s == s) & (s.abs() != 1.0)
+
+
+def a_number_and_another_finite(s):
+    return (s == s) & ((s + 0.0).abs() != INF)
+
+
+CONDITIONS = below_2, a_number, another_number, no_number, a_number_and_not_1, a_number_and_another_finite
+WHERE = "the scale passes through aten.where; the kernels support amax / 448 with floors"
 POWER = "a scale is changed after it was rounded to a power of two"
 REJECTED: dict[str, tuple[Step, str]] = {
     "no division": (quantize(floored), "the scale is not amax / 448"),
@@ -176,7 +252,7 @@ REJECTED: dict[str, tuple[Step, str]] = {
     ),
     "where": (
         quantize(lambda a: torch.where(a == 0, 1.0, a / 448.0)),
-        "the scale passes through aten.where; the kernels support amax / 448 with floors",
+        WHERE,
     ),
     "other bits": (
         quantize(lambda a: up_by_bits(a / 448.0, add=0)),
@@ -186,17 +262,17 @@ REJECTED: dict[str, tuple[Step, str]] = {
         quantize(lambda a: up_by_bits(a / 448.0, mask=0x7F000000)),
         "the scale passes through aten.view; the kernels support amax / 448 with floors",
     ),
-    "other condition": (
-        quantize(lambda a: finite_bits(a / 448.0, lambda s: s.abs() < 2.0)),
-        "the scale passes through aten.where; the kernels support amax / 448 with floors",
-    ),
-    "NaN only": (
-        quantize(lambda a: finite_bits(a / 448.0, lambda s: s == s)),
-        "the scale passes through aten.where; the kernels support amax / 448 with floors",
+    **{
+        f"bits where {condition.__name__}": (quantize(lambda a, c=condition: finite_bits(a / 448.0, c)), WHERE)
+        for condition in CONDITIONS
+    },
+    "converted from float": (
+        quantize(lambda a: up_from_values(a / 448.0)),
+        "the scale passes through aten.view; the kernels support amax / 448 with floors",
     ),
     "condition on another": (
         quantize(lambda a: torch.where((a / 448.0).abs() < INF, up_by_bits(a / 448.0), a)),
-        "the scale passes through aten.where; the kernels support amax / 448 with floors",
+        WHERE,
     ),
     "floor": (
         quantize(lambda a: torch.exp2(torch.floor(torch.log2(a / 448.0)))),
@@ -235,6 +311,10 @@ def test_arithmetic_that_is_rejected(name: str) -> None:
 
 
 NOT_FOUND: dict[str, tuple[Step, str]] = {
+    "bits converted to float": (
+        quantize(lambda a: up_by_values(a / 448.0)),
+        "its scale comes from prims.convert_element_type (convert_element_type_1); expected the amax of each group",
+    ),
     "mean": (
         quantize(lambda a: a / 448.0, amax=lambda g: g.mean(-1, keepdim=True)),
         "its scale comes from aten.mean (mean); expected the amax of each group",
@@ -279,7 +359,9 @@ def test_log2_is_exact_but_for_an_unrounded_norm_and_a_floor_just_above_a_power_
     with pytest.raises(Unsupported, match=r"^ue8m0 scales by log2 of a norm that was not rounded: .* log2 does not$"):
         completed(lambda a: up_by_log2(floored(a) / 448.0), unrounded)
     assert completed(lambda a: up_by_bits(floored(a) / 448.0), unrounded).is_ue8m0
-    above = 2.0**-20 * (1 + 2.0**-16)
+    above = 2.0**-19 * (1 + 2.0**-16)
+    with pytest.raises(Unsupported, match="floor is 0"):
+        completed(lambda a: up_by_log2(a / 448.0))
     for scale in (lambda a: (a / 448.0).clamp(min=above), lambda a: a.clamp(min=above * 448.0) / 448.0):
         with pytest.raises(Unsupported, match=r"^ue8m0 scales by log2 with the smallest scale .*, just above a power"):
             completed(lambda a, scale=scale: up_by_log2(scale(a)))
