@@ -224,6 +224,10 @@ CONDITIONS = below_2, a_number, another_number, no_number, a_number_and_not_1, a
 WHERE = "the scale passes through aten.where; the kernels support amax / 448 with floors"
 POWER = "a scale is changed after it was rounded to a power of two"
 REJECTED: dict[str, tuple[Step, str]] = {
+    "the whole tensor's": (
+        quantize(lambda a: a / 448.0, amax=lambda g: g.abs().amax()),
+        "the scale is one of the whole tensor or of several dimensions; the kernels support one per group",
+    ),
     "no division": (quantize(floored), "the scale is not amax / 448"),
     "240": (quantize(lambda a: a / 240.0), "the scale is amax / 240.0; the kernels divide by 448"),
     "times 2": (quantize(lambda a: a * 2.0), "the scale is amax * 2.0; the kernels divide by 448"),
@@ -308,6 +312,20 @@ def test_arithmetic_that_is_rejected(name: str) -> None:
     with pytest.raises(Unsupported) as raised:
         read(quant)
     assert str(raised.value) == reason
+
+
+def by_true_reciprocal(g, s, a):
+    return g * (torch.full((), 1.0) / s)
+
+
+def by_expanded(g, s, a):
+    return g / s.expand(-1, -1, GROUP)
+
+
+@pytest.mark.parametrize(("divide", "how"), [(by_true_reciprocal, "reciprocal"), (by_expanded, "scale")])
+def test_a_scale_that_the_values_meet_in_other_words(divide: Step, how: str) -> None:
+    found = read(quantize(lambda a: floored(a) / 448.0, divide))
+    assert (found.divide, complete(found, K).spec) == (how, QuantSpec(floor=1e-4, divide=how))
 
 
 NOT_FOUND: dict[str, tuple[Step, str]] = {
