@@ -123,7 +123,7 @@ REJECTED = {
     "rows in pieces": (rows_in_pieces, "the scales are neither in the order of the rows nor in that of the groups"),
     "group 16": (lambda x, w: quant(norm(x, w), 16), "group is 16"),
     "whole rows": (lambda x, w: quant(norm(x, w), K), "group is 512"),
-    "square root": (lambda x, w: quant(no_weight(x, w)), "its input is aten.div, not an RMSNorm"),
+    "square root": (lambda x, w: quant(no_weight(x, w)), "the norm divides by a square root"),
     "something in between": (lambda x, w: quant(norm(x, w) + 1), "its input is aten.add, not an RMSNorm"),
     "shifted in between": (lambda x, w: quant(torch.roll(norm(x, w), 1, -1)), "not an RMSNorm"),
     "shifted scales": (shifted_scales, "its scale comes from aten.index (index); expected the amax of each group"),

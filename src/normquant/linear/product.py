@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from normquant.linear import _sharding
 from normquant.linear.weights import BLOCK, check_bias, check_weight, dequantize_weight, pad_weight_scale
 from normquant.ops import LIBRARY
 from normquant.ops._gradients import refuse_gradients
 from normquant.ops._op import without_gradient
+from normquant.ops._sharding import add_rules
 from normquant.spec import TMA_ALIGN, QuantizedActivation, QuantSpec
 
 HOPPER = (9, 0)
@@ -123,3 +125,4 @@ def _holds(t: torch.Tensor, elements: int) -> bool:
 LIBRARY.impl("block_fp8_linear", dequantized_linear, "CPU")
 LIBRARY.impl("block_fp8_linear", _scaled_mm, "CUDA")
 without_gradient("block_fp8_linear")
+add_rules(torch.ops.normquant.block_fp8_linear.default, _sharding.rules)

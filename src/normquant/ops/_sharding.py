@@ -19,35 +19,45 @@ WHOLE_GROUPS = 4 * max(GROUPS)  # K in multiples of it: whole groups of any spec
 ROWS = ("x", "residual", "positions")  # arguments that have a row for each of the outputs'
 ANGLES = ("cos", "sin")
 
-Placements = list[Any]  # one for each output, then for each argument
-_registered: list[str] = []
+Placements = list[Any]  # one for each output, or for each argument
+Rules = Callable[..., list[tuple[Placements, Placements]]]  # arguments of an op -> what it accepts
+_others: dict[torch._ops.OpOverload, Rules] = {}
+_registered: set[torch._ops.OpOverload] = set()
 
 
 def register_sharding() -> None:
     """Register with DTensor how the ops run on shards; does nothing where that was done.
 
-    Rows may be sharded; so may K of `group_quant`, in multiples of 512 values a rank; anything else is gathered first.
+    Rows may be sharded; so may K of `group_quant`, in multiples of 512 values a rank, and N and K of
+    `block_fp8_linear`, in whole blocks; anything else is gathered first.
     """
-    if not _registered:
-        for op in OPS.values():
-            _register(op, op.overload)
-            if op.eps_overload:
-                _register(op, getattr(torch.ops.normquant, op.name).tensor)
-        _registered.extend(OPS)
+    rules = dict(_others)
+    for op in OPS.values():
+        rules[op.overload] = _rules(op)
+        if op.eps_overload:
+            rules[getattr(torch.ops.normquant, op.name).tensor] = _rules(op)
+    for overload in rules.keys() - _registered:
+        _register(overload, rules[overload])
+        _registered.add(overload)
 
 
-def _register(op: Op, overload: torch._ops.OpOverload) -> None:
+def add_rules(overload: torch._ops.OpOverload, rules: Rules) -> None:
+    """Have `register_sharding` register an op that is not in `OPS`, too."""
+    _others[overload] = rules
+
+
+def _register(overload: torch._ops.OpOverload, rules: Rules) -> None:
     from torch.distributed.tensor import DTensor, experimental
     from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 
-    experimental.register_sharding(overload)(_rules(op))
+    experimental.register_sharding(overload)(rules)
     # DTensor caches the outputs' dtypes and strides, by default for the tensors alone; the spec decides them, too
     first = next(i for i, a in enumerate(overload._schema.arguments) if "Tensor" not in str(a.type))
     propagator = DTensor._op_dispatcher.sharding_propagator
     propagator.op_to_schema_info[overload] = RuntimeSchemaInfo(first, needs_pytree=True)
 
 
-def _rules(op: Op) -> Callable[..., list[tuple[Placements, Placements]]]:
+def _rules(op: Op) -> Rules:
     from torch.distributed.tensor import Replicate, Shard
 
     outputs = len(op.overload._schema.returns)

@@ -65,12 +65,12 @@ def test_a_log_of_output_code(tmp_path: Path, prefixed: bool) -> None:
 
 
 def trace(*names: str) -> str:
-    """A log as TORCH_TRACE writes it."""
+    """A log as TORCH_TRACE writes it, of a seed or of the C++ of that name."""
     head = "V1126 14:26:48.588000 18758 torch/_inductor/graph.py:2745] "
     lines = [head + '{"chromium_event": {}, "has_payload": "70"}', "\t{", '\t"name": "dynamo"', "\t}"]
     for name in names:
         lines.append(head + '{"inductor_output_code": {"filename": "/tmp/c.py"}, "frame_id": 0, "has_payload": "71"}')
-        lines += ["\t" + line for line in (SEEDS / name).read_text().splitlines()]
+        lines += ["\t" + line for line in (CPP.get(name) or (SEEDS / name).read_text()).splitlines()]
         lines += [head + '{"artifact": {"name": "fx_graph"}}', "\tasync_compile = None  # of the artifact"]
     return "\n".join(lines)
 
@@ -104,6 +104,17 @@ def test_wrappers_in_cpp_are_named_for_what_they_are(name: str, tmp_path: Path) 
     (tmp_path / "good.py").write_text(ON.read_text())
     (report,) = audit_path(tmp_path)
     assert [Path(skipped).name for skipped, _ in report.skipped] == [name]
+
+
+def test_a_trace_of_wrappers_in_cpp_is_named_for_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "dedicated_log_torch_trace_rank_0_x.log"
+    path.write_text(trace("loaded.py"))
+    for where in (path, tmp_path):
+        with pytest.raises(Unusable, match=r"graph 0: a wrapper that Inductor generated in C\+\+"):
+            audit_path(where)
+    path.write_text(trace("loaded.py", "conv.py"))
+    (report,) = audit_path(path)
+    assert [name for name, _ in report.skipped] == [f"{path}, graph 0"]
 
 
 def test_a_package_of_aot_inductor_is_named_for_what_it_is(tmp_path: Path) -> None:

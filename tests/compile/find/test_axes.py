@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-import pytest
+from math import prod
+from typing import Any
 
-from normquant.compile.find.axes import ROWS, Axes, Axis, distribute, flatten, order, scales_groups
+import pytest
+import torch
+from torch.fx import Graph, Node
+
+from normquant.compile.find.axes import (
+    ROWS,
+    Axes,
+    Axis,
+    Form,
+    distribute,
+    flatten,
+    order,
+    scales_groups,
+    through,
+    without,
+)
+from normquant.compile.find.graph import aten, prims
 
 AXES = Axes(512, 128, False, (128, 512))
 G, L = Axis("g", 4), Axis("l", 128)
+UPPER, LOWER = Axis("m", None, (0, 2)), Axis("m", None, (1, 2))  # rows in two dimensions
+ROW_COUNTS = {ROWS: 6, UPPER: 2, LOWER: 3}
 
 
 @pytest.mark.parametrize(
@@ -19,7 +38,7 @@ G, L = Axis("g", 4), Axis("l", 128)
         ((3584,), ((ROWS, G, L),)),
         ((1, 7, 512), ((), (ROWS,), (G, L))),
         ((7, 1, 4, 1, 128), ((ROWS,), (), (G,), (), (L,))),
-        ((2, 3, 512), ((Axis("m", None, (0, 2)),), (Axis("m", None, (1, 2)),), (G, L))),
+        ((2, 3, 512), ((UPPER,), (LOWER,), (G, L))),
     ],
 )
 def test_the_form_of_a_shape(shape: tuple[int, ...], form: tuple) -> None:
@@ -53,10 +72,9 @@ def test_transposed_axes_are_followed() -> None:
 
 
 def test_pieces_in_another_order_have_none() -> None:
-    first, second = Axis("m", None, (0, 2)), Axis("m", None, (1, 2))
-    assert order(((first,), (second,), (G,))) == ["m", "g"]
-    assert order(((second,), (first,), (G,))) is None
-    assert order(((first,), (G,), (second,))) is None
+    assert order(((UPPER,), (LOWER,), (G,))) == ["m", "g"]
+    assert order(((LOWER,), (UPPER,), (G,))) is None
+    assert order(((UPPER,), (G,), (LOWER,))) is None
     assert order(((ROWS,), (Axis("g", 2, (1, 2)),), (Axis("g", 4, (0, 2)),))) is None
 
 
@@ -69,3 +87,109 @@ def test_which_scale_meets_which_value() -> None:
     assert not scales_groups(((G,), (ROWS,), ()), data)
     assert not scales_groups(((ROWS,), (G,)), data)
     assert not scales_groups(((ROWS,), (G, Axis("*", 64))), ((ROWS,), (G, L)))
+    assert not scales_groups(((), *data), data)
+    assert scales_groups(((G,), ()), ((G,), (L,))) and scales_groups(((G,), ()), ((), (G,), (L,)))
+    assert not scales_groups(((G,), ()), data)  # one scale for all rows
+
+
+def tensor_of(form: Form) -> torch.Tensor:
+    """A tensor that has the form, each value the place of its element in the activation [6, 512]."""
+    unit = {"m": 512, "g": 128, "l": 1, "*": 0}
+    axes = [axis for dim in form for axis in dim]
+    sizes = {axis: ROW_COUNTS[axis] if axis.size is None else axis.size for axis in axes}
+    whole = torch.zeros((), dtype=torch.int64)
+    for dim in form:
+        places = torch.zeros(1, dtype=torch.int64)
+        for axis in dim:
+            inner = prod(sizes[other] for other in axes if other.name == axis.name and other.part > axis.part)
+            places = (places[:, None] + torch.arange(sizes[axis]) * unit[axis.name] * inner).flatten()
+        whole = whole[..., None] + places
+    return whole
+
+
+def calling(op: Any, x: torch.Tensor, *args: Any) -> Node:
+    graph = Graph()
+    given = graph.placeholder("x")
+    given.meta["val"] = x
+    node = graph.call_function(op, (given, *args))
+    node.meta["val"] = op(x, *args)
+    return node
+
+
+GROUPED: Form = ((ROWS,), (G,), (L,))
+SCALES: Form = ((ROWS,), (G,))
+ONE: Form = ((ROWS,), (G,), ())
+FOLLOWED = [
+    (SCALES, aten.t.default),
+    (GROUPED, aten.permute.default, [2, 0, 1]),
+    (GROUPED, aten.permute.default, [1, 2, 0]),
+    (GROUPED, aten.permute.default, [-1, 0, -2]),
+    (GROUPED, aten.transpose.int, 0, 1),
+    (GROUPED, aten.transpose.int, -1, 0),
+    (((UPPER,), (LOWER,), (G,)), aten.transpose.int, 1, 2),
+    (ONE, aten.expand.default, [6, 4, 128]),
+    (ONE, aten.expand.default, [6, 4, 2]),
+    (ONE, aten.expand.default, [6, 4, 1]),
+    (ONE, aten.expand.default, [-1, -1, -1]),
+    (SCALES, aten.expand.default, [3, 6, 4]),
+    (SCALES, aten.expand.default, [1, 6, 4]),
+    (GROUPED, aten.clone.default),
+    (GROUPED, aten.alias.default),
+    (GROUPED, prims.convert_element_type.default, torch.int32),
+    (GROUPED, aten.reshape.default, [6, 512]),
+    (GROUPED, aten.view.default, [24, 128]),
+    (GROUPED, aten.reshape.default, [3072]),
+    (((G,), (ROWS,)), aten.reshape.default, [24]),
+    (((G,), (ROWS,)), aten.reshape.default, [4, 1, 6]),
+    (((ROWS,), (G, L)), aten.reshape.default, [6, 4, 128]),
+    (((ROWS,), (G, L)), aten.reshape.default, [2, 3, 512]),
+    (((UPPER,), (LOWER,), (G, L)), aten.reshape.default, [6, 4, 128]),
+    (((G,), (UPPER,), (LOWER,)), aten.reshape.default, [4, 6]),
+    (ONE, aten.squeeze.dim, 2),
+    (ONE, aten.squeeze.default),
+    (SCALES, aten.unsqueeze.default, 1),
+    (SCALES, aten.unsqueeze.default, -1),
+]
+
+
+@pytest.mark.parametrize("case", FOLLOWED, ids=str)
+def test_the_form_after_an_operation_is_that_of_its_values(case: tuple) -> None:
+    form, op, *args = case
+    node = calling(op, tensor_of(form), *args)
+    after = through(node, form)
+    assert after is not None and torch.equal(tensor_of(after), node.meta["val"].long())
+
+
+LOST = [
+    (GROUPED, aten.flip.default, [0]),
+    (GROUPED, aten.slice.Tensor, 0, 1, 3),
+    (GROUPED, aten.neg.default),
+    (((LOWER,), (UPPER,), (G,)), aten.reshape.default, [6, 4]),
+    (((UPPER,), (G,), (LOWER,)), aten.reshape.default, [8, 3]),
+    (((ROWS,), (G, L)), aten.reshape.default, [6, 8, 64]),
+    (((G,), (ROWS,)), aten.reshape.default, [2, 12]),
+    (((G,), (ROWS,)), aten.reshape.default, [8, 3]),
+]
+
+
+@pytest.mark.parametrize("case", LOST, ids=str)
+def test_an_operation_that_cannot_be_followed_leaves_no_form(case: tuple) -> None:
+    form, op, *args = case
+    assert through(calling(op, tensor_of(form), *args), form) is None
+
+
+def test_a_size_that_is_not_known_is_no_row_that_is_repeated() -> None:
+    rows = torch.export.Dim("rows", min=2)
+    exported = torch.export.export(Expanding(), (torch.zeros(1, 4), torch.zeros(6)), dynamic_shapes=(None, {0: rows}))
+    (node,) = [n for n in exported.graph.nodes if n.target is aten.expand.default]
+    assert through(node, ((), (G,))) is None and through(node, ((ROWS,), (G,))) == ((ROWS,), (G,))
+
+
+class Expanding(torch.nn.Module):
+    def forward(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return x.expand(like.shape[0], 4)
+
+
+def test_axes_that_are_taken_out() -> None:
+    assert without(GROUPED, "l") == ONE and without(((ROWS,), (G, L)), "l") == SCALES
+    assert without(GROUPED, "*") == GROUPED

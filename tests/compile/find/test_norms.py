@@ -70,6 +70,11 @@ def no_keepdim(x, w):
     return w * (h * torch.rsqrt(h.pow(2).mean(-1) + EPS).unsqueeze(-1)).to(x.dtype)
 
 
+def expanded(x, w):
+    h = x.float()
+    return w.expand_as(x) * (h * rstd(h).expand(h.shape)).to(x.dtype)
+
+
 SPELLINGS = {
     "transformers": (hf, "twice", 0.0),
     "F.rms_norm": (lambda x, w: F.rms_norm(x, (K,), w, EPS), "once", 0.0),
@@ -81,6 +86,7 @@ SPELLINGS = {
     "sum over K": (summed, "twice", 0.0),
     "in groups": (in_groups, "twice", 0.0),
     "no keepdim": (no_keepdim, "twice", 0.0),
+    "expanded": (expanded, "twice", 0.0),
 }
 
 
@@ -89,12 +95,10 @@ SPELLINGS = {
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spelling_is_fused_with_its_own_roundings(name: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     norm, rounding, _ = SPELLINGS[name]
-    if weight_dtype == FP32 and dtype == BF16 and name in ("transformers", "sum over K", "in groups", "no keepdim"):
-        rounding = "inner"  # bf16 * fp32 is fp32
     if weight_dtype == BF16 and dtype == FP16:
         weight_dtype = FP16
-    elif weight_dtype == FP32 and name in ("transformers", "sum over K", "in groups", "no keepdim"):
-        rounding = "inner"
+    elif weight_dtype == FP32 and rounding == "twice":
+        rounding = "inner"  # bf16 * fp32 is fp32
     if name in ("F.rms_norm", "torch's default epsilon") and weight_dtype == FP32:
         pytest.skip("F.rms_norm takes a weight of x's dtype")
     x, w = exact(M, K, dtype=dtype), exact(K, seed=1).to(weight_dtype) + 0.5
@@ -173,14 +177,16 @@ def bf16_throughout(x, w):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w
 
 
+def mean_root(x):
+    return torch.sqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
+
+
 def root(x, w):
-    h = x.float()
-    return (h / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).to(BF16) * w
+    return (x.float() / mean_root(x)).to(BF16) * w
 
 
 def reciprocal_root(x, w):
-    h = x.float()
-    return (h * (1 / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + EPS))).to(BF16) * w
+    return (x.float() * (1 / mean_root(x))).to(BF16) * w
 
 
 def weight_first(x, w):
@@ -213,12 +219,24 @@ def part_of_the_row(x, w):
     return (h * rstd(h[:, :128])).to(BF16) * w
 
 
+def test_dividing_by_the_root_gives_other_bits_than_rsqrt():
+    """So neither is read as the other."""
+    x = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    variance = x.pow(2).mean(-1, keepdim=True) + EPS
+    divided, multiplied = x / variance.sqrt(), x * variance.rsqrt()
+    assert (divided != multiplied).float().mean() > 0.1
+    assert (divided.to(FP16) != multiplied.to(FP16)).any()
+
+
 # Before 2.13 Inductor itself drops a rounding that is widened again at once, so there the graph has none.
 ROUNDED_RSTD = {rounded_rstd: "rstd is rounded"} if torch.__version__ >= (2, 13) else {}
 REJECTED = {
     bf16_throughout: "bfloat16",
-    root: "square root",
-    reciprocal_root: "reciprocal",
+    root: "divides by a square root; the kernels multiply by rsqrt, which gives other bits",
+    lambda x, w: (x.float() / mean_root(x)).to(BF16): "divides by a square root",
+    lambda x, w: (x.float() * w / mean_root(x)).to(BF16): "divides by a square root",
+    lambda x, w: (x / mean_root(x).expand(x.shape)).to(BF16) * w: "divides by a square root",
+    reciprocal_root: "reciprocal of a square root; the kernels take rsqrt, which gives other bits",
     weight_first: "rstd first",
     **ROUNDED_RSTD,
     other_dtype: "float16",

@@ -115,6 +115,11 @@ def keeps_order(node: object) -> TypeGuard[Node]:
     return is_view(node) and not is_call(node, *PERMUTES)
 
 
+def is_expand(node: object) -> TypeGuard[Node]:
+    """The same values, some more than once."""
+    return is_call(node, aten.expand.default)
+
+
 def peel(node: Node, *tests: Any) -> Node:
     """The first node up the chain of first arguments for which none of the tests holds."""
     while any(test(node) for test in tests):
@@ -128,7 +133,7 @@ def number(arg: object) -> float | None:
         return float(arg)
     if not isinstance(arg, Node):
         return None
-    node = peel(arg, is_view, is_cast, lambda n: is_call(n, aten.expand.default))
+    node = peel(arg, is_view, is_cast, is_expand)
     if is_call(node, aten.full.default, aten.full_like.default):
         return number(node.args[1])
     if is_call(node, aten.scalar_tensor.default):

@@ -25,6 +25,7 @@ from normquant.compile.find.graph import (
     first_arg,
     is_call,
     is_cast,
+    is_expand,
     is_narrowing,
     is_tensor,
     is_widening,
@@ -98,6 +99,7 @@ def read_decomposed(y: Node, values: Values) -> Norm:
     """
     inner: set[Node] = set()
     product = step_in(y, inner, keeps_order, is_narrowing)
+    _refuse_division(product)
     if not is_call(product, aten.mul.Tensor):
         raise NotFound
     normalized, scale = _operands(product)
@@ -144,10 +146,7 @@ def _operands(product: Node) -> tuple[Node, Node]:
             if is_rstd(scale):
                 raise Unsupported("what was normalized is multiplied with another rstd, not with a weight")
             return normalized, scale
-        if is_call(n, aten.div.Tensor) and is_square_root(arguments(n)[1]):
-            raise Unsupported(
-                "the norm divides by a square root; the kernels multiply by rsqrt, which gives other bits"
-            )
+        _refuse_division(n)
     for x, factor in ((a, b), (b, a)):
         if is_rstd(factor) and is_tensor(x):
             raise Unsupported(
@@ -159,8 +158,14 @@ def _operands(product: Node) -> tuple[Node, Node]:
     raise NotFound
 
 
+def _refuse_division(n: Node) -> None:
+    if is_call(n, aten.div.Tensor) and is_square_root(arguments(n)[1]):
+        raise Unsupported("the norm divides by a square root; the kernels multiply by rsqrt, which gives other bits")
+
+
 def _weight(scale: Node, k: int, trailing: tuple) -> tuple[Node, float]:
     """The weight of K values and what is added to it in fp32."""
+    scale = peel(scale, is_expand)
     shape = tuple(value(scale).shape)
     while len(shape) > len(trailing) and isinstance(shape[0], int) and shape[0] == 1:
         shape = shape[1:]

@@ -26,6 +26,7 @@ from normquant.compile.find.graph import (
     first_arg,
     is_call,
     is_cast,
+    is_expand,
     is_tensor,
     is_view,
     is_widening,
@@ -39,7 +40,6 @@ from normquant.compile.find.scale_arithmetic import (
     Scale,
     bounds_of,
     check_log2,
-    is_expand,
     read_scale,
     reduction,
 )

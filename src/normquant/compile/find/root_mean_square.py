@@ -19,6 +19,7 @@ from normquant.compile.find.graph import (
     first_arg,
     is_call,
     is_cast,
+    is_expand,
     is_tensor,
     is_widening,
     keeps_order,
@@ -50,7 +51,7 @@ def dtype_name(d: torch.dtype) -> str:
 def is_rstd(arg: object) -> bool:
     if not is_tensor(arg):
         return False
-    node = peel(arg, keeps_order, is_cast)
+    node = peel(arg, keeps_order, is_cast, is_expand)
     if is_call(node, aten.pow.Tensor_Scalar):
         return number(arguments(node)[1]) == -0.5
     if is_call(node, aten.reciprocal.default):
@@ -63,7 +64,7 @@ def is_rstd(arg: object) -> bool:
 def is_square_root(arg: object) -> bool:
     if not is_tensor(arg):
         return False
-    node = peel(arg, keeps_order, is_cast)
+    node = peel(arg, keeps_order, is_cast, is_expand)
     return is_call(node, aten.sqrt.default) or (
         is_call(node, aten.pow.Tensor_Scalar) and number(arguments(node)[1]) == 0.5
     )
@@ -97,11 +98,14 @@ def normalization(n: Node, inner: set[Node], values: Values) -> Normalization:
     if dtype(n) != torch.float32:
         raise Unsupported(f"the norm is computed in {dtype_name(dtype(n))}; the kernels compute it in float32")
     h, rstd_use = root
+    rstd_use = step_in(rstd_use, inner, is_expand)  # h's shape is what it meets anyway
     rstd = step_in(rstd_use, inner, keeps_order)
     if is_cast(rstd):
         raise Unsupported(f"rstd is rounded to {dtype_name(dtype(rstd))}")
     if is_call(rstd, aten.reciprocal.default, aten.mul.Tensor):
-        raise Unsupported("the norm takes the reciprocal of a square root; the kernels take rsqrt")
+        raise Unsupported(
+            "the norm takes the reciprocal of a square root; the kernels take rsqrt, which gives other bits"
+        )
     variance = step_in(first_arg(rstd), inner, keeps_order)
     mean, eps = _mean_and_epsilon(variance)
     square, dims = _mean(step_in(mean, inner, keeps_order), inner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf, log2
 from typing import Any
@@ -19,6 +20,7 @@ from normquant.compile.find.graph import (
     dtype,
     first_arg,
     is_call,
+    is_expand,
     is_python_number,
     is_tensor,
     is_view,
@@ -65,10 +67,6 @@ def bounds_of(node: Node) -> tuple[float | None, float | None] | None:
     return None
 
 
-def is_expand(node: Node) -> bool:
-    return is_call(node, aten.expand.default)
-
-
 def read_scale(use: Node, divide: Divide) -> tuple[Node, Scale]:
     """The node that holds s, and its arithmetic."""
     node = peel(use, is_view, is_expand)
@@ -82,10 +80,8 @@ def read_scale(use: Node, divide: Divide) -> tuple[Node, Scale]:
         return scale, _scale_arithmetic(scale)
     floored = peel(arguments(node)[0], is_view, is_expand)
     for candidate in _scales_of(floored):
-        facts = _scale_arithmetic(candidate)
-        if facts.scale_floor or facts.ue8m0:
-            continue
-        return candidate, facts
+        with suppress(NotFound, Unsupported):  # the amax may be scaled for others, too
+            return candidate, _scale_arithmetic(candidate)
     raise Unsupported("the data is y * (448 / amax), and nothing in the graph holds amax / 448")
 
 
