@@ -79,6 +79,7 @@ COVERED = {
     "bench/rank*.py": "cli/test_bench",
     "bench/vllm/*.py": "vllm/test_bench",
     "cli/arguments.py": "cli/test_bench",
+    "cli/audit_*.py": "cli/test_audit",
     "compile/*.py": "compile/test_inductor",
     "compile/edit/*.py": "compile/fusions/test_latent_norm_quant",
     "compile/find/*.py": "compile/find/test_sites",
