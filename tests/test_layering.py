@@ -82,6 +82,7 @@ COVERED = {
     "cli/arguments.py": "cli/test_bench",
     "cli/env/packages.py": "cli/env/test_machine",
     "cli/terminal.py": "cli/test_list",
+    "cli/audit_*.py": "cli/test_audit",
     "compile/*.py": "compile/test_inductor",
     "compile/edit/*.py": "compile/fusions/test_latent_norm_quant",
     "compile/find/*.py": "compile/find/test_sites",

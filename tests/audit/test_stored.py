@@ -99,8 +99,13 @@ def test_a_part_that_is_missing_or_of_another_kind_is_refused(path: tuple[Any, .
 
 
 def test_an_edge_or_a_finding_of_a_launch_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    for change in ({"to": 99}, {"from": 99}, {"to": None}, {"bytes": "many"}):
+    for change in ({"to": 99}, {"from": 99}, {"to": -1}, {"from": -1}, {"to": None}, {"bytes": "many"}):
         data = audit_path(ON)[0].to_dict()
         data["programs"][0]["edges"][0].update(change)
+        with pytest.raises(Unusable, match="not a whole audit"):
+            stored.read(write(tmp_path / "x.json", data))
+    for change in ({"position": 99}, {"position": -1}, {"program": 7}, {"program": -1}):
+        data = audit_path(ON)[0].to_dict()
+        data["findings"][0].update(change)
         with pytest.raises(Unusable, match="not a whole audit"):
             stored.read(write(tmp_path / "x.json", data))

@@ -63,7 +63,9 @@ def _report(data: Mapping[str, Any]) -> AuditReport:
     programs = [_program(program, data["sizes"]) for program in data["programs"]]
     findings = [Finding(**{**f, "origins": tuple(Origin(**o) for o in f["origins"])}) for f in data["findings"]]
     for finding in findings:
-        programs[finding.program].launches[finding.position]
+        known = 0 <= finding.program < len(programs)
+        if not known or not 0 <= finding.position < len(programs[finding.program].launches):
+            raise IndexError(f"a finding at launch {finding.position} of program {finding.program}")
     skipped = tuple((one["file"], one["reason"]) for one in data["skipped"])
     return StoredReport(_target(data["target"]), tuple(programs), tuple(findings), "", skipped, data)
 
@@ -76,7 +78,8 @@ def _target(name: str) -> Target:
 def _program(data: Mapping[str, Any], sizes: Mapping[str, int]) -> Program:
     launches = tuple(_launch(launch) for launch in data["launches"])
     for edge in data["edges"]:
-        launches[edge["to"]], launches[edge["from"] or 0]
+        if not (0 <= edge["to"] < len(launches) and 0 <= (edge["from"] or 0) < len(launches)):
+            raise IndexError(f"an edge from {edge['from']} to {edge['to']}")
         int(edge["bytes"])
     buffers = {
         name: Buffer(name, b["dtype"], tuple(b["shape"]), tuple(b["stride"]), b["bytes"], b["role"])

@@ -14,10 +14,10 @@ from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
 from normquant.cli import terminal
 from normquant.cli.arguments import completing, integers
-from normquant.cli.output_files import check_writable, write_atomically
+from normquant.cli.audit_output import write_json, write_page
+from normquant.cli.output_files import check_writable
 from normquant.cli.progress import add_quiet, showing
-from normquant.report import audit_diff, audit_text
-from normquant.report.page import html
+from normquant.report import audit_text
 
 TOKENS = 64
 COMPILING = ("arg", "option", "fuse", "compare_fused", "dynamic", "tokens", "layers")
@@ -92,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.diff:
             before, after = (_audit(what, args, args.fuse) for what in args.diff)
-            return _compare(before, after, (args.diff[0], args.diff[1]), args)
+            return _compared(before, after, (args.diff[0], args.diff[1]), args)
         if args.compare_fused:
             before, after = (_audit(args.what, args, policy) for policy in (None, args.compare_fused))
-            return _compare(before, after, (STOCK, FUSED), args)
+            return _compared(before, after, (STOCK, FUSED), args)
         made = _audit(args.what, args, args.fuse)
     except (Unusable, Unavailable) as error:
         print(f"normquant: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -186,11 +186,11 @@ def _is_config(what: str) -> bool:
 def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]]) -> None:
     title = args.what
     if args.html:
-        _write_page(args.html, html.Compared([[one] for one in data]), title)
+        write_page(args.html, [[one] for one in data], title)
     if args.github:
         print(audit_text.github_annotations(data))
     if args.json:
-        _write_json(args.json, data)
+        write_json(args.json, data)
     if not args.github and args.json != "-":
         print(audit_text.render(data, title, terminal.columns() or audit_text.WIDTH), end="")
         if args.fuse:
@@ -199,56 +199,14 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]]) -> None:
             print(explain())
 
 
-def _compare(
+def _compared(
     before: Sequence[AuditReport], after: Sequence[AuditReport], names: tuple[str, str], args: argparse.Namespace
 ) -> int:
-    """What changed from one audit to the other, at each of their sizes; what is expected holds of the second."""
-    pairs = [(a.to_dict(), b.to_dict()) for a, b in zip(before, after, strict=False)]
-    _check_comparable(before, after, names)
-    title = args.what or " and ".join(names)
-    if args.html:
-        _write_page(args.html, html.Compared(pairs, [_short(name) for name in names]), title)
-    if args.json:
-        _write_json(args.json, [audit_diff.to_dict(*pair) for pair in pairs])
-    if args.json != "-":
-        print("\n".join(audit_diff.render(*pair, names) for pair in pairs), end="")
-        if args.compare_fused:
-            from normquant.compile import explain
+    """Print what changed; what is expected holds of the second."""
+    from normquant.cli import audit_comparison
 
-            print(f"\n{explain()}")
+    audit_comparison.write(before, after, names, args)
     return _exit_code(after, args)
-
-
-def _check_comparable(before: Sequence[AuditReport], after: Sequence[AuditReport], names: tuple[str, str]) -> None:
-    counts = len(before), len(after)
-    if counts[0] != counts[1]:
-        raise ValueError(
-            f"{names[0]} has {counts[0]} sets of sizes, {names[1]} has {counts[1]}: give both the same --m"
-        )
-    targets = before[0].target.name, after[0].target.name
-    if targets[0] != targets[1]:
-        raise ValueError(
-            f"{names[0]} was audited for {targets[0]}, {names[1]} for {targets[1]}: give the same --target"
-        )
-
-
-def _short(what: str) -> str:
-    """How the page calls one of two: a file or folder by its name."""
-    return os.path.basename(os.path.normpath(what)) if os.path.exists(what) else what
-
-
-def _write_page(path: str, shown: html.Compared, title: str) -> None:
-    write_atomically(Path(path), html.page(shown, title))
-    print(f"page: {path}", file=sys.stderr)
-
-
-def _write_json(path: str, data: Sequence[Mapping[str, Any]]) -> None:
-    """One audit as an object, several as a list."""
-    text = json.dumps(data[0] if len(data) == 1 else data, indent=2)
-    if path == "-":
-        print(text)
-    else:
-        write_atomically(Path(path), text + "\n")
 
 
 def _exit_code(made: Sequence[AuditReport], args: argparse.Namespace) -> int:

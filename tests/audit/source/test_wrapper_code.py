@@ -23,7 +23,8 @@ from normquant.audit.program import GeneratedCode
 from normquant.audit.source import wrapper_code
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.source.generated_module import NotGenerated
-from normquant.report import audit_html, audit_text
+from normquant.report import audit_text
+from normquant.report.page import html
 
 ASSERTED = "assert_size_stride(arg0_1, (64, 64), (64, 1))"
 INPUTS = int(os.environ.get("NORMQUANT_FUZZ_INPUTS", "1500"))
@@ -181,7 +182,8 @@ def test_damaged_code_is_printed() -> None:
             except NotGenerated:
                 continue
             data = [report.to_dict() for report in reports.audit_modules([module], "h100")]
-            assert "<script>alert" not in audit_html.page(data, "<script>alert(1)</script>")
+            shown = html.Compared([[one] for one in data])
+            assert "<script>alert" not in html.page(shown, "<script>alert(1)</script>")
             assert audit_text.render(data, "title")
             printed += 1
     assert printed

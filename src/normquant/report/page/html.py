@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normquant.report import formatting
 from normquant.report.audit_text import Report
 from normquant.report.page.drawing import BOX, LEFT
-from normquant.report.page.timeline import CLASSES
+from normquant.report.page.timeline import CLASSES, kind
 from normquant.report.page.view import view
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 SINGLE = "this code"
 
@@ -31,18 +35,8 @@ def page(shown: Compared, title: str, lead: str = "", sections: Sequence[Any] = 
         sections: what is written above the drawing, each with `title`, `lead`, `tables` and `notes`.
         foot: versions, for the end of the page.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("normquant.report.page", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(px=lambda number: f"{number:.1f}".removesuffix(".0"), size=formatting.size)
     views = [view(index, reports, shown.names) for index, reports in enumerate(shown.reports)]
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         title=title,
         lead=lead,
         target=shown.reports[0][-1]["target"],
@@ -56,10 +50,24 @@ def page(shown: Compared, title: str, lead: str = "", sections: Sequence[Any] = 
     )
 
 
+@functools.cache
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("normquant.report.page", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["px"] = lambda number: f"{number:.1f}".removesuffix(".0")
+    environment.filters["size"] = formatting.size
+    return environment.get_template("page.html.j2")
+
+
 def _kinds(shown: Compared) -> dict[str, str]:
     """The classes of launches that the page has, for its legend."""
-    from normquant.report.page.timeline import kind
-
     launches = (launch for pair in shown.reports for r in pair for p in r["programs"] for launch in p["launches"])
     used = {kind(launch) for launch in launches}
     return {name: text for name, text in CLASSES.items() if name in used}
