@@ -7,6 +7,7 @@ launch order.
 import math
 import os
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def _parse_stack(trace: str) -> Origin | None:
     """The innermost frame of a formatted stack trace that is a model's: torch's and our own only where no other is."""
     lines = [line.strip() for line in trace.splitlines() if line.strip()]
     frames = []
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+    for line, following in pairwise([*lines, ""]):
         if line.startswith('File "'):
             path, _, rest = line.removeprefix('File "').partition('", line ')
             number = rest.split(",")[0]
