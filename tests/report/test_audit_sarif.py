@@ -1,4 +1,4 @@
-"""SARIF, held against the schema of OASIS, which is in fixtures/sarif-schema-2.1.0.json."""
+"""SARIF 2.1.0: what the standard asks of the objects that are written, and where findings are shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,37 @@ from normquant.audit import audit_path
 from normquant.audit.rules import RULES
 from normquant.report import audit_sarif
 
-SCHEMA = json.loads((Path(__file__).parent / "fixtures" / "sarif-schema-2.1.0.json").read_text())
+
+def _object(required: tuple[str, ...], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+
+
+def _list_of(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+# Of the standard: what the objects must have, and the properties of theirs that are written here.
+TEXT, WHOLE = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}
+LEVEL = {"enum": ["none", "note", "warning", "error"]}
+MESSAGE = _object(("text",), text=TEXT)
+ARTIFACT = _object((), uri={"type": "string", "format": "uri-reference"}, uriBaseId=TEXT)
+REGION = _object((), startLine={"type": "integer", "minimum": 1})
+PHYSICAL = _object(("artifactLocation",), artifactLocation=ARTIFACT, region=REGION)
+LOGICAL = _object((), name=TEXT, kind=TEXT)
+LOCATION = _object((), physicalLocation=PHYSICAL, logicalLocations=_list_of(LOGICAL), message=MESSAGE)
+RESULT = _object(
+    ("message",), ruleId=TEXT, ruleIndex=WHOLE, level=LEVEL, message=MESSAGE, locations=_list_of(LOCATION),
+    relatedLocations=_list_of(LOCATION), properties={"type": "object"},
+    partialFingerprints={"type": "object", "additionalProperties": TEXT},
+)  # fmt: skip
+RULE = _object(("id",), id=TEXT, shortDescription=MESSAGE, defaultConfiguration=_object((), level=LEVEL))
+DRIVER = _object(("name",), name=TEXT, semanticVersion=TEXT, rules=_list_of(RULE))
+RUN = _object(
+    ("tool",), tool=_object(("driver",), driver=DRIVER), results=_list_of(RESULT),
+    automationDetails=_object((), id=TEXT),
+    columnKind={"enum": ["utf16CodeUnits", "unicodeCodePoints"]},
+)  # fmt: skip
+SCHEMA = _object(("version", "runs"), **{"$schema": TEXT}, version={"const": "2.1.0"}, runs=_list_of(RUN))
 RULE_DATA = [{"id": rule.id, "severity": rule.severity, "description": "what it finds"} for rule in RULES]
 HOME = Path("/checkout")
 

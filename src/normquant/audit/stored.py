@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normquant.audit.program import Access, Buffer, Extern, Kernel, Origin, Program, ProgramLaunch
-from normquant.audit.result import AuditReport, Finding
+from normquant.audit.result import SCHEMA_VERSION, AuditReport, Finding
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import TARGETS, Target
 
@@ -54,6 +54,8 @@ def read(path: str) -> list[AuditReport]:
 
 
 def _report(data: Mapping[str, Any]) -> AuditReport:
+    if data.get("schema_version", 1) != SCHEMA_VERSION:  # which the first ones do not say
+        raise ValueError(f"its schema_version is {data['schema_version']}; {SCHEMA_VERSION} is read")
     for name in NEEDED:
         data[name]
     if not all(isinstance(note, str) for note in data["notes"]):
