@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from normquant.audit import AuditReport, audit_path, expectations, reports
+from normquant.audit.program import GeneratedCode
 from normquant.audit.rules import RULE_IDS
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
 from normquant.cli.arguments import integers
 from normquant.cli.output_files import check_writable, write_atomically
 from normquant.compile import explain, inductor_options
+from normquant.compile import reports as fused
 from normquant.report import audit_diff, audit_html, audit_text
 
 TOKENS = 64
@@ -28,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `normquant audit`."""
     parser.add_argument(
         "what", nargs="?", metavar="WHAT",
-        help="module:callable to compile; or generated code: a file, a cache directory of Inductor or vLLM, a log of "
-        "TORCH_LOGS=output_code; or a transformers config.json",
+        help="what to compile, module:name or path/to/file.py:name; or generated code: a file, a cache directory of "
+        "Inductor or vLLM, a log of TORCH_LOGS=output_code; or a transformers config.json",
     )  # fmt: skip
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B, each like WHAT")
     compiling = parser.add_argument_group("what is compiled")
@@ -106,28 +108,48 @@ def _kind(what: str) -> str:
 def _audit(what: str, args: argparse.Namespace) -> list[AuditReport]:
     sizes = _counts(args.size, "--size")
     if _kind(what) == "generated code":
-        return audit_path(what, args.target, args.m, sizes)
-    from normquant.audit.capture import live_compile, model_inputs  # the compiler, only where something is compiled
+        try:
+            return audit_path(what, args.target, args.m, sizes)
+        except Unusable as error:
+            if not what.endswith(".py"):
+                raise
+            raise Unusable(f"{error}; to compile what it defines, name it: {what}:build") from None
+    return reports.audit_code(_compiled(what, args), args.target, args.m, sizes)
 
-    if os.path.exists(what):
-        function, make = model_inputs.hugging_face(what, args.tokens or TOKENS, args.layers)
-    elif model_inputs.is_named(what):
-        function, make = model_inputs.named_callable(what, args.arg)
-    else:
-        raise Unusable(f"{what}: no such file or directory, and not module:callable")
+
+def _compiled(what: str, args: argparse.Namespace) -> list[GeneratedCode]:
+    """Compile what was named. An error of the user's code, or of its compile, becomes a ValueError that says where."""
+    from normquant.audit.capture import live_compile, model_inputs, named_objects  # the compiler, only where needed
+
+    is_config = os.path.exists(what)
+    if not is_config and not named_objects.is_named(what):
+        raise Unusable(f"{what}: no such file or directory, and neither module:name nor path/to/file.py:name")
     options = _options(args.option)
     options = inductor_options(args.fuse, **options) if args.fuse else options
     try:
-        captured = live_compile.capture(function, make, args.target, options, args.dynamic)
-    except (Unavailable, ValueError, KeyboardInterrupt):
+        with live_compile.seeing(args.target):
+            if is_config:
+                function, make = model_inputs.hugging_face(what, args.tokens or TOKENS, args.layers)
+            else:
+                function, make = model_inputs.named_callable(what, args.arg)
+            return live_compile.capture(function, make, args.target, options, args.dynamic)
+    except (Unavailable, KeyboardInterrupt):
         raise
-    except Exception as error:  # the user's model, or what the compiler makes of it
-        raise ValueError(f"{what} does not compile: {type(error).__name__}: {_first_line(error)}") from error
-    return reports.audit_code(captured, args.target, args.m, sizes)
+    except Exception as error:
+        where = named_objects.users_frame(error)
+        if isinstance(error, (ValueError, ImportError)) and not where:
+            raise  # of this package, or of what it was given: a sentence already
+        cause = named_objects.cause_of(error)
+        kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
+        place = f"{where}: " if where else f"{what} does not compile: "
+        raise ValueError(f"{place}{kind}{_first_line(cause)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")
+def _first_line(error: BaseException) -> str:
+    """The message; of one of Dynamo's, which has a title first, the explanation."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    explained = (line for line in lines if line.startswith("Explanation: "))
+    return next(explained, lines[0] if lines else "no message")
 
 
 def _is_config(what: str) -> bool:
@@ -149,7 +171,7 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]], made: Se
         _write(args.json, text)
     if not args.github and args.json != "-":
         print(audit_text.render(data, title), end="")
-        if args.fuse:
+        if args.fuse or fused():  # a model may come compiled with the pass
             print(explain())
     if args.html:
         print(f"page: {args.html}", file=sys.stderr)
