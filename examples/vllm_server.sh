@@ -14,7 +14,7 @@ server=$!
 trap 'kill "$server" 2>/dev/null || true; wait "$server" || true' EXIT
 
 until curl --silent --fail --output /dev/null "http://127.0.0.1:$port/health"; do
-  kill -0 "$server" || { echo "the server ended before it answered" >&2; exit 1; }
+  kill -0 "$server" 2>/dev/null || { echo "the server ended before it answered" >&2; exit 1; }
   sleep 1
 done
 curl --silent --fail "http://127.0.0.1:$port/v1/completions" --header "Content-Type: application/json" \

@@ -130,7 +130,7 @@ def params(language: str, joined: bool) -> list[Any]:
 
 PRINTED = {
     "README.md": ["1 of 1 norm -> quant sites fused", "0 generated kernels, 2 opaque calls", "0 findings"],
-    "docs/compile.md": ["1 of 1 norm -> quant sites fused"],
+    "docs/compile.md": ["1 of 1 norm -> quant sites fused", "\n0 values differ"],
     "docs/audit.md": ["3 launches", "2 launches", "opaque-boundary"],
 }
 

@@ -43,7 +43,8 @@ def _swap(swap: Callable[[Any, Any], None], one: torch.Tensor, other: torch.Tens
     """torch.utils.swap_tensors, which refuses a fake tensor: the mode that made it has a weak reference to it."""
     if not isinstance(one, fake_tensor.FakeTensor):
         return swap(one, other)
-    one.__class__, other.__class__ = other.__class__, one.__class__
+    kinds: tuple[Any, Any] = (type(other), type(one))
+    one.__class__, other.__class__ = kinds
     one.__dict__, other.__dict__ = other.__dict__, one.__dict__
     torch._C._swap_tensor_impl(one, other)
 
