@@ -139,6 +139,13 @@ def test_the_example_serves_a_request_and_reports(tmp_path: Path, environment: E
     serve.chmod(0o755)
     tools = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     environ = environment(tmp_path) | {"PORT": str(free_port()), "PATH": tools}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=2 * START_SECONDS)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert '"completion_tokens":6' in done.stdout and "12 of 12 sites fused in 3 compiled graphs" in done.stdout
+    process = subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        out, _ = process.communicate(timeout=2 * START_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the server, too
+        raise
+    assert process.returncode == 0, out[-6000:]
+    assert '"completion_tokens":6' in out and "12 of 12 sites fused in 3 compiled graphs" in out
