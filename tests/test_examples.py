@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,10 @@ pytest.importorskip("triton", reason="needs triton: pip install 'normquant[nogpu
 
 
 def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
+    """What a script prints; without a cache of compiled graphs, whose graphs have no report."""
+    with tempfile.TemporaryDirectory() as cache:
+        environ = ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": cache}
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600, env=environ)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,7 +49,7 @@ def test_a_block_of_pytorch() -> None:
 def test_a_model_of_transformers() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     out = run(str(EXAMPLES / "transformers_model.py"))
-    assert "4 of 4 norm -> quant sites fused" in out or "sites fused" in out
+    assert "norm -> quant sites fused (policy always)" in out
     assert "normquant.add_rms_norm_quant" in out
 
 
