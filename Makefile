@@ -28,10 +28,13 @@ ifneq ($(wildcard $(STAMP)),)
   endif
 endif
 
+EXTRAS := nogpu,hf,report,docs,dev
+
 # A first set-up shows pip's progress; an update in place has nothing to show but a page of "already satisfied".
 QUIET := $(if $(STALE),,$(if $(wildcard $(STAMP)),--quiet))
 
-.PHONY: help setup demo test setup-vllm test-vllm test-torch torch-table zoo plots screenshots random-graphs mutants lint wheel clean FORCE
+.PHONY: help setup demo test test-all docs setup-vllm test-vllm test-torch torch-table zoo plots screenshots
+.PHONY: random-graphs mutants lint wheel clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -49,10 +52,13 @@ $(STAMP): pyproject.toml constraints.txt $(if $(STALE),FORCE)
 			"Choose another: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@if [[ -e $(STAMP) && -z "$(STALE)" ]]; then rm $(STAMP); else \
 		rm -f $(STAMP); echo "setting up $(VENV) with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear $(VENV); fi
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install $(QUIET) --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt hatchling
-	$(BIN)/python -m pip install $(QUIET) --constraint constraints.txt --no-build-isolation --editable '.[nogpu,hf,report,dev]'
+	@echo "set-up 1 of 3: pip"
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "set-up 2 of 3: torch of constraints.txt, 200 MB for a CPU and 3 GB for CUDA, by the index that pip uses; minutes"
+	@$(BIN)/python -m pip install $(QUIET) --constraint constraints.txt torch
+	@echo "set-up 3 of 3: triton, transformers, matplotlib and the tools, about 400 MB; a minute"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt hatchling
+	@$(BIN)/python -m pip install $(QUIET) --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@printf '%s\n' '$(CURDIR)' > $(STAMP)
 
 demo: $(STAMP)  ## set up, then show the fusion on a DeepSeek-V3 layer; ARGS="--html demo.html"
@@ -61,8 +67,14 @@ demo: $(STAMP)  ## set up, then show the fusion on a DeepSeek-V3 layer; ARGS="--
 # A process a core, at the most 8; what a file's tests share is made once.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
-test: $(STAMP)  ## set up, then run the tests; ARGS="tests/test_env.py -x" for a part
+test: $(STAMP)  ## set up, then run the tests; ARGS="tests/cli/test_env.py -x" for a part
+	$(BIN)/python -m pytest $(PARALLEL) -m "not exhaustive" $(ARGS)
+
+test-all: $(STAMP)  ## as test, with every case of the tests that have many
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+docs: $(STAMP)  ## set up, then build pages of all docstrings in build/docs
+	$(BIN)/python tools/api_pages.py build/docs
 
 # vLLM pins another world of packages, so its tests have an environment of their own. The packages that vLLM's wheel asks
 # for and whose binaries clash with a CPU torch go out again; nothing in the tests uses them.

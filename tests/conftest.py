@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parent
+CASES = 16  # of one test, which `make test` runs: the rest of them are exhaustive
 
 
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    _mark_exhaustive(items)
     # The reasons are worked out only when such a test was collected: looking for a GPU imports torch.
     for directory, reason_to_skip in (("gpu", _no_gpu), ("vllm", _no_vllm)):
         inside = [item for item in items if item.path.is_relative_to(TESTS / directory)]
@@ -20,6 +23,18 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
             item.add_marker(directory)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _mark_exhaustive(items: Iterable[pytest.Item]) -> None:
+    """Mark all but some cases of every test that has many. Which, their names decide, as good as at random: evenly
+    spaced ones would have one value of some parameter in common. What needs a GPU or vLLM runs whole."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] not in ("gpu", "vllm"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        for item in sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[CASES:]:
+            item.add_marker("exhaustive")
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -11,8 +11,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from shared import doc_blocks
 
 from normquant.cli.entry import COMMANDS, main
 
@@ -43,9 +45,8 @@ def text(page: str) -> str:
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of a language, "" for those without one."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text(page), re.M | re.S)
-    return [code for found, code in fenced if found == language]
+    """The fenced blocks of a language that run, "" for those without one."""
+    return [block.code for block in doc_blocks.of(text(page)) if block.language == language and not block.not_run]
 
 
 def prose(page: str) -> str:
@@ -95,7 +96,8 @@ def test_the_map_names_every_room() -> None:
 
 def commands() -> list[tuple[str, str]]:
     """(page, line) for every line of a block that calls normquant."""
-    lines = [(name(page), line) for page in PAGES for block in blocks(name(page), "") for line in block.splitlines()]
+    shell = [(name(page), b) for page in PAGES for b in doc_blocks.of(text(name(page))) if b.language == "sh"]
+    lines = [(page, line) for page, block in shell for line in block.code.splitlines()]
     return [(page, line) for page, line in lines if line.startswith("normquant ")]
 
 
@@ -113,32 +115,74 @@ def test_the_readme_runs_with_torch_alone(tmp_path: Path) -> None:
     assert "1 of 1 norm -> quant sites fused" in out
 
 
+def params(language: str, joined: bool) -> list[Any]:
+    """(page, code) of every block, or of a page's together; what does not run is skipped with the page's reason."""
+    found = []
+    for page in map(name, PAGES):
+        of_page = [block for block in doc_blocks.of(text(page)) if block.language == language]
+        runs = [block for block in of_page if not block.not_run]
+        together = [doc_blocks.Block(language, "\n".join(b.code for b in runs), "", runs[0].line)] if runs else []
+        for block in [*together, *(b for b in of_page if b.not_run)] if joined else of_page:
+            marks = [pytest.mark.skip(reason=f"{page}:{block.line}: {block.not_run}")] if block.not_run else []
+            found.append(pytest.param(page, block.code, id=f"{page}:{block.line}", marks=marks))
+    return found
+
+
+PRINTED = {
+    "README.md": ["1 of 1 norm -> quant sites fused", "0 generated kernels, 2 opaque calls", "0 findings"],
+    "docs/compile.md": ["1 of 1 norm -> quant sites fused", "\n0 values differ"],
+    "docs/audit.md": ["3 launches", "2 launches", "opaque-boundary"],
+}
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton: pip install 'normquant[nogpu]'")
-@pytest.mark.parametrize(
-    ("page", "printed"),
-    [
-        ("README.md", ["3 launches", "opaque-boundary: normquant.group_quant"]),
-        ("docs/compile.md", ["1 of 1 norm -> quant sites fused"]),
-        ("docs/audit.md", ["3 launches", "2 launches", "opaque-boundary"]),
-    ],
-)
-def test_what_is_printed_runs(page: str, printed: list[str], tmp_path: Path) -> None:
-    out = run("\n".join(blocks(page, "python")), tmp_path)
-    assert [part for part in printed if part not in out] == []
+@pytest.mark.parametrize(("page", "code"), params("python", joined=True))
+def test_what_is_printed_as_python_runs(page: str, code: str, tmp_path: Path) -> None:
+    out = run(code, tmp_path)
+    assert [part for part in PRINTED.get(page, []) if part not in out] == []
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like the checkout, and where a command may write."""
+    for part in ("examples", "tests", "baselines", "docs"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    return tmp_path
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton: pip install 'normquant[nogpu]'")
+@pytest.mark.parametrize(("page", "code"), params("sh", joined=False))
+def test_what_is_printed_as_shell_runs(page: str, code: str, checkout: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_block_says_what_it_is() -> None:
+    """python and sh run; text is output. A reason not to run belongs to a block, and names what is missing."""
+    found = [(name(page), block) for page in PAGES for block in doc_blocks.of(text(name(page)))]
+    assert [(page, b.line) for page, b in found if b.language not in ("python", "sh", "text")] == []
+    assert [(page, b.line) for page, b in found if b.not_run and b.language == "text"] == []
 
 
 def test_the_page_of_the_linear_layer_prints_what_it_says(tmp_path: Path) -> None:
-    assert run("\n".join(blocks("docs/linear.md", "python")), tmp_path) == blocks("docs/linear.md", "")[0]
+    assert run("\n".join(blocks("docs/linear.md", "python")), tmp_path) == blocks("docs/linear.md", "text")[0]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton: pip install 'normquant[nogpu]'")
-def test_the_command_for_ci_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (model,) = (block for block in blocks("docs/audit.md", "python") if "def build" in block)
-    (tmp_path / "my_model.py").write_text(model, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (line,) = (line for page, line in commands() if page == "docs/audit.md" and "--expect" in line)
-    assert main(shlex.split(line, comments=True)[1:]) == 0
-    assert main(["audit", "my_model:build", "--expect", "rms_norm_quant=1"]) == 1
+def test_the_command_for_ci_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (line,) = (line for page, line in commands() if page == "README.md" and "--expect" in line)
+    without_fuse = [part for part in shlex.split(line, comments=True)[1:] if part != "--fuse"]
+    assert main(without_fuse) == 1
 
 
 def test_the_findings_of_vllm_are_what_the_auditor_says(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +190,6 @@ def test_the_findings_of_vllm_are_what_the_auditor_says(monkeypatch, capsys: pyt
     (line,) = re.findall(r"`normquant (audit tests/\S+ --m 64)`", text("docs/audit.md"))
     assert main(line.split()) == 0
     out = capsys.readouterr().out
-    (quoted,) = (block for block in blocks("docs/audit.md", "") if block.startswith("error: "))
+    (quoted,) = (block for block in blocks("docs/audit.md", "text") if block.startswith("error: "))
     assert len(quoted.strip().split("\n\n")) == 2
     assert all(finding in out for finding in quoted.strip().split("\n\n"))

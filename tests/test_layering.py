@@ -27,7 +27,7 @@ IMPORTS: dict[str, set[str]] = {
     "compile": {"ops", "specs"},
     "vllm": {"compile", "linear", "version"},
     "integrations": {"vllm"},
-    "audit": set(),
+    "audit": {"report"},
     "bench": {"ops", "specs", "version", "compile", "linear", "distributed", "vllm"},
     "tune": {"bench"},
     "report": set(),
@@ -51,8 +51,9 @@ MACHINE_ONLY = {"gpu", "vllm"}  # tests by what they need; they mirror nothing
 FOLDERS = {"vllm_plugin": "vllm"}  # tests/vllm needs vLLM
 # Tests of several modules together.
 TOGETHER = (
-    *("test_docs", "test_import", "test_layering", "test_peers", "test_reference_values", "test_screenshots"),
-    *("integrations/test_documented_paths", "compile/find/test_reasons", "compile/test_zoo"),
+    *("test_docs", "test_examples", "test_import", "test_layering", "test_peers", "test_reference_values"),
+    *("cli/test_audit_model", "integrations/test_documented_paths", "compile/find/test_reasons", "compile/test_zoo"),
+    "test_screenshots",
     *("compile/test_inductor", "compile/test_models", "compile/test_nested_graphs", "compile/test_random_graphs"),
     *("compile/test_vllm_graphs", "compile/fusions/test_vllm_cases", "kernels/test_machine_code", "ops/test_ops"),
     *("cli/test_completion", "cli/test_exit_codes"),
@@ -72,6 +73,8 @@ COVERED = {
     "version.py": "cli/test_entry",
     "audit/[oprt]*.py": "audit/test_reports",
     "audit/capture/model_inputs.py": "cli/test_audit",
+    "audit/capture/fake_build.py": "cli/test_audit_model",
+    "audit/capture/named_objects.py": "cli/test_audit_model",
     "audit/rules/data_flow.py": "audit/rules/test_traffic",
     "audit/source/*.py": "audit/source/test_wrapper_code",
     "bench/decoder_layers.py": "compile/test_models",
@@ -82,7 +85,7 @@ COVERED = {
     "cli/arguments.py": "cli/test_bench",
     "cli/env/packages.py": "cli/env/test_machine",
     "cli/terminal.py": "cli/test_list",
-    "cli/audit_*.py": "cli/test_audit",
+    "cli/audit?*.py": "cli/test_audit",
     "compile/*.py": "compile/test_inductor",
     "compile/edit/*.py": "compile/fusions/test_latent_norm_quant",
     "compile/find/*.py": "compile/find/test_sites",

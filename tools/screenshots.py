@@ -36,7 +36,7 @@ class Shot:
 
 
 TO_FLOW = "document.querySelector('.tools').scrollIntoView();"
-CHOOSE = "document.querySelector(\".row.{}\").click();"
+CHOOSE = 'document.querySelector(".row.{}").click();'
 R1, LLAMA = "DeepSeek-R1, one layer at TP8, 64 tokens", "Llama-3-8B's shape, 32 layers, 64 tokens"
 SHOTS = (
     Shot("page-before-after", R1, ("r1", "r1-fused"), 1500, 1000, script=CHOOSE.format("new")),
@@ -64,7 +64,7 @@ def llama() -> tuple[Any, ...]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import normquant as nq
-    from normquant.audit.capture.live_compile import to_gpu
+    from normquant.audit.capture.fake_build import to_gpu
 
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=32,

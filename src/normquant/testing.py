@@ -8,7 +8,7 @@ from normquant.audit import AuditReport, audit, expectations
 
 def assert_generated(
     fn: Callable[..., Any],
-    make_inputs: Callable[[], tuple[Any, ...]] | tuple[Any, ...],
+    make_inputs: Callable[[], Any] | tuple[Any, ...] | Mapping[str, Any] | Any,
     *,
     expect: Mapping[str, int] | None = None,
     forbid: Sequence[str] = ("identity", "layout-copy"),

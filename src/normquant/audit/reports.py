@@ -15,7 +15,7 @@ from normquant.audit.source.generated_module import GeneratedModule, NotGenerate
 
 def audit(
     fn: Callable[..., Any],
-    make_inputs: Callable[[], tuple[Any, ...]] | tuple[Any, ...],
+    make_inputs: Callable[[], Any] | tuple[Any, ...] | Mapping[str, Any] | Any,
     target: str = "h100",
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
@@ -23,15 +23,18 @@ def audit(
     """Compile `fn` for `target`, on any machine, and report what was generated and which of it is waste.
 
     Args:
-        fn: a function or an `nn.Module`; compiled without gradients, never run on data.
-        make_inputs: called without arguments where every tensor is fake and takes no memory; builds the inputs (modules
-            among them, too) with device="cuda". Or a tuple of tensors on any device: only their metadata is used.
+        fn: a function or an `nn.Module`; compiled without gradients, never run on data. Modules that a function names
+            may be on any device. What torch.compile has had already is compiled with the options that it has.
+        make_inputs: one tensor, a tuple of inputs, or a mapping of them by name, with tensors on any device: only their
+            metadata is used. Or a function without arguments that makes these with device="cuda", modules among them,
+            too: it is called where every tensor is fake and takes no memory.
         target: "h100", "h200", "b200", or "here" for this machine's GPU.
         options: Inductor options, as for `torch.compile(options=...)`.
         dynamic: as for `torch.compile`.
 
     Raises:
-        ValueError: an unknown target or option; a function that calls backward().
+        ValueError: an unknown target or option; a function that calls backward(); a model that is compiled already,
+            where `options` are given too, where its backend is not Inductor, or where only parts of it are compiled.
         RuntimeError: target "here" without a GPU; no triton; no C++ compiler where torch was built without CUDA.
         Whatever `make_inputs`, or the compile of `fn`, raises.
 

@@ -60,6 +60,11 @@ class AuditReport:
     source: str  # the generated code of all graphs
     skipped: tuple[tuple[str, str], ...] = ()  # files that could not be read, and why
 
+    def __str__(self) -> str:
+        from normquant.report import audit_text
+
+        return audit_text.one(self.to_dict(), "generated code")
+
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """The generated kernels, one entry per launch, in program order."""

@@ -1,34 +1,32 @@
 """Show what a compiler generated for a model: kernels, DRAM bytes, and which of them are waste. Needs no GPU."""
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from normquant.audit import AuditReport, audit_path, expectations, reports, stored
+from normquant.audit import AuditReport, expectations
 from normquant.audit.rules import RULE_IDS
 from normquant.audit.source.code_files import Unusable
 from normquant.audit.targets import HERE, TARGETS, Unavailable
 from normquant.cli import terminal
 from normquant.cli.arguments import completing, integers
 from normquant.cli.audit_output import write_json, write_page
+from normquant.cli.audited import CODE, CONFIG, MODEL, STORED, TOKENS, audited, counts, kind
 from normquant.cli.output_files import check_writable
-from normquant.cli.progress import add_quiet, showing
+from normquant.cli.progress import add_quiet
 from normquant.report import audit_text
 
-TOKENS = 64
 COMPILING = ("arg", "option", "fuse", "compare_fused", "dynamic", "tokens", "layers")
 SIZES = ("m", "size")
 STOCK, FUSED = "torch.compile", "with normquant"
 # Options that a kind of input does not read: given with it, they are errors.
 UNREAD = {
-    "generated code": COMPILING,
-    "a stored audit": (*COMPILING, *SIZES),
-    "module:callable": ("tokens", "layers"),
-    "a transformers config": ("arg",),
+    CODE: COMPILING,
+    STORED: (*COMPILING, *SIZES),
+    MODEL: ("tokens", "layers"),
+    CONFIG: ("arg",),
 }
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -37,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `normquant audit`."""
     parser.add_argument(
         "what", nargs="?", metavar="WHAT",
-        help="module:callable to compile; or generated code: a file, a cache directory of Inductor or vLLM, a log of "
-        "TORCH_LOGS=output_code; or a transformers config.json; or the JSON of an earlier audit",
+        help="what to compile, module:name or path/to/file.py:name; or generated code: a file, a cache directory of "
+        "Inductor or vLLM, a log of TORCH_LOGS=output_code; or a transformers config.json; or the JSON of an earlier "
+        "audit",
     )  # fmt: skip
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what changed from A to B, each like WHAT")
     compiling = parser.add_argument_group("what is compiled")
@@ -91,12 +90,12 @@ def run(args: argparse.Namespace) -> int:
     _check_ci_reports(args)
     try:
         if args.diff:
-            before, after = (_audit(what, args, args.fuse) for what in args.diff)
+            before, after = (audited(what, args, args.fuse) for what in args.diff)
             return _compared(before, after, (args.diff[0], args.diff[1]), args)
         if args.compare_fused:
-            before, after = (_audit(args.what, args, policy) for policy in (None, args.compare_fused))
+            before, after = (audited(args.what, args, policy) for policy in (None, args.compare_fused))
             return _compared(before, after, (STOCK, FUSED), args)
-        made = _audit(args.what, args, args.fuse)
+        made = audited(args.what, args, args.fuse)
     except (Unusable, Unavailable) as error:
         print(f"normquant: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -104,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sarif or args.junit:
         from normquant.cli import ci_reports
 
-        ci_reports.write(args, data, made, _counts(args.expect))
+        ci_reports.write(args, data, made, counts(args.expect, "--expect"))
     _print(args, data)
     return _exit_code(made, args)
 
@@ -119,9 +118,9 @@ def _check_read(args: argparse.Namespace) -> None:
     unread = {f"--{name}": comparing for name in ("github", "sarif", "junit") if comparing and getattr(args, name)}
     if args.compare_fused and (args.diff or args.fuse):
         unread["--compare-fused"] = "--diff" if args.diff else "--fuse"
-    kinds = [_kind(what) for what in args.diff or [args.what]]
+    kinds = [kind(what) for what in args.diff or [args.what]]
     for name in (*COMPILING, *SIZES):
-        if getattr(args, name) and all(name in UNREAD[kind] for kind in kinds):
+        if getattr(args, name) and all(name in UNREAD[one] for one in kinds):
             unread.setdefault(f"--{name.replace('_', '-')}", kinds[0])
     if unread:
         raise ValueError("; ".join(f"{option} is not read with {other}" for option, other in unread.items()))
@@ -134,55 +133,6 @@ def _check_ci_reports(args: argparse.Namespace) -> None:
         raise ValueError("--junit writes what is checked: give --fail-on, --expect or --max-bytes as well")
 
 
-def _kind(what: str) -> str:
-    if not os.path.exists(what):
-        return "module:callable"
-    if os.path.isfile(what) and stored.is_stored(what):
-        return "a stored audit"
-    return "a transformers config" if _is_config(what) else "generated code"
-
-
-def _audit(what: str, args: argparse.Namespace, fuse: str | None) -> list[AuditReport]:
-    """What `what` gives, compiled with normquant's pass where `fuse` is its policy."""
-    sizes = _counts(args.size, "--size")
-    if _kind(what) == "a stored audit":
-        return stored.read(what)
-    if _kind(what) == "generated code":
-        return audit_path(what, args.target, args.m, sizes)
-    from normquant.audit.capture import live_compile, model_inputs  # the compiler, only where something is compiled
-    from normquant.compile import inductor_options
-
-    if os.path.exists(what):
-        function, make = model_inputs.hugging_face(what, args.tokens or TOKENS, args.layers)
-    elif model_inputs.is_named(what):
-        function, make = model_inputs.named_callable(what, args.arg)
-    else:
-        raise Unusable(f"{what}: no such file or directory, and not module:callable")
-    options = _options(args.option)
-    options = inductor_options(fuse, **options) if fuse else options
-    try:
-        with showing(1, args.quiet, ticking=True) as progress:
-            progress.begin(f"compiling {what} for {args.target}")
-            captured = live_compile.capture(function, make, args.target, options, args.dynamic)
-    except (Unavailable, ValueError, KeyboardInterrupt):
-        raise
-    except Exception as error:  # the user's model, or what the compiler makes of it
-        raise ValueError(f"{what} does not compile: {type(error).__name__}: {_first_line(error)}") from error
-    return reports.audit_code(captured, args.target, args.m, sizes)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")
-
-
-def _is_config(what: str) -> bool:
-    """Whether a path is a transformers config.json, or a folder with one."""
-    path = Path(what)
-    if path.is_dir():
-        return (path / "config.json").is_file()
-    return path.suffix == ".json"
-
-
 def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]]) -> None:
     title = args.what
     if args.html:
@@ -193,10 +143,15 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]]) -> None:
         write_json(args.json, data)
     if not args.github and args.json != "-":
         print(audit_text.render(data, title, terminal.columns() or audit_text.WIDTH), end="")
-        if args.fuse:
-            from normquant.compile import explain
+        _print_fused()
 
-            print(explain())
+
+def _print_fused() -> None:
+    """What was fused, where the pass ran: it was asked for, or the model came compiled with it."""
+    from normquant.compile import explain, reports
+
+    if reports():
+        print(explain())
 
 
 def _compared(
@@ -211,33 +166,10 @@ def _compared(
 
 def _exit_code(made: Sequence[AuditReport], args: argparse.Namespace) -> int:
     """Print the expectations that do not hold; 1 when there are any."""
-    broken = expectations.broken(made, args.fail_on, _counts(args.expect), args.max_bytes)
+    broken = expectations.broken(made, args.fail_on, counts(args.expect, "--expect"), args.max_bytes)
     for line in broken:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if broken else 0
-
-
-def _counts(pairs: Sequence[str], option: str = "--expect") -> dict[str, int]:
-    found = {}
-    for pair in pairs:
-        name, _, number = pair.rpartition("=")
-        if not name or not number.isdigit():
-            raise ValueError(f"{option} {pair!r}: give NAME=NUMBER")
-        found[name] = int(number)
-    return found
-
-
-def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise ValueError(f"--option {pair!r}: give NAME=VALUE")
-        try:
-            found[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 def _rules(text: str) -> tuple[str, ...]:

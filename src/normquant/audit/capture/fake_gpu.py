@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normquant.audit.targets import Target, Unavailable
@@ -68,6 +69,7 @@ def _device_answers(target: Target) -> dict[str, Any]:
 
 def _patch_torch(stack: contextlib.ExitStack, target: Target) -> None:
     import torch._subclasses.fake_tensor as fake_tensor
+    import torch.fx.experimental.proxy_tensor as proxy_tensor
 
     answers = _device_answers(target) | {
         "get_device_capability": target.capability, "get_device_name": target.device_name,
@@ -80,9 +82,14 @@ def _patch_torch(stack: contextlib.ExitStack, target: Target) -> None:
     _replace(stack, torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.empty(0))
     _replace(stack, torch.version, "cuda", torch.version.cuda or "13.0")
     _replace(stack, fake_tensor, "init_gpu_context", _always(None))
+    # Else a fake tensor that was made of numbers, whose values torch keeps, is really copied to the GPU.
+    never_on_gpu = property(_always(True), _always(None))
+    mode = fake_tensor.FakeTensorMode
+    stack.enter_context(mock.patch.object(mode, "avoid_device_init", never_on_gpu, create=True))
+    _replace(stack, proxy_tensor, "unset_fake_temporarily", _constants_on_cpu)  # in which tracing computes constants
 
 
-class _OnCpu(TorchDispatchMode):
+class CreatesOnCpu(TorchDispatchMode):
     """Creates on the CPU every tensor that would be created on a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,10 +100,16 @@ class _OnCpu(TorchDispatchMode):
         return func(*(cpu(arg) for arg in args), **moved)
 
 
+@contextlib.contextmanager
+def _constants_on_cpu() -> Iterator[Any]:
+    with unset_fake_temporarily() as mode, CreatesOnCpu():
+        yield mode
+
+
 def _run_on_cpu(method: Any) -> Any:
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _OnCpu():
+        with CreatesOnCpu():
             return method(*args, **kwargs)
 
     return run

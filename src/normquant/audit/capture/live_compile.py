@@ -17,6 +17,8 @@ import torch
 
 from normquant.audit import targets
 from normquant.audit.capture import scheduler
+from normquant.audit.capture.compiled_model import settings
+from normquant.audit.capture.fake_build import all_on_gpu, as_arguments, fake_tensors, modules_of, on_gpu
 from normquant.audit.capture.fake_gpu import fake_gpu
 from normquant.audit.program import GeneratedCode, Program
 
@@ -25,11 +27,24 @@ _UNCACHED = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "compile_t
 
 _IS_CPU_BUILD = torch.version.cuda is None  # asked before a fake GPU changes the answer
 
-MakeInputs = Callable[[], tuple[Any, ...]] | tuple[Any, ...]
+Inputs = tuple[Any, ...] | list[Any] | Mapping[str, Any] | torch.Tensor  # a mapping is keyword arguments
+MakeInputs = Callable[[], Inputs] | Inputs
 
 
-# From the engine of autograd, where nothing is recorded, and where it looks for the GPU that it was promised.
-_BACKWARD_FAILED = ("does not require grad", "Cannot access accelerator device")
+# What torch says -> what it means here.
+_EXPLAINED = (
+    # From the engine of autograd, where nothing is recorded, and where it looks for the GPU that it was promised.
+    (
+        ("does not require grad", "Cannot access accelerator device"),
+        "the function asks autograd for gradients (backward or torch.autograd.grad), and an audit compiles it "
+        "without them: audit the forward alone, or code that a training run generated (TORCH_LOGS=output_code)",
+    ),
+    (
+        ("found two different devices", "Expected all tensors to be on the same device"),
+        "it mixes tensors of the CPU and of the GPU: an audit moves modules and inputs to the GPU, not tensors that "
+        "a function holds otherwise; make those with device='cuda', which needs no GPU, or give them as inputs",
+    ),
+)
 
 
 class _Generated(Exception):
@@ -52,24 +67,24 @@ def capture(
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    chosen = targets.resolve(target)
-    patches = {**_UNCACHED, **_config_patches(options)}
+    _config_patches(options)  # an unknown name is told before the model is built
     captured: list[GeneratedCode] = []
     with contextlib.ExitStack() as stack:
-        if target != targets.HERE:
-            stack.enter_context(fake_gpu(chosen))
+        stack.enter_context(seeing(target))
         stack.enter_context(_no_warning_of_fp_fusion())
         stack.enter_context(torch.no_grad())
         stack.callback(torch._dynamo.reset)
         torch._dynamo.reset()
-        stack.enter_context(config.patch(patches))
         stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
-        stack.enter_context(FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
-        inputs = _inputs(make_inputs)
-        if isinstance(fn, torch.nn.Module):
-            stack.enter_context(_on_gpu(fn))
-        stack.enter_context(_backward_explained())
-        torch.compile(fn, backend=functools.partial(_backend, captured), dynamic=dynamic)(*inputs)
+        stack.enter_context(fake_tensors(FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)))
+        args, kwargs = _arguments(make_inputs)
+        for module in modules_of(fn):
+            stack.enter_context(on_gpu(module))
+        chosen_settings = settings((fn, *args), options, dynamic)
+        stack.enter_context(config.patch({**_UNCACHED, **_config_patches(chosen_settings.options)}))
+        stack.enter_context(_explained())
+        backend = functools.partial(_backend, captured)
+        torch.compile(fn, backend=backend, dynamic=chosen_settings.dynamic)(*args, **kwargs)
     if not captured:
         raise RuntimeError(
             "the compile produced no graph: nothing in the function is compiled (it may be empty or disabled)"
@@ -77,18 +92,22 @@ def capture(
     return captured
 
 
+def seeing(target: str) -> contextlib.AbstractContextManager[None]:
+    """Within: this process sees the target's GPU, whether it is there or not."""
+    chosen = targets.resolve(target)
+    return contextlib.nullcontext() if target == targets.HERE else fake_gpu(chosen)
+
+
 @contextlib.contextmanager
-def _backward_explained() -> Iterator[None]:
-    """Within: what autograd raises without gradients, or without a GPU, becomes a ValueError that says why."""
+def _explained() -> Iterator[None]:
+    """Within: what torch raises for reasons of an audit becomes a ValueError that says what to do."""
     try:
         yield
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in _BACKWARD_FAILED):
+        text = next((text for signs, text in _EXPLAINED if any(sign in str(error) for sign in signs)), None)
+        if text is None:
             raise
-        raise ValueError(
-            "the function asks autograd for gradients (backward or torch.autograd.grad), and an audit compiles it "
-            "without them: audit the forward alone, or code that a training run generated (TORCH_LOGS=output_code)"
-        ) from error
+        raise ValueError(text) from error
 
 
 @contextlib.contextmanager
@@ -110,42 +129,12 @@ def _config_patches(options: Mapping[str, Any] | None) -> dict[str, Any]:
     return patches
 
 
-def _inputs(make_inputs: MakeInputs) -> tuple[Any, ...]:
+def _arguments(make_inputs: MakeInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments, all fake: tensors that are given, rather than made, are moved to the GPU."""
     if callable(make_inputs):
-        made = make_inputs()
-        return tuple(made) if isinstance(made, (tuple, list)) else (made,)
-    return torch.utils._pytree.tree_map_only(torch.Tensor, like_on_gpu, tuple(make_inputs))
-
-
-def like_on_gpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor on the target's GPU with the shape, strides and dtype of `tensor`."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
-
-
-@contextlib.contextmanager
-def _on_gpu(module: torch.nn.Module) -> Iterator[None]:
-    """Within: the parameters and buffers of `module` are fake tensors on the GPU; its own are restored afterwards."""
-    kept = [(owner, dict(owner._parameters), dict(owner._buffers)) for owner in module.modules()]
-    try:
-        to_gpu(module)
-        yield
-    finally:
-        for owner, parameters, buffers in kept:
-            owner._parameters.update(parameters)
-            owner._buffers.update(buffers)
-
-
-def to_gpu(module: torch.nn.Module) -> None:
-    """Replace parameters and buffers by fake tensors on the GPU; shared ones stay shared. Needs a fake mode."""
-    made: dict[int, torch.Tensor] = {}
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                fresh = torch.nn.Parameter(like_on_gpu(parameter), requires_grad=False)
-                owner._parameters[name] = made.setdefault(id(parameter), fresh)  # type: ignore[assignment]
-        for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[name] = made.setdefault(id(buffer), like_on_gpu(buffer))
+        return as_arguments(make_inputs())
+    args, kwargs = as_arguments(make_inputs)
+    return all_on_gpu(args), all_on_gpu(kwargs)
 
 
 def _backend(

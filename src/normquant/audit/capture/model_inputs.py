@@ -1,17 +1,18 @@
 """What to compile, from the command line: a callable by name with inputs by shape, or a Hugging Face config file."""
 
-import importlib
+import contextlib
+import inspect
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from normquant.audit.capture.live_compile import like_on_gpu, to_gpu
+from normquant.audit.capture import fake_build
+from normquant.audit.capture.fake_gpu import CreatesOnCpu
+from normquant.audit.capture.named_objects import is_named, named
 
-_NAMED = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 _TENSOR = re.compile(r"^(\w+)\[([\d,\s]*)\]$")
 _DTYPES = {
     "bf16": torch.bfloat16, "f16": torch.float16, "fp16": torch.float16, "f32": torch.float32, "fp32": torch.float32,
@@ -22,54 +23,63 @@ _DTYPES = {
 Compiled = tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]
 
 
-def is_named(what: str) -> bool:
-    """Whether `what` is spelled module:callable."""
-    return bool(_NAMED.match(what))
-
-
-def named(what: str) -> Any:
-    """The object at module:callable; modules in the working directory are found, too."""
-    module_name, _, attribute = what.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    held: Any = importlib.import_module(module_name)
-    for part in attribute.split("."):
-        if not hasattr(held, part):
-            raise ValueError(f"{what}: {held.__name__ if hasattr(held, '__name__') else module_name} has no {part!r}")
-        held = getattr(held, part)
-    return held
-
-
 def named_callable(what: str, arguments: Sequence[str]) -> Compiled:
     """The function to compile, and a function that builds its inputs where tensors are fake.
 
     With arguments, `what` is the function or module itself, and each argument makes one input. Without, it is called
-    without arguments and returns (function or module, inputs); inputs may be a callable that makes them. A module and
-    its inputs may be made on the CPU.
+    without arguments and returns (function or module, inputs); inputs are a tuple, a mapping by name, one tensor, or a
+    callable that makes them. The module and its inputs may be made on the CPU or on a GPU that is not there.
     """
-    held = named(what)
+    with CreatesOnCpu():  # what a module makes while it is imported
+        held = named(what)
     if not callable(held):
-        raise ValueError(f"{what}: not a callable, but {type(held).__name__}")
+        raise ValueError(f"{what}: not a function or module, but {type(held).__name__}")
     if arguments:
         makers = [_maker(argument) for argument in arguments]
         return held, lambda: tuple(make() for make in makers)
-
-    def build() -> tuple[Any, ...]:
-        made = held()
-        if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
-            raise ValueError(f"{what}() must give (function or module, inputs), or inputs must be given with --arg")
-        inputs = made[1]() if callable(made[1]) else made[1]
-        inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-        if isinstance(made[0], torch.nn.Module):  # as `audit` treats a module made on the CPU
-            to_gpu(made[0])
-            inputs = torch.utils._pytree.tree_map_only(torch.Tensor, like_on_gpu, tuple(inputs))
-        return (made[0], *inputs)
-
-    return _apply, build
+    _check_that_it_builds(what, held)
+    return _apply, lambda: _on_gpu(*fake_build.build(lambda: _call_of(what, held())))
 
 
-def _apply(function: Callable[..., Any], *inputs: Any) -> Any:
-    return function(*inputs)
+def _check_that_it_builds(what: str, held: Callable[..., Any]) -> None:
+    if isinstance(held, torch.nn.Module):
+        raise ValueError(f"{what} is a module: give its inputs, such as --arg bf16[64,7168]")
+    try:
+        with contextlib.suppress(ValueError):  # a builtin that does not say what it takes
+            inspect.signature(held).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"{what}: {error}; give inputs for what is to be compiled, such as --arg bf16[64,7168], or name a function "
+            "without arguments that returns (function or module, inputs)"
+        ) from None
+
+
+def _call_of(what: str, made: Any) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `_apply` for what a user's build() returned."""
+    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
+        raise ValueError(
+            f"{what}() must give (function or module, inputs), and gave {_described(made)}; inputs are a tuple, a "
+            "mapping by name, or one tensor"
+        )
+    function, inputs = made[0], made[1]() if callable(made[1]) else made[1]
+    args, kwargs = fake_build.as_arguments(inputs)
+    return function, args, kwargs
+
+
+def _described(made: Any) -> str:
+    kinds = ", ".join(type(one).__name__ for one in made) if isinstance(made, (tuple, list)) else ""
+    return f"{type(made).__name__} of {kinds}" if kinds else f"{made!r}" if made is None else type(made).__name__
+
+
+def _on_gpu(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """As `audit` treats a module and inputs that were made on the CPU."""
+    for module in (*fake_build.modules_of(function), *(one for one in args if isinstance(one, torch.nn.Module))):
+        fake_build.to_gpu(module)
+    return function, fake_build.all_on_gpu(args), fake_build.all_on_gpu(kwargs)
+
+
+def _apply(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)
 
 
 def hugging_face(config_path: str | os.PathLike[str], tokens: int, layers: int | None = None) -> Compiled:
@@ -97,7 +107,7 @@ def hugging_face(config_path: str | os.PathLike[str], tokens: int, layers: int |
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         finally:
             torch.set_default_dtype(dtype)
-        to_gpu(model)  # transformers makes real tensors on the default device to look at it
+        fake_build.to_gpu(model)  # transformers makes real tensors on the default device to look at it
         return model, torch.zeros(1, tokens, dtype=torch.int64, device="cuda")
 
     return _logits, build
