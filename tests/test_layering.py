@@ -92,8 +92,12 @@ COVERED = {
     "report/formatting.py": "report/test_audit_text",
     "tune/by_decode_step.py": "tune/test_decode_step",
     "vllm/compile_pass.py": "vllm_plugin/test_plugin",
+    "vllm/first_forward.py": "vllm_plugin/test_uncompiled",
     "vllm/fp8_linear.py": "compile/fusions/test_vllm_linear",
+    "vllm/linear_inputs.py": "vllm/test_manual",
     "vllm/manual.py": "vllm/test_manual",
+    "vllm/norm_modules.py": "vllm_plugin/test_uncompiled",
+    "vllm/quantizing_readers.py": "vllm_plugin/test_uncompiled",
 }
 
 
