@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from normquant.version import VERSION
+from normquant.vllm.compiled_experts import CompiledExperts
 from normquant.vllm.graph_records import NOT_COMPILED, GraphRecord, overwrite
 from normquant.vllm.switches import Switches
 from normquant.vllm.uncompiled import HandOver, watch
@@ -73,6 +74,7 @@ def _look(model: nn.Module, expected: _Expected) -> None:
     try:
         why = why_not_compiled(model, config)
         if why is None:
+            CompiledExperts(model, switches, config.compilation_config.splitting_ops)
             return
         by_torch = int(config.compilation_config.mode) in BY_TORCH
         what = "nothing is fused" if by_torch else WHAT

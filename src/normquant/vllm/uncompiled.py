@@ -20,10 +20,11 @@ from normquant.compile import FusionReport, Site
 from normquant.compile.policy import Facts
 from normquant.spec import QuantSpec
 from normquant.vllm.first_forward import FirstForward, Seen
-from normquant.vllm.handover import differing, drop, fits, leave, take
+from normquant.vllm.handover import fits, leave
 from normquant.vllm.norm_modules import NormModule, norms
 from normquant.vllm.quantizing_readers import Reader, Unreadable, experts, linears
 from normquant.vllm.switches import Switches
+from normquant.vllm.taking import Taking
 
 log = logging.getLogger("vllm.normquant")
 
@@ -31,18 +32,17 @@ LARGEST = 1 << 20  # rows; a spec may have one rule for few and one for many
 NO_NORM = "its input is no norm's result as it was returned, so that it quantizes it itself"
 
 
-class HandOver:
+class HandOver(Taking):
     """The hand-over in one model. report: what it does, once a forward pass was seen."""
 
     def __init__(self, model: nn.Module, switches: Switches) -> None:
-        self.switches = switches
+        super().__init__(switches)
         self.norms = list(norms(model))
         found = [*linears(model), *experts(model)]
         self.readers = [reader for reader in found if isinstance(reader, Reader)]
         self.unreadable = [reader for reader in found if isinstance(reader, Unreadable)]
         self.specs: dict[str, QuantSpec] = {}  # norm -> spec of the form that it leaves
         self.report: FusionReport | None = None
-        self._said: set[str] = set()
 
     def settle(self, first: FirstForward) -> FusionReport:
         """Decide by what a forward pass showed, and replace the methods of norms and readers that take part."""
@@ -59,7 +59,7 @@ class HandOver:
                 norm.replace_forward(self._norm)
                 readers |= {reader.name: reader for reader in taking}
         for reader in readers.values():
-            reader.replace(self._read)
+            reader.replace(self.read)
         read = {name for seen in first.seen.values() for name in seen.reads}
         others = [(name, NO_NORM) for name in first.lone if name not in read]
         others += [(reader.name, reader.reason) for reader in self.unreadable]
@@ -109,50 +109,11 @@ class HandOver:
         try:
             y, total, form = norm.run(x, residual, self.specs[norm.name])
         except Exception as error:
-            self._give_up(norm, error)
+            self.give_up(norm, error)
             return norm.stock(x, *rest)
         leave(y, form)
         y = y if x.dim() == 2 else y.view(x.shape)
         return y if total is None else (y, total)
-
-    def _read(self, reader: Reader, *args: Any, **kwargs: Any) -> Any:
-        """A reader's call: from the form where it comes with the input, else vLLM's."""
-        x = None if torch.compiler.is_compiling() else reader.input(*args, **kwargs)
-        form = None if x is None else take(x, reader.spec)
-        if x is None or form is None or (self.switches.check and not self._holds(reader, x, form)):
-            return reader.stock(*args, **kwargs)
-        try:
-            return reader.read(form, *args, **kwargs)
-        except Exception as error:
-            self._give_up(reader, error)
-            return reader.stock(*args, **kwargs)
-
-    def _holds(self, reader: Reader, x: torch.Tensor, form: Any) -> bool:
-        """Whether a form is what x gives when it is quantized now. Not asked while a CUDA graph is captured."""
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return True
-        fresh = reader.fresh(x)
-        unlike = differing(form.data, fresh.data), differing(form.scale, fresh.scale)
-        if not any(unlike):
-            return True
-        drop(x if x._base is None else x._base)
-        text = f"the form handed to {reader.name} is stale: {unlike[0]} values and {unlike[1]} scales differ"
-        if self.switches.strict:
-            raise RuntimeError(f"normquant: {text}")
-        self._say(text)
-        return False
-
-    def _give_up(self, each: NormModule | Reader, error: Exception) -> None:
-        """Give a module its own method back, for good."""
-        if self.switches.strict:
-            raise error
-        each.restore()
-        self._say(f"{each.name} goes on as vLLM has it: {type(error).__name__}: {error}")
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            log.warning("normquant: %s", text)
 
 
 def watch(model: nn.Module, switches: Switches, done: Any) -> HandOver:
