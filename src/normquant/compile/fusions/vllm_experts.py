@@ -69,10 +69,14 @@ def hidden_states(node: Node) -> Node:
 
 def _unsupported(node: Node, spec: QuantSpec) -> str | None:
     """What keeps the input from being handed in as a form of this spec."""
+    if functionalized(node) and "hidden_states" not in node.kwargs:
+        return "it is functionalized by auto_functionalized_v2, which vLLM does not use"
     source = hidden_states(node)
     x = value(source)
-    if x.dim() != 2 or not x.is_contiguous():
-        return f"its input has shape {tuple(x.shape)} and stride {x.stride()}; contiguous [M, K] is accepted"
+    if x.dim() != 2 or not x.is_contiguous() or not isinstance(x.shape[1], int):
+        return (
+            f"its input has shape {tuple(x.shape)} and stride {x.stride()}; [M, K], contiguous, K constant, is accepted"
+        )
     others = {QuantSpec.decode(str(arguments(user)[1])) for user in source.users if is_group_quant(user)}
     if any(other.replace(layout=spec.layout) != spec for other in others):
         return "a linear outside of it quantizes the same input by another rule"
