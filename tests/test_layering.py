@@ -52,7 +52,12 @@ FOLDERS = {"vllm_plugin": "vllm"}  # tests/vllm needs vLLM
 # Tests of several modules together.
 TOGETHER = (
     *("test_docs", "test_import", "test_layering", "test_peers", "test_reference_values"),
-    *("integrations/test_documented_paths", "compile/find/test_reasons", "compile/test_zoo"),
+    *(
+        "vllm_plugin/test_on_call",
+        "integrations/test_documented_paths",
+        "compile/find/test_reasons",
+        "compile/test_zoo",
+    ),
     *("compile/test_inductor", "compile/test_models", "compile/test_nested_graphs", "compile/test_random_graphs"),
     *("compile/test_vllm_graphs", "compile/fusions/test_vllm_cases", "kernels/test_machine_code", "ops/test_ops"),
     *("linear/test_checkpoints", "linear/test_export", "linear/test_models", "linear/test_sharding"),

@@ -41,12 +41,12 @@ def test_the_log_says_that_nothing_is_compiled(eager_on: Any, eager_off: Any) ->
     assert "normquant" not in eager_off.log.replace("normquant_vllm_shims", "").replace("normquant_shim", "")
 
 
-@pytest.mark.parametrize("on", ["dense_eager_on", "chunked_on", "speculative_on", "lora_on"])
+@pytest.mark.parametrize("name", ["dense_eager_on", "chunked_on", "speculative_on", "lora_on"])
 def test_with_other_features_of_vllm(
-    on: str, dense_eager_off: Any, dense_eager_on: Any, chunked_on: Any, speculative_on: Any, lora_on: Any
+    name: str, dense_eager_off: Any, dense_eager_on: Any, chunked_on: Any, speculative_on: Any, lora_on: Any
 ) -> None:
     runs = {"dense_eager_on": dense_eager_on, "chunked_on": chunked_on}
-    run = (runs | {"speculative_on": speculative_on, "lora_on": lora_on})[on]
+    run = (runs | {"speculative_on": speculative_on, "lora_on": lora_on})[name]
     assert [site["name"] for site in run.sites if site["fused"]] == DENSE
     calls = {name: count for name, count in run.result["calls"].items() if name != "group_quant"}
     assert set(calls) == set(CALLS) and calls["add_rms_norm_quant_with_norm"] == 11 * calls["rms_norm_quant_with_norm"]
