@@ -11,7 +11,7 @@ import torch
 
 from normquant import ops
 from normquant.specs import VLLM
-from normquant.vllm import experts_op, linear_inputs, norm_modules, quantizing_readers
+from normquant.vllm import experts_op, first_forward, linear_inputs, norm_modules, quantizing_readers
 from normquant.vllm.handover import take
 from normquant.vllm.quantizing_readers import ExpertsReader
 
@@ -100,7 +100,7 @@ def test_vllms_operation_of_experts_gets_a_tensor_that_carries_the_form(vllm: An
     experts_op.define_ops()
     layer_name = vllm.moe_runner.LayerName("layers.0") if vllm.moe_runner._USE_LAYERNAME else "layers.0"
     op = getattr(torch.ops.normquant_vllm, name)
-    with torch.inference_mode():
+    with torch.inference_mode(), first_forward.FirstForward((), ()):  # which watches all operations
         x = rows() + 0
         form = ops.group_quant(x, spec=VLLM)
         out = op(x, form.data, form.scale, VLLM.encode(), torch.ones(M, 4), x, None, layer_name, 0)

@@ -15,6 +15,7 @@ from shared.vllm_modules import GemmaRMSNorm, K, Model, RMSNorm, values
 from normquant.compile import Site
 from normquant.compile.policy import Rules
 from normquant.specs import VLLM, VLLM_UE8M0
+from normquant.vllm import first_forward
 from normquant.vllm.switches import Switches
 from normquant.vllm.uncompiled import HandOver, watch
 
@@ -228,6 +229,19 @@ def test_a_pass_that_raises_is_not_the_one(caplog: Any) -> None:
     assert settled == [] and "forward" not in model.model["layers"][0].input_layernorm.__dict__
     torch.testing.assert_close(run(model), run(Model()), rtol=0, atol=0)
     assert len(settled) == 1
+
+
+def test_a_pass_that_cannot_be_watched_is_made_again_without(caplog: Any, monkeypatch: Any) -> None:
+    def fail(*args: Any) -> Any:
+        raise TypeError("no mode is wanted here")
+
+    monkeypatch.setattr(first_forward.FirstForward, "__torch_dispatch__", fail)
+    model, settled = Model(), []
+    watch(model, ALWAYS, settled.append)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(run(model), run(Model()), rtol=0, atol=0)
+    assert caplog.messages == ["normquant leaves the model as it was: TypeError: no mode is wanted here"]
+    assert settled == [] and set(quantized_in(model, lambda: run(model)).values()) == {1}
 
 
 def test_a_failing_decision_leaves_the_model_as_it_was(caplog: Any) -> None:

@@ -97,7 +97,7 @@ def why_not_compiled(model: nn.Module, config: Any) -> str | None:
         if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH", "0") == "1":
             return f"{name}, with breakable CUDA graphs"
         return name
-    if not any(hasattr(module, "do_not_compile") for module in model.modules()):
+    if all(getattr(module, "do_not_compile", True) for module in model.modules()):
         return "the model has no support for it"
     return None
 

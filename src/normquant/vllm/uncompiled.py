@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -116,41 +117,44 @@ class HandOver(Taking):
         return y if total is None else (y, total)
 
 
-def watch(model: nn.Module, switches: Switches, done: Any) -> HandOver:
+def watch(model: nn.Module, switches: Switches, done: Callable[[HandOver], None]) -> HandOver:
     """Have the next forward pass of a model watched, and its norms hand over from then on.
 
-    done(hand_over): called when that is settled. A pass that is captured into a CUDA graph is not the one.
+    done: called when that is settled. A pass that is captured into a CUDA graph, or raises by itself, is not the one.
     """
-    hand_over = HandOver(model, switches)
-    handles: list[Any] = []
-    watching: list[FirstForward] = []
+    hand_over, stock = HandOver(model, switches), model.forward
 
-    def before(*_: Any) -> None:
-        if not watching and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            watching.append(FirstForward(hand_over.norms, hand_over.readers))
-            watching[0].__enter__()
-
-    def after(module: nn.Module, args: Any, result: Any) -> None:
-        if not watching:
-            return
-        first = watching.pop()
-        first.__exit__(None, None, None)
-        if result is None:  # it raised; the next one is watched
-            return
-        for handle in handles:
-            handle.remove()
+    @wraps(stock)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return stock(*args, **kwargs)
+        first = FirstForward(hand_over.norms, hand_over.readers)
         try:
+            with first:
+                result = stock(*args, **kwargs)
+        except Exception as error:
+            result = stock(*args, **kwargs)  # raises if it was not for us, and the next pass is watched
+            return _leave(model, hand_over, error, result)
+        try:
+            model.__dict__.pop("forward")
             hand_over.settle(first)
             done(hand_over)
         except Exception as error:
-            hand_over.undo()
-            if switches.strict:
-                raise
-            log.warning("normquant leaves the model as it was: %s: %s", type(error).__name__, error)
+            return _leave(model, hand_over, error, result)
+        return result
 
-    handles.append(model.register_forward_pre_hook(before))
-    handles.append(model.register_forward_hook(after, always_call=True))
+    model.forward = forward
     return hand_over
+
+
+def _leave(model: nn.Module, hand_over: HandOver, error: Exception, result: Any) -> Any:
+    """Give a model back as it was, with a warning, and return the result of its forward pass."""
+    model.__dict__.pop("forward", None)
+    hand_over.undo()
+    if hand_over.switches.strict:
+        raise error
+    log.warning("normquant leaves the model as it was: %s: %s", type(error).__name__, error)
+    return result
 
 
 def short(name: str) -> str:
