@@ -123,7 +123,7 @@ SETTINGS = {
     "dense_eager_on": Setting(ALWAYS | EAGER | {"config": DENSE}, CHECK),
     "chunked_on": Setting(ALWAYS | EAGER | {"config": DENSE} | CHUNKED, CHECK),
     "speculative_on": Setting(ALWAYS | EAGER | {"config": DENSE} | SPECULATIVE, CHECK),
-    "lora_on": Setting(ALWAYS | {"config": DENSE, "enable_lora": True, "max_lora_rank": 8}, CHECK),
+    "lora_on": Setting(ALWAYS | EAGER | {"config": DENSE, "enable_lora": True, "max_lora_rank": 8}, CHECK),
     "other_version": Setting({}, {"NORMQUANT": "1", "NORMQUANT_SHIM": "other_version"}, after="off"),
     "on_again": Setting(ALWAYS, {"NORMQUANT": "1"}, after="on"),
     "off_again": Setting({}, {"NORMQUANT": "0"}, after="on"),

