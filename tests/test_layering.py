@@ -42,7 +42,7 @@ FRAMEWORKS = {"vllm", "transformers", "flashinfer", "sglang", "deep_gemm"}  # kn
 BUILDS_MODELS = "audit/capture/model_inputs.py"  # of transformers, where it is asked for one by name
 GROUP_OPS = {"all_reduce_add_rms_norm_quant"}  # run by the workspace of their group, so that they are not in OPS
 REGISTER_OPS = (
-    *("ops/_op.py", "ops/all_reduce_add_rms_norm_quant.py", "linear/", "vllm/fp8_linear.py"),
+    *("ops/_op.py", "ops/all_reduce_add_rms_norm_quant.py", "linear/", "vllm/fp8_linear.py", "vllm/experts_op.py"),
     "bench/decoder_layers.py",  # a stand-in
 )
 DOCUMENTED = {"compile/cleanup.py"}  # an import path of users, whose code has the same name elsewhere
@@ -53,7 +53,7 @@ FOLDERS = {"vllm_plugin": "vllm"}  # tests/vllm needs vLLM
 TOGETHER = (
     *("test_docs", "test_examples", "test_import", "test_layering", "test_peers", "test_reference_values"),
     *("cli/test_audit_model", "integrations/test_documented_paths", "compile/find/test_reasons", "compile/test_zoo"),
-    "test_screenshots",
+    *("test_screenshots", "vllm_plugin/test_on_call"),
     *("compile/test_inductor", "compile/test_models", "compile/test_nested_graphs", "compile/test_random_graphs"),
     *("compile/test_vllm_graphs", "compile/fusions/test_vllm_cases", "kernels/test_machine_code", "ops/test_ops"),
     *("cli/test_completion", "cli/test_exit_codes"),
@@ -99,8 +99,14 @@ COVERED = {
     "report/formatting.py": "report/test_audit_text",
     "tune/by_decode_step.py": "tune/test_decode_step",
     "vllm/compile_pass.py": "vllm_plugin/test_plugin",
+    "vllm/experts_op.py": "vllm_plugin/test_compiled_experts",
+    "vllm/first_forward.py": "vllm_plugin/test_uncompiled",
     "vllm/fp8_linear.py": "compile/fusions/test_vllm_linear",
+    "vllm/linear_inputs.py": "vllm/test_manual",
     "vllm/manual.py": "vllm/test_manual",
+    "vllm/norm_modules.py": "vllm_plugin/test_uncompiled",
+    "vllm/quantizing_readers.py": "vllm_plugin/test_uncompiled",
+    "vllm/taking.py": "vllm_plugin/test_uncompiled",
 }
 
 

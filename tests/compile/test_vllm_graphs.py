@@ -94,7 +94,7 @@ def test_epsilons_are_read_from_the_graph() -> None:
     [
         (lambda x, w: torch.ops.vllm_ir.rms_norm(x, None, 1e-6), "no weight"),
         (lambda x, w: torch.ops.vllm_ir.rms_norm(x, w, 1e-6, 128), "part of the row"),
-        (lambda x, w: torch.ops.vllm_ir.rms_norm(x, w.float(), 1e-6), "weight of torch.float32"),
+        (lambda x, w: torch.ops.vllm_ir.rms_norm(x, w.half(), 1e-6), "weight of torch.float16"),
     ],
     ids=["no weight", "variance size", "mixed dtypes"],
 )
@@ -105,6 +105,49 @@ def test_norms_that_the_kernels_lack_stay(fn, words: str) -> None:
     outcome = run_with_pass(quantized, ARGS[0], ARGS[2])
     assert words in outcome.site.reason and outcome.ops() == []
     assert_same(outcome.result, quantized(ARGS[0], ARGS[2]))
+
+
+GEMMAS = {
+    "w.float() + 1": (lambda w: w.float() + 1.0, 1.0),
+    "w.float()": (lambda w: w.float(), 0.0),
+    "an fp32 weight": (lambda w: w, 0.0),
+    "an fp32 weight + 1": (lambda w: w + 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["norm", "add norm"])
+@pytest.mark.parametrize("name", GEMMAS)
+def test_norms_with_an_fp32_weight_round_once(name: str, residual: bool) -> None:
+    """As `GemmaRMSNorm` writes them, in Gemma, Qwen3-Next and Qwen3.5."""
+    factor, offset = GEMMAS[name]
+    x, r, w = exact(M, K), exact(M, K, seed=1), exact(K, seed=2) / 8
+    w = w.float() * 1.001 if "fp32" in name else w
+
+    def fn(x, r, w):
+        y, h = add_norm(x, r, factor(w)) if residual else (norm(x, factor(w)), x)
+        return *vllm_ops.per_token_group_fp8_quant(y), y, h * 1.0
+
+    outcome = run_with_pass(fn, x, r, w)
+    assert outcome.site.fused, outcome.site.reason
+    assert QuantSpec.decode(outcome.site.spec).rounding == "once"
+    (node,) = [n for n in outcome.graphs[0].graph.nodes if "rms_norm_quant" in str(n.target)]
+    assert node.args[-2] == offset
+    assert outcome.ops() == [f"normquant.{'add_' * residual}rms_norm_quant_with_norm.default"]
+    assert_same(outcome.result, fn(x, r, w))
+
+
+@pytest.mark.parametrize("gemma", [False, True], ids=["w", "w + 1"])
+def test_norms_of_heads_stay_in_front_of_rows_of_all_heads(gemma: bool) -> None:
+    """A norm of each head has rows of a head, and a quantization of what follows has rows of all heads."""
+    w = exact(128, seed=2) / 8
+
+    def fn(x, w):
+        heads = torch.ops.vllm_ir.rms_norm(x.view(-1, K // 128, 128), w.float() + 1.0 if gemma else w, 1e-6)
+        return vllm_ops.per_token_group_fp8_quant(heads.view(-1, K))
+
+    outcome = run_with_pass(fn, exact(M, K), w)
+    assert outcome.site.reason == "the quantization reads rows of 512 values, the norm makes rows of 128"
+    assert_same(outcome.result, fn(exact(M, K), w))
 
 
 def test_the_gate_that_fuses_only_opaque_norms() -> None:

@@ -43,8 +43,8 @@ def _packed(x, output_q, output_s_packed, group_size, eps, fp8_min, fp8_max):
 
 
 def _norm(h, weight, epsilon, dtype):
-    n = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon)).to(dtype)
-    return n if weight is None else (n * weight).to(dtype)
+    n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (n if weight is None else n.to(weight.dtype) * weight).to(dtype)
 
 
 def _rms_norm(x, weight, epsilon, variance_size=None):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from normquant.vllm.graph_records import FILE, GraphRecord, read
+from normquant.vllm.graph_records import FILE, GraphRecord, find, read
 
 Environment = Callable[[Path], dict[str, str]]
 HERE = Path(__file__).parent
@@ -88,6 +88,13 @@ PARTITIONED = {
 }
 
 
+EAGER = {"enforce_eager": True}  # nothing is compiled
+CHECK = {"NORMQUANT_CHECK": "1"}
+# Prompts of 9 to 11 tokens, in steps of at most 8, and again with what is cached of them.
+CHUNKED = {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 8}
+SPECULATIVE = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}}
+
+
 @dataclass(frozen=True)
 class Setting:
     """Of an engine. after: the engine whose caches it goes on with; without one it has caches of its own."""
@@ -110,6 +117,13 @@ SETTINGS = {
     "dense_partitioned": Setting(ALWAYS | {"config": DENSE, "compilation": PARTITIONED}),
     "experts_off": Setting({"config": EXPERTS, "compilation": ONE_GRAPH}),
     "experts_on": Setting(ALWAYS | {"config": EXPERTS, "compilation": ONE_GRAPH}),
+    "eager_off": Setting(EAGER),
+    "eager_on": Setting(ALWAYS | EAGER, CHECK),
+    "dense_eager_off": Setting(EAGER | {"config": DENSE}),
+    "dense_eager_on": Setting(ALWAYS | EAGER | {"config": DENSE}, CHECK),
+    "chunked_on": Setting(ALWAYS | EAGER | {"config": DENSE} | CHUNKED, CHECK),
+    "speculative_on": Setting(ALWAYS | EAGER | {"config": DENSE} | SPECULATIVE, CHECK),
+    "lora_on": Setting(ALWAYS | EAGER | {"config": DENSE, "enable_lora": True, "max_lora_rank": 8}, CHECK),
     "other_version": Setting({}, {"NORMQUANT": "1", "NORMQUANT_SHIM": "other_version"}, after="off"),
     "on_again": Setting(ALWAYS, {"NORMQUANT": "1"}, after="on"),
     "off_again": Setting({}, {"NORMQUANT": "0"}, after="on"),
@@ -127,7 +141,8 @@ class Run:
 
     @property
     def records(self) -> list[GraphRecord]:
-        return list(read(Path(self.result["cache"]) / FILE))
+        cache = self.result["cache"]  # None where nothing is compiled
+        return list(read(Path(cache) / FILE if cache else find(self.folder / "vllm")[0]))
 
     @property
     def sites(self) -> list[dict[str, Any]]:
@@ -150,7 +165,7 @@ def run_engine(folder: Path, options: dict[str, Any], environ: dict[str, str]) -
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-6000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    report = Path(result["cache"]) / FILE
+    report = Path(result["cache"]) / FILE if result["cache"] else next(iter(find(folder / "vllm")), folder / FILE)
     return Run(result, log, report.read_text() if report.exists() else None, folder)
 
 

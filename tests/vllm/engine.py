@@ -91,7 +91,7 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
         **options.pop("compilation", {}),
     }
     model = write_model(options.pop("config", MODEL))
-    llm = LLM(model=model, compilation_config=compilation, **SETTINGS, **options)
+    llm = LLM(model=model, compilation_config=compilation, **(SETTINGS | options))
     prompts = [{"prompt_token_ids": [(7 * i + j) % 1000 + 2 for j in range(9 + i)]} for i in range(3)]
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=1)
     outputs = llm.generate(prompts, sampling, use_tqdm=False)

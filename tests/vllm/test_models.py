@@ -22,11 +22,11 @@ def fused(run: Any) -> list[str]:
     return sorted(site["name"] for site in run.sites)
 
 
-@pytest.mark.parametrize("on", ["dense_on", "dense_partitioned"])
+@pytest.mark.parametrize("name", ["dense_on", "dense_partitioned"])
 def test_a_dense_layer_has_two_norms_and_a_gated_product(
-    on: str, dense_off: Any, dense_on: Any, dense_partitioned: Any
+    name: str, dense_off: Any, dense_on: Any, dense_partitioned: Any
 ) -> None:
-    run = {"dense_on": dense_on, "dense_partitioned": dense_partitioned}[on]
+    run = {"dense_on": dense_on, "dense_partitioned": dense_partitioned}[name]
     assert fused(run) == sorted(DENSE)
     assert run.result["calls"] == {
         "rms_norm_quant": 1,  # the first norm has no residual

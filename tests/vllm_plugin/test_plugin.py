@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from normquant.vllm import plugin
+from normquant.vllm import loading, plugin
 
 
 def module(name: str, **attributes: Any) -> ModuleType:
@@ -29,6 +29,9 @@ class Vllm:
 
             def compute_hash(self, include_version: bool = True) -> str:
                 return "0123456789" if include_version else "9876543210"
+
+        class CompilationConfig:
+            def custom_op_log_check(self) -> None: ...
 
         class InductorPass:
             def is_applicable_for_range(self, compile_range: object) -> bool:
@@ -53,6 +56,13 @@ class Vllm:
                 self.passes += [NoOpEliminationPass(), RMSNormQuantFusionPass()]
 
         self.VllmConfig, self.PostGradPassManager, self.InductorPass = VllmConfig, PostGradPassManager, InductorPass
+        self.CompilationConfig, self.current = CompilationConfig, VllmConfig()
+        config = module(
+            "vllm.config",
+            VllmConfig=VllmConfig,
+            CompilationConfig=CompilationConfig,
+            get_current_vllm_config=lambda: self.current,
+        )
         inductor_pass = module(
             "vllm.compilation.passes.inductor_pass",
             InductorPass=InductorPass,
@@ -60,10 +70,10 @@ class Vllm:
         )
         pass_manager = module("vllm.compilation.passes.pass_manager", PostGradPassManager=PostGradPassManager)
         passes = module("vllm.compilation.passes", inductor_pass=inductor_pass, pass_manager=pass_manager)
-        top = module("vllm", __version__=version, __path__=[])
+        top = module("vllm", __version__=version, __path__=[], config=config)
         self.modules = {
             "vllm": top,
-            "vllm.config": module("vllm.config", VllmConfig=VllmConfig),
+            "vllm.config": config,
             "vllm.compilation": module("vllm.compilation", __path__=[]),
             "vllm.compilation.passes": passes,
             "vllm.compilation.passes.inductor_pass": inductor_pass,
@@ -168,6 +178,31 @@ def test_a_pass_manager_that_changed_is_left_alone(make: Any, monkeypatch: Any, 
     assert vllm.configured(config) == STOCK
     (message,) = caplog.messages
     assert "InductorPass has no is_applicable_for_range" in message
+
+
+def test_a_model_that_is_made_is_expected_where_its_config_is_on(make: Any, monkeypatch: Any) -> None:
+    vllm, expected = make(), []
+    monkeypatch.setattr(loading, "expect", lambda config, switches: expected.append((config, switches.rules.policy)))
+    for _ in range(2):
+        plugin.register()
+    vllm.CompilationConfig().custom_op_log_check()
+    vllm.current = vllm.VllmConfig({"normquant": {"policy": "always"}})
+    vllm.CompilationConfig().custom_op_log_check()
+    assert expected == [(vllm.current, "always")]
+
+
+def test_a_vllm_that_does_not_say_when_a_model_is_made_still_has_the_pass(
+    make: Any, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setenv("NORMQUANT", "1")
+    vllm = make()
+    del vllm.CompilationConfig.custom_op_log_check
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
+    (message,) = caplog.messages
+    assert message.endswith("has no custom_op_log_check; this concerns models that it does not compile")
+    vllm.VllmConfig().compute_hash()
+    assert vllm.configured(vllm.VllmConfig()) == OURS
 
 
 def test_a_misspelt_switch_is_said(make: Any, monkeypatch: Any) -> None:

@@ -36,6 +36,15 @@ def test_the_entry_is_read() -> None:
     assert switches.rules.sites == {"layers.0.*": "never"}
 
 
+@pytest.mark.parametrize(
+    ("variable", "entry", "check"),
+    [("", {}, False), ("1", {}, True), ("", {"check": True}, True), ("0", {"check": True}, False)],
+)
+def test_the_check_is_asked_for_by_variable_or_entry(variable: str, entry: dict, check: bool) -> None:
+    environ = {"NORMQUANT_CHECK": variable, "NORMQUANT": "1"}
+    assert read_switches(environ, {"normquant": entry}).check is check
+
+
 def test_a_table_that_is_missing_is_found_at_once(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"missing\.json"):
         read_switches({}, {"normquant": {"table": str(tmp_path / "missing.json")}})
@@ -50,6 +59,7 @@ def test_other_configs_say_nothing(config: object) -> None:
     ("environ", "entry", "words"),
     [
         ({"NORMQUANT": "yes"}, None, "NORMQUANT is 'yes'; accepted: 1 (on), 0 (off)"),
+        ({"NORMQUANT_CHECK": "2"}, None, "NORMQUANT_CHECK is '2'; accepted: 1 (on), 0 (off)"),
         ({}, True, "is True; a dict with"),
         ({}, {"polcy": "auto"}, "has 'polcy'; accepted: 'enabled', 'policy'"),
         ({}, {"policy": 3}, "['policy'] is 3; a str is accepted"),

@@ -1,4 +1,4 @@
-"""Say, per type of layer, what normquant fused in vLLM's compiled graphs and what not, and why.
+"""Say, per type of layer, what normquant fused in vLLM, in compiled graphs or without, and what not, and why.
 
 Reads what the plugin wrote beside vLLM's compile cache; neither vLLM nor a GPU is needed.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what imports torch is imported where records are read
     from normquant.vllm.graph_records import GraphRecord
 
+SHARED = "Layers whose graph is the same share one compiled graph; it is listed once, under the first of them."
 INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -71,6 +72,8 @@ def _home() -> Path:
 
 def text(records: Iterable[GraphRecord]) -> str:
     """The records as a table of layer types, fused ones first."""
+    from normquant.vllm.graph_records import NOT_COMPILED
+
     records = list(records)
     fused, sites = 0, 0
     kinds: dict[tuple[str, ...], set[str]] = {}
@@ -82,11 +85,15 @@ def text(records: Iterable[GraphRecord]) -> str:
         for site in (*own, *record.report["others"]):
             kinds.setdefault(_kind(site), set()).update(INDEX.findall(site["name"])[:1])
     versions = sorted({f"normquant {r.normquant}, vLLM {r.vllm}, policy {r.report['policy']}" for r in records})
-    lines = [*versions, f"{fused} of {sites} sites fused in {len(records)} compiled graphs"]
+    apart = [record.rows for record in records if record.rows.startswith(NOT_COMPILED)]
+    graphs = len(records) - len(apart)
+    where = f"{graphs} compiled graphs" if not apart else f"a model that is {apart[0]}"
+    lines = [*versions, f"{fused} of {sites} sites fused in {where}"]
     lines += [f"  {_line(kind, layers)}" for kind, layers in sorted(kinds.items(), key=lambda item: item[0])]
     lines += [f"  linear kernel: {name}, {n} calls{_note(name)}" for name, n in sorted(linear.items())]
     lines += [f"  a graph was compiled as it was: {r.report['error']}" for r in records if r.report["error"]]
-    lines.append("Layers whose graph is the same share one compiled graph; it is listed once, under the first of them.")
+    if graphs:
+        lines.append(SHARED)
     return "\n".join(lines)
 
 

@@ -16,10 +16,11 @@ from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 
 from normquant.compile import FusionReport
 from normquant.compile.driver import VLLM_FUSIONS, NormQuantPass
+from normquant.compile.fusions.vllm_experts import ExpertInputs
 from normquant.compile.fusions.vllm_linear import QuantizedInputs
 from normquant.compile.graph_warmup import warm_graph
 from normquant.version import VERSION
-from normquant.vllm import fp8_linear
+from normquant.vllm import compiled_experts, fp8_linear
 from normquant.vllm.graph_records import GraphRecord, append, linear_kernels, remark
 from normquant.vllm.switches import Switches
 
@@ -91,7 +92,8 @@ class VllmNormQuantPass(InductorPass):
 def _fusion(switches: Switches) -> NormQuantPass:
     deepgemm_alone = os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0"
     quantized_inputs = QuantizedInputs(fp8_linear.lacks, fp8_linear.flashinfer_version(), deepgemm_alone)
-    return NormQuantPass(switches.rules, switches.strict, (quantized_inputs, *VLLM_FUSIONS))
+    experts = ExpertInputs(compiled_experts.experts_spec)
+    return NormQuantPass(switches.rules, switches.strict, (quantized_inputs, experts, *VLLM_FUSIONS))
 
 
 def pass_key(switches: Switches) -> str:

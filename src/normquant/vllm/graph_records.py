@@ -7,6 +7,7 @@ A server that loads its graphs from that cache compiles nothing, and the file st
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from normquant.compile.find.quant_ops import DEEPGEMM, called
 from normquant.compile.fusions.vllm_linear import FLASHINFER, FLASHINFER_OR_DEEPGEMM, PRODUCT
 
 FILE = "normquant.jsonl"
+NOT_COMPILED = "not compiled"  # in place of a range of token counts
 SELF_QUANTIZING = "takes bf16 and quantizes inside: nothing is fused in front of it, for the reason at its sites"
 
 # name of vLLM's operation -> how a person calls the kernel, and what keeps it from being fused with
@@ -36,7 +38,8 @@ KERNELS: Mapping[str, tuple[str, str]] = {
 class GraphRecord:
     """One graph that the pass has seen.
 
-    normquant, vllm: versions. rows: the range of token counts that the graph is for, as vLLM writes it.
+    normquant, vllm: versions. rows: the range of token counts that the graph is for, as vLLM writes it; of a model that
+        vLLM does not compile, that and why.
     report: `FusionReport.to_dict()`. linear: block-FP8 linear kernel -> calls in the graph.
     """
 
@@ -51,6 +54,17 @@ def append(directory: Path, record: GraphRecord) -> None:
     """Add a record to the file of a compile cache. Raises OSError where it cannot be written."""
     with (directory / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(record)) + "\n")
+
+
+def overwrite(directory: Path, record: GraphRecord) -> None:
+    """Make a record the only one of a folder. Raises OSError where it cannot be written; what was there stays then."""
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / f".{os.getpid()}.{FILE}"
+    try:
+        part.write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
+        os.replace(part, directory / FILE)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Iterator[GraphRecord]:

@@ -18,7 +18,8 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 
 from normquant import ops
 from normquant.spec import QuantSpec
-from normquant.specs import VLLM, VLLM_UE8M0
+from normquant.specs import VLLM
+from normquant.vllm.linear_inputs import kernel_of, quantization_of
 
 __all__ = ["add_rms_norm_quant", "block_linear", "group_quant", "input_spec", "rms_norm_quant", "silu_mul_quant"]
 
@@ -53,15 +54,10 @@ def input_spec(layer: torch.nn.Module) -> QuantSpec:
 
     Raises ValueError for a layer without such a kernel, and for a kernel that takes bf16 and quantizes inside.
     """
-    quant = _kernel(layer).quant_fp8
-    if not quant.is_group_quant or quant.static or quant.group_size not in KEYS:
-        raise ValueError(f"{_name(layer)} quantizes its input in another way than in groups of 128 or 64")
-    if _is_packed(quant):
-        return VLLM_UE8M0.replace(scale="ue8m0_packed", layout="col_tma")
-    layout = "row"
-    if quant.column_major_scales:
-        layout = "col_tma" if quant.tma_aligned_scales else "col"
-    return (VLLM_UE8M0 if quant.use_ue8m0 else VLLM).replace(group=quant.group_size, layout=layout)
+    try:
+        return quantization_of(_kernel(layer).quant_fp8)
+    except ValueError as reason:
+        raise ValueError(f"{_name(layer)}: {reason}") from None
 
 
 def block_linear(
@@ -86,23 +82,14 @@ def block_linear(
 
 
 def _kernel(layer: torch.nn.Module) -> Any:
-    kernel: Any = getattr(getattr(layer, "quant_method", None), "fp8_linear", None)
-    if not hasattr(kernel, "apply_block_scaled_mm") or not hasattr(kernel, "quant_fp8"):
+    kernel = kernel_of(layer)
+    if kernel is None:
         raise ValueError(
             f"{_name(layer)} has no block-FP8 kernel; a linear layer of a block-FP8 checkpoint is accepted"
         )
     if not kernel.apply_input_quant:
         raise ValueError(f"{_name(layer)} uses {type(kernel).__name__}, which takes bf16 and quantizes inside")
     return kernel
-
-
-def _is_packed(quant: Any) -> bool:
-    """Whether vLLM's quantization of this layer packs its exponents, as DeepGEMM takes them on Blackwell."""
-    from vllm.utils.deep_gemm import DeepGemmQuantScaleFMT
-
-    if not (quant.use_ue8m0 and quant.use_deep_gemm_supported and quant.group_size == 128):
-        return False
-    return DeepGemmQuantScaleFMT.from_oracle() == DeepGemmQuantScaleFMT.UE8M0
 
 
 def _to_vllm(quantized: Any, dtype: torch.dtype) -> QuantizedActivation:

@@ -1,9 +1,14 @@
 """vLLM's entry point `vllm.general_plugins`: puts the compile pass into vLLM, when a switch asks for it.
 
-vLLM loads it in each of its processes. One method of vLLM is wrapped here, `VllmConfig.compute_hash`, which every path
-to a compiled graph calls first, from a cache or not. Only where the config asks for normquant does the wrapper do
-anything: it adds normquant's version and switches to the hash, so that no graph compiled with other ones is loaded, and
-it wraps `PostGradPassManager.configure`, which then inserts the pass. Nothing here touches CUDA.
+vLLM loads it in each of its processes. Two methods of vLLM are wrapped here, and do more than before only where the
+config asks for normquant:
+
+- `VllmConfig.compute_hash`, which every path to a compiled graph calls first, from a cache or not. normquant's version
+  and switches go into the hash, so that no graph compiled with other ones is loaded, and
+  `PostGradPassManager.configure` is wrapped, which then inserts the pass.
+- `CompilationConfig.custom_op_log_check`, which vLLM calls when it has made a model, compiled or not (`loading`).
+
+Nothing here touches CUDA.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from normquant.vllm.switches import Switches, read_switches
 
 log = logging.getLogger("vllm.normquant")  # below "vllm", so that vLLM's own handlers show it
 
+MODEL_MADE = "custom_op_log_check"
 MARK = "_normquant_wraps"  # on a wrapper of ours: the method of vLLM that it wraps
 OLDEST, NEWEST = (0, 26), (0, 33)  # the versions of vLLM that the plugin was made for
 _declined: set[str] = set()
@@ -33,14 +39,19 @@ def register() -> None:
     """
     asked = read_switches(os.environ, None).enabled
     try:
-        from vllm import __version__
-        from vllm.config import VllmConfig
+        from vllm import __version__, config
     except ImportError as error:
         return _decline(f"vLLM cannot be imported: {error}", asked)
-    reason = why_unsupported(__version__) or _lacks(VllmConfig, "compute_hash")
+    reason = why_unsupported(__version__) or _lacks(config, "VllmConfig") or _lacks(config.VllmConfig, "compute_hash")
     if reason:
         return _decline(reason, asked)
-    _wrap(VllmConfig, "compute_hash", _hash_with_switches)
+    _wrap(config.VllmConfig, "compute_hash", _hash_with_switches)
+    reason = _lacks(config, "CompilationConfig", "get_current_vllm_config") or _lacks(
+        config.CompilationConfig, MODEL_MADE
+    )
+    if reason:
+        return _decline(f"{reason}; this concerns models that it does not compile", asked)
+    _wrap(config.CompilationConfig, MODEL_MADE, _model_made)
 
 
 def _hash_with_switches(original: Any, config: Any, *args: Any, **kwargs: Any) -> str:
@@ -88,6 +99,20 @@ def _configure_with_pass(original: Any, manager: Any, config: Any) -> None:
     entry = insert(manager, switches, config)
     where = f"; `normquant vllm-report {entry.directory}` says what fused" if entry.directory else ""
     log.info("normquant %s fuses norm and quantization, policy %s%s", VERSION, switches.rules.policy, where)
+
+
+def _model_made(original: Any, compilation: Any, *args: Any, **kwargs: Any) -> Any:
+    """A model was made: have it looked at when its weights are there, where its config switches normquant on."""
+    result = original(compilation, *args, **kwargs)
+    from vllm.config import get_current_vllm_config
+
+    config = get_current_vllm_config()
+    switches = _switches(config)
+    if switches.enabled:
+        from normquant.vllm.loading import expect
+
+        expect(config, switches)
+    return result
 
 
 def _switches(config: Any) -> Switches:

@@ -1,4 +1,5 @@
-"""What a user of vLLM switches: the environment variable NORMQUANT, and `additional_config={"normquant": {...}}`."""
+"""What a user of vLLM switches: the environment variables NORMQUANT and NORMQUANT_CHECK, and
+`additional_config={"normquant": {...}}`."""
 
 from __future__ import annotations
 
@@ -9,18 +10,23 @@ from typing import Any
 from normquant.compile.policy import Rules
 
 VARIABLE = "NORMQUANT"
+CHECK_VARIABLE = "NORMQUANT_CHECK"
 KEY = "normquant"
-ENABLED, POLICY, SITES, TABLE, STRICT = "enabled", "policy", "sites", "table", "strict"
-TYPES = {ENABLED: bool, POLICY: str, SITES: dict, TABLE: str, STRICT: bool}
+ENABLED, POLICY, SITES, TABLE, STRICT, CHECK = "enabled", "policy", "sites", "table", "strict", "check"
+TYPES = {ENABLED: bool, POLICY: str, SITES: dict, TABLE: str, STRICT: bool, CHECK: bool}
 
 
 @dataclass(frozen=True)
 class Switches:
-    """enabled: whether the pass is inserted. rules, strict: as `normquant.inductor_options` takes them."""
+    """enabled: whether normquant does anything. rules, strict: as `normquant.inductor_options` takes them.
+
+    check: whether every quantized form that is handed from one module to another is compared with a fresh one.
+    """
 
     enabled: bool = False
     rules: Rules = field(default_factory=Rules)
     strict: bool = False
+    check: bool = False
 
 
 def read_switches(environ: Mapping[str, str], additional_config: object) -> Switches:
@@ -30,13 +36,12 @@ def read_switches(environ: Mapping[str, str], additional_config: object) -> Swit
     `additional_config` switches on, and may hold:
         "enabled": false to switch off.
         "policy", "sites", "table", "strict": as `normquant.inductor_options` takes them.
+        "check": true to compare what is handed over, as NORMQUANT_CHECK=1 does.
     An `additional_config` that is no dict says nothing about normquant.
 
     Raises ValueError for anything else, OSError for a table that cannot be read.
     """
-    variable = environ.get(VARIABLE, "")
-    if variable not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE} is {variable!r}; accepted: 1 (on), 0 (off)")
+    variable, check = (_variable(environ, name) for name in (VARIABLE, CHECK_VARIABLE))
     given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
     entry = _checked(given) if given is not None else {}
     enabled = entry.get(ENABLED, True) if given is not None else False
@@ -45,7 +50,15 @@ def read_switches(environ: Mapping[str, str], additional_config: object) -> Swit
     if not enabled:
         return Switches()
     rules = Rules(entry.get(POLICY, "auto"), dict(entry.get(SITES, {})), entry.get(TABLE))
-    return Switches(True, rules, entry.get(STRICT, False))
+    check_asked = entry.get(CHECK, False) if check == "" else check == "1"
+    return Switches(True, rules, entry.get(STRICT, False), check_asked)
+
+
+def _variable(environ: Mapping[str, str], name: str) -> str:
+    value = environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{name} is {value!r}; accepted: 1 (on), 0 (off)")
+    return value
 
 
 def _checked(entry: object) -> Mapping[str, Any]:

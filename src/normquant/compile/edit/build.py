@@ -29,10 +29,10 @@ class Builder:
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node with the fake value that it makes. An operation that refuses its arguments leaves no node."""
-        values = map_arg(args, lambda n: n.meta["val"])
-        fake = next((v.fake_mode for v in _tensors(values) if hasattr(v, "fake_mode")), None)
+        values, named = map_arg((args, kwargs), lambda n: n.meta["val"])
+        fake = next((v.fake_mode for v in _tensors((values, named)) if hasattr(v, "fake_mode")), None)
         with fake if fake is not None else nullcontext():
-            made = target(*values, **kwargs)
+            made = target(*values, **named)
         node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = made
         self.made.append(node)

@@ -175,6 +175,14 @@ def _weight(scale: Node, k: int, trailing: tuple) -> tuple[Node, float]:
         raise Unsupported(f"what was normalized is multiplied with one value per row, {factor}, not with a weight")
     if not same_shape(shape, trailing):
         raise Unsupported(f"the weight has shape {tuple(value(scale).shape)}; the kernels take one value per column")
+    node, offset = weight_and_offset(scale)
+    if dtype(node) not in (*ACTIVATION_DTYPES, torch.float32):
+        raise Unsupported(f"the weight is {dtype_name(dtype(node))}; the kernels take bfloat16, float16 and float32")
+    return node, offset
+
+
+def weight_and_offset(scale: Node) -> tuple[Node, float]:
+    """A factor as a weight and the constant that is added to it in fp32, as in Gemma's norms; 0.0 where none is."""
     node, offset = peel(scale, keeps_order, is_widening), 0.0
     if is_call(node, *ADDS) and dtype(node) == torch.float32 and number(node.kwargs.get("alpha", 1)) == 1:
         constants = [number(term) for term in arguments(node)[:2]]
@@ -182,8 +190,6 @@ def _weight(scale: Node, k: int, trailing: tuple) -> tuple[Node, float]:
         if len(found) == 1:
             offset = found[0]
             node = peel(arguments(node)[constants.index(None)], keeps_order, is_widening)
-    if dtype(node) not in (*ACTIVATION_DTYPES, torch.float32):
-        raise Unsupported(f"the weight is {dtype_name(dtype(node))}; the kernels take bfloat16, float16 and float32")
     return node, offset
 
 

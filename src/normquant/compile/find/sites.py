@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.find import norm_ops, quant_ops, quants
+from normquant.compile.find.described import described
 from normquant.compile.find.duplicates import Values
 from normquant.compile.find.found import Match, Rejected, anchor_of
 from normquant.compile.find.graph import (
@@ -25,9 +26,7 @@ from normquant.compile.find.graph import (
     dtype,
     is_cast,
     is_tensor,
-    is_view,
     op_name,
-    peel,
 )
 from normquant.compile.find.norms import Norm
 from normquant.compile.find.outside_readers import check_inside, choose_layout, norms_outside
@@ -122,7 +121,7 @@ class _Reader:
             except Unsupported as reason:
                 self.norms[y] = reason
             except NotFound:
-                self.norms[y] = NotFound(f"its input is {op_name(peel(y, is_view, is_cast))}, not an RMSNorm")
+                self.norms[y] = NotFound(f"its input is {described(y)}, not an RMSNorm")
         return self.norms[y]
 
 

@@ -14,8 +14,9 @@ from torch.fx import Graph, Node
 
 from normquant.compile.edit.build import Builder, Rewrite, call_in_place_of
 from normquant.compile.edit.decompose import decompose
+from normquant.compile.find.described import described
 from normquant.compile.find.found import Rejected
-from normquant.compile.find.graph import Unsupported, op_name, value
+from normquant.compile.find.graph import Unsupported, value
 from normquant.compile.find.quant_ops import is_group_quant, is_quant, quantized, read
 from normquant.compile.find.quants import Quant
 from normquant.compile.fusions.acceptance import check_op, rows_of
@@ -55,7 +56,7 @@ def _candidate(anchor: Node) -> Candidate | None:
 def _replace(anchor: Node, source: Node, quant: Quant, k: int, new: Builder) -> Rewrite:
     op = torch.ops.normquant.group_quant.default
     replaced = call_in_place_of(new, anchor, (quant.data, quant.scale), op, source, k, quant.spec.encode())
-    note = f"its input is {op_name(quantized(anchor))}, so that nothing is fused into it"
+    note = f"its input is {described(quantized(anchor))}, so that nothing is fused into it"
     return Rewrite(replaced, like=anchor, note=note)
 
 

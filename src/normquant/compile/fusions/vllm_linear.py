@@ -59,9 +59,14 @@ class SelfQuantizing:
     @property
     def spec(self) -> QuantSpec:
         """How the kernel quantizes its input."""
-        if self.rows_below == EVERY_ROW:
-            return FLASHINFER_LINEAR
-        return (VLLM_UE8M0 if self.e8m0 else VLLM).replace(layout="col_tma", few_rows=self.rows_below)
+        return input_spec(self.rows_below, self.e8m0)
+
+
+def input_spec(rows_below: int, e8m0: bool) -> QuantSpec:
+    """How FlashInfer's kernel quantizes inside for fewer rows than `rows_below`, and vLLM for DeepGEMM from there."""
+    if rows_below == EVERY_ROW:
+        return FLASHINFER_LINEAR
+    return (VLLM_UE8M0 if e8m0 else VLLM).replace(layout="col_tma", few_rows=rows_below)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""The quantized form of a norm's result, left with the tensor itself for whoever quantizes that tensor.
+
+    leave(y, form)      by the norm, whose kernel made both
+    take(x, spec)       by what would quantize x: the form, where x is y as it was left, and the spec is the form's
+
+A form that does not belong to what x holds would be a wrong answer, so a hit asks for all of this:
+
+- x is the very object that the norm returned, or a view of all of it. Memory that is used again makes another object.
+- No operation of torch wrote y or a view of it since: its version counter stands still. Tensors of inference mode have
+  none and carry nothing, so norms make theirs outside of it (`carrying`).
+- y lies where it lay, in the same shape.
+
+What no version counter shows, a kernel that writes through a pointer, is the business of those who call `leave`: they
+have to know what runs between norm and reader (`first_forward`, or a compiler's graph). Within a captured CUDA graph
+all of this is decided once, while it is captured, for kernels that run in that order ever after.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from normquant.reference import lay_out_scale
+from normquant.spec import QuantizedActivation, QuantSpec
+
+MARK = "_normquant_form"
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """A form, and the tensor as it was when the form was left there."""
+
+    form: QuantizedActivation
+    owner: weakref.ref[torch.Tensor]
+    version: int
+    place: tuple[int, ...]
+
+
+@contextmanager
+def carrying() -> Iterator[None]:
+    """Tensors made inside can carry a form, also where inference mode is on outside."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def leave(y: torch.Tensor, form: QuantizedActivation) -> bool:
+    """Leave y's quantized form [M, K] with y [M, K], contiguous. False where y cannot carry one."""
+    if y.is_inference() or not y.is_contiguous():
+        return False
+    setattr(y, MARK, _Left(form, weakref.ref(y), y._version, _place(y)))
+    return True
+
+
+def drop(y: torch.Tensor) -> None:
+    """Take back what was left with y."""
+    if hasattr(y, MARK):
+        delattr(y, MARK)
+
+
+def take(x: torch.Tensor, spec: QuantSpec) -> QuantizedActivation | None:
+    """x [..., K] quantized by `spec`, as [M, K], where that was left with it; None where x is to be quantized."""
+    y = x if hasattr(x, MARK) else x._base
+    left: _Left | None = getattr(y, MARK, None)
+    if y is None or left is None or left.owner() is not y or y._version != left.version:
+        return None
+    if not x.is_contiguous() or _place(x) != left.place:
+        return None
+    return in_spec(left.form, spec)
+
+
+def in_spec(form: QuantizedActivation, spec: QuantSpec) -> QuantizedActivation | None:
+    """A form [M, K] as another spec has it: itself, or with its scales laid out anew; None where the values differ."""
+    m, k = form.data.shape
+    if not fits(form.spec, spec, m):
+        return None
+    if quantization(form.spec.at(m)) == quantization(spec.at(m)):
+        return form
+    return QuantizedActivation(form.data, lay_out_scale(form.scale, k, spec.at(m)), spec)
+
+
+def fits(made: QuantSpec, wanted: QuantSpec, m: int) -> bool:
+    """Whether m rows quantized by one spec have the values and scales of another; the scales may lie otherwise."""
+    one, other = quantization(made.at(m)), quantization(wanted.at(m))
+    return one == other or (one.scale != "ue8m0_packed" and one.replace(layout=other.layout) == other)
+
+
+@cache
+def quantization(spec: QuantSpec) -> QuantSpec:
+    """A spec without what it says of the norm: equal specs quantize a rounded norm alike."""
+    return spec.replace(rounding="twice", sum="fp32")
+
+
+def differing(given: torch.Tensor, expected: torch.Tensor) -> int:
+    """In how many values two tensors of one dtype differ, NaNs counted as equal; waits for the GPU.
+
+    Tensors of unlike shapes differ in all.
+    """
+    if given.shape != expected.shape:
+        return max(given.numel(), expected.numel())
+    if given.dtype == torch.float8_e4m3fn:
+        given, expected = given.float(), expected.float()
+    unlike: Any = (given != expected) & ~(given.isnan() & expected.isnan())
+    return int(unlike.sum())
+
+
+def _place(x: torch.Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), x.numel(), x.shape[-1]

@@ -1,0 +1,54 @@
+"""Real vLLM on a CPU without compilation: norms hand over, nothing changes, and whatever else vLLM does with a model.
+
+Every form that is taken is compared with a fresh quantization.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+LAYERS = range(3)
+NORMS = {f"layers.{i}.{norm}" for i in LAYERS for norm in ("input_layernorm", "post_attention_layernorm")}
+LATENTS = {f"layers.{i}.self_attn.q_a_layernorm" for i in LAYERS}
+DENSE = [f"layers.{i}.{norm}" for i in range(6) for norm in ("input_layernorm", "post_attention_layernorm")]
+CALLS = {"rms_norm_quant_with_norm": 1, "add_rms_norm_quant_with_norm": 11}  # of the dense model in a step
+
+
+def complaints(run: Any) -> list[str]:
+    """Lines of the log in which the plugin warns of more than that nothing is compiled."""
+    said = [line for line in run.log.splitlines() if "WARNING" in line and "normquant" in line]
+    return [line for line in said if "does not compile" not in line]
+
+
+def test_every_norm_hands_over_and_nothing_changes(eager_on: Any, eager_off: Any) -> None:
+    assert eager_off.result["calls"] == {} and eager_off.report is None
+    calls = dict(eager_on.result["calls"])
+    del calls["group_quant"]  # of the check
+    assert calls == {"rms_norm_quant_with_norm": 4, "add_rms_norm_quant_with_norm": 5}
+    assert {site["name"] for site in eager_on.sites if site["fused"]} == NORMS | LATENTS
+    assert eager_on.result["tokens"] == eager_off.result["tokens"]
+    assert eager_on.result["logprobs"] == eager_off.result["logprobs"]
+    assert complaints(eager_on) == []
+
+
+def test_the_log_says_that_nothing_is_compiled(eager_on: Any, eager_off: Any) -> None:
+    (line,) = [line for line in eager_on.log.splitlines() if "does not compile" in line]
+    assert "(DeepseekV3ForCausalLM) (compilation mode NONE, by --enforce-eager)" in line and "WARNING" in line
+    (line,) = [line for line in eager_on.log.splitlines() if "norms hand over" in line]
+    assert "9 of 9 norms" in line and "`normquant vllm-report " in line
+    assert "normquant" not in eager_off.log.replace("normquant_vllm_shims", "").replace("normquant_shim", "")
+
+
+@pytest.mark.parametrize("name", ["dense_eager_on", "chunked_on", "speculative_on", "lora_on"])
+def test_with_other_features_of_vllm(
+    name: str, dense_eager_off: Any, dense_eager_on: Any, chunked_on: Any, speculative_on: Any, lora_on: Any
+) -> None:
+    runs = {"dense_eager_on": dense_eager_on, "chunked_on": chunked_on}
+    run = (runs | {"speculative_on": speculative_on, "lora_on": lora_on})[name]
+    assert [site["name"] for site in run.sites if site["fused"]] == DENSE
+    calls = {name: count for name, count in run.result["calls"].items() if name != "group_quant"}
+    assert set(calls) == set(CALLS) and calls["add_rms_norm_quant_with_norm"] == 11 * calls["rms_norm_quant_with_norm"]
+    assert run.result["tokens"] == dense_eager_off.result["tokens"]
+    assert complaints(run) == []
