@@ -9,6 +9,7 @@ for their arguments alone, and a single process can neither warm them up nor ben
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Protocol
@@ -81,6 +82,8 @@ class Runner(Protocol):
 
 
 runners: dict[str, Runner] = {}  # by the name of the group
+before_call: dict[str, Callable[..., None]] = {}  # called with an op's name and arguments; by the name of the group
+at_first_call: Callable[[str, torch.Tensor], None] | None = None  # called for a group without a runner, and x
 
 
 def runner(group_name: str) -> Runner:
@@ -92,6 +95,15 @@ def runner(group_name: str) -> Runner:
             f"rank before the first call"
         )
     return found
+
+
+def prepare(op: str, *args: Any) -> None:
+    """What has to be done before a call on the ranks of its group, all of which come here."""
+    group_name = args[-2]
+    if at_first_call is not None and group_name not in runners:
+        at_first_call(group_name, args[0])
+    if (hook := before_call.get(group_name)) is not None:
+        hook(op, *args)
 
 
 def op_name(with_residual: bool, quantized: bool, normed: bool) -> str:
@@ -119,7 +131,7 @@ def check(
     check_eps(eps)
     check_weight_offset(weight_offset)
     for name, t in (("x", x), ("residual", residual)):
-        if t is not None and t.shape[0] > 1 and t.stride(0) % 8:
+        if t is not None and t.stride(0) % 8 and t.shape[0] > 1:
             raise ValueError(f"{name} has stride {tuple(t.stride())}; accepted: rows a multiple of 8 values apart")
 
 
@@ -206,11 +218,13 @@ class GroupOp:
 
     def cpu(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The reference's outputs."""
+        prepare(self.name, *args)
         data, scale, total, norm = on_cpu(*self.checked(args))
         return *(data, scale)[: 2 * self.quantized], total, *(norm,)[: self.normed]
 
     def cuda(self, *args: Any) -> Any:
         """What the group's runner makes of it."""
+        prepare(self.name, *args)
         return runner(args[-2])(self.name, self.with_residual, self.quantized, self.normed, *args)
 
 
