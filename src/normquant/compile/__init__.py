@@ -41,8 +41,8 @@ def inductor_options(
     sites: glob of a site's name, as the report shows it -> a policy, "fused" or "stock" for those sites.
     table: path of a JSON file of measurements, as `normquant.compile.measured` describes it, that "auto" goes by.
     mode: "reduce-overhead", "max-autotune", ...: its options as well; torch.compile takes a mode or options, not both.
-    all_reduce: fuse an all-reduce in front of a norm, too, on groups that have a workspace (`normquant.distributed`). It
-        adds the parts of the ranks in rank order, where NCCL has an order of its own: other bits than without.
+    all_reduce: fuse an all-reduce in front of a norm, too, on groups that have a workspace (`normquant.distributed`).
+        It adds the parts of the ranks in rank order, where NCCL has an order of its own: other bits than without.
     overrides: further Inductor options; a "." in a name is written "__". A `post_grad_custom_pre_pass`, given here or
         set in torch._inductor.config, runs too, after this one.
 

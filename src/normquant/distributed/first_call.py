@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from normquant.distributed.agreement import check_agreement
 from normquant.distributed.workspace import open_workspace
-from normquant.ops import all_reduce_add_rms_norm_quant as group_ops
+from normquant.ops import _group_calls
 from normquant.ops._gather import group_of
 
 _rows: int | None = None
@@ -27,7 +27,7 @@ def open_at_first_call(rows: int = 2048) -> None:
     """
     global _rows
     _rows = rows
-    group_ops.at_first_call = _open
+    _group_calls.at_first_call = _open
 
 
 def rows_of_new() -> int | None:
@@ -43,11 +43,11 @@ def checking_agreement(group: dist.ProcessGroup) -> Iterator[None]:
     For the first run of a model, compiled or not, on every rank at once: each call waits for all ranks, and reads its
     weight back to the host.
     """
-    group_ops.before_call[group.group_name] = _Comparison(group)
+    _group_calls.before_call[group.group_name] = _Comparison(group)
     try:
         yield
     finally:
-        group_ops.before_call.pop(group.group_name, None)
+        _group_calls.before_call.pop(group.group_name, None)
 
 
 class _Comparison:
@@ -72,7 +72,7 @@ class _FirstRun(_Comparison):
 
     def __call__(self, op: str, *args: Any) -> None:
         if args[0].shape[0] != self.rows or (args[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-            group_ops.before_call.pop(self.group.group_name, None)
+            _group_calls.before_call.pop(self.group.group_name, None)
         else:
             super().__call__(op, *args)
 
@@ -82,4 +82,4 @@ def _open(group_name: str, x: torch.Tensor) -> None:
     group = group_of(group_name)
     check_agreement(group, x)  # before memory of that size is shared
     open_workspace(group, x.shape[1], rows=_rows)
-    group_ops.before_call[group_name] = _FirstRun(group, x.shape[0])
+    _group_calls.before_call[group_name] = _FirstRun(group, x.shape[0])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from normquant.kernels.exchange_layout import CONTROL_BYTES, UNIT_BYTES, Exchange, one_shot_bytes, two_shot_bytes
 from normquant.ops import _gather
-from normquant.ops.all_reduce_add_rms_norm_quant import runners
+from normquant.ops._group_calls import runners
 
 REPORT_FIELDS = 4  # int64: whether there is one, missing ranks as bits, epoch, row
 _serial = count()

@@ -9,10 +9,9 @@ for their arguments alone, and a single process can neither warm them up nor ben
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from normquant import reference
 from normquant.ops._examples import EPS
 from normquant.ops._gather import gather, group_of
 from normquant.ops._gradients import refuse_gradients
+from normquant.ops._group_calls import prepare, runner
 from normquant.ops._op import DEFAULT, define
 from normquant.ops._tensors import activation, check_eps, check_norm, check_weight_offset, fake_quant, rows
 from normquant.spec import QuantizedActivation, QuantSpec
@@ -72,38 +72,6 @@ def all_reduce_add_rms_norm(
     op = GroupOp(residual is not None, False, True)
     total, norm = op(x, residual, weight, eps, weight_offset, sharded, group, DEFAULT)
     return norm.view(x.shape), total.view(x.shape)
-
-
-class Runner(Protocol):
-    """What runs the ops of a group on its GPUs; see `normquant.distributed`."""
-
-    def __call__(self, op: str, with_residual: bool, quantized: bool, normed: bool, *args: Any) -> Any:
-        """The op's outputs for its arguments, the residual among them where there is one."""
-
-
-runners: dict[str, Runner] = {}  # by the name of the group
-before_call: dict[str, Callable[..., None]] = {}  # called with an op's name and arguments; by the name of the group
-at_first_call: Callable[[str, torch.Tensor], None] | None = None  # called for a group without a runner, and x
-
-
-def runner(group_name: str) -> Runner:
-    """The runner of a group; raises ValueError where nobody has opened a workspace for it."""
-    found = runners.get(group_name)
-    if found is None:
-        raise ValueError(
-            f"group {group_name!r} has no workspace on this rank; call normquant.distributed.open_workspace on every "
-            f"rank before the first call"
-        )
-    return found
-
-
-def prepare(op: str, *args: Any) -> None:
-    """What has to be done before a call on the ranks of its group, all of which come here."""
-    group_name = args[-2]
-    if at_first_call is not None and group_name not in runners:
-        at_first_call(group_name, args[0])
-    if (hook := before_call.get(group_name)) is not None:
-        hook(op, *args)
 
 
 def op_name(with_residual: bool, quantized: bool, normed: bool) -> str:

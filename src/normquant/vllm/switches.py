@@ -9,43 +9,48 @@ from typing import Any
 from normquant.compile.policy import Rules
 
 VARIABLE = "NORMQUANT"
+ALL_REDUCE_VARIABLE = "NORMQUANT_ALL_REDUCE"
 KEY = "normquant"
-ENABLED, POLICY, SITES, TABLE, STRICT = "enabled", "policy", "sites", "table", "strict"
-TYPES = {ENABLED: bool, POLICY: str, SITES: dict, TABLE: str, STRICT: bool}
+ENABLED, POLICY, SITES, TABLE, STRICT, ALL_REDUCE = "enabled", "policy", "sites", "table", "strict", "all_reduce"
+TYPES = {ENABLED: bool, POLICY: str, SITES: dict, TABLE: str, STRICT: bool, ALL_REDUCE: bool}
 
 
 @dataclass(frozen=True)
 class Switches:
-    """enabled: whether the pass is inserted. rules, strict: as `normquant.inductor_options` takes them."""
+    """enabled: whether the pass is inserted. rules, strict, all_reduce: as `normquant.inductor_options` takes them."""
 
     enabled: bool = False
     rules: Rules = field(default_factory=Rules)
     strict: bool = False
+    all_reduce: bool = False
 
 
 def read_switches(environ: Mapping[str, str], additional_config: object) -> Switches:
     """What the environment and vLLM's `additional_config` ask for; without either, nothing.
 
-    NORMQUANT=1 switches on and NORMQUANT=0 off, whatever `additional_config` says. The entry "normquant" of
-    `additional_config` switches on, and may hold:
+    NORMQUANT=1 switches on and NORMQUANT=0 off, whatever `additional_config` says; NORMQUANT_ALL_REDUCE does the same
+    for "all_reduce". The entry "normquant" of `additional_config` switches on, and may hold:
         "enabled": false to switch off.
-        "policy", "sites", "table", "strict": as `normquant.inductor_options` takes them.
+        "policy", "sites", "table", "strict", "all_reduce": as `normquant.inductor_options` takes them.
     An `additional_config` that is no dict says nothing about normquant.
 
     Raises ValueError for anything else, OSError for a table that cannot be read.
     """
-    variable = environ.get(VARIABLE, "")
-    if variable not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE} is {variable!r}; accepted: 1 (on), 0 (off)")
     given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
     entry = _checked(given) if given is not None else {}
-    enabled = entry.get(ENABLED, True) if given is not None else False
-    if variable:
-        enabled = variable == "1"
+    enabled = _switched(environ, VARIABLE, entry.get(ENABLED, True) if given is not None else False)
+    all_reduce = _switched(environ, ALL_REDUCE_VARIABLE, entry.get(ALL_REDUCE, False))
     if not enabled:
         return Switches()
     rules = Rules(entry.get(POLICY, "auto"), dict(entry.get(SITES, {})), entry.get(TABLE))
-    return Switches(True, rules, entry.get(STRICT, False))
+    return Switches(True, rules, entry.get(STRICT, False), all_reduce)
+
+
+def _switched(environ: Mapping[str, str], variable: str, otherwise: bool) -> bool:
+    given = environ.get(variable, "")
+    if given not in ("", "0", "1"):
+        raise ValueError(f"{variable} is {given!r}; accepted: 1 (on), 0 (off)")
+    return given == "1" if given else otherwise
 
 
 def _checked(entry: object) -> Mapping[str, Any]:

@@ -94,6 +94,11 @@ def find(graph: Graph) -> Iterator[tuple[ReducedNorm, Unsupported | None]]:
             yield site, reason
 
 
+def norms_of_sums(graph: Graph) -> set[Node]:
+    """The values of the norms that read a sum over ranks."""
+    return {y for site, _ in find(graph) for y in site.match.ys}
+
+
 def _lone_norms(graph: Graph, values: Values) -> Iterator[Match]:
     """Every norm in the activation dtype, as a site without a quantization."""
     for node in graph.nodes:

@@ -1,10 +1,10 @@
 """An all-reduce, the residual add behind it, the norm, and the quantizations of that: one op of the group.
 
-    all_reduce(x) -> add residual -> norm -> quantizations, readers of the norm        each part but the norm may be absent
+    all_reduce(x) -> add residual -> norm -> quantizations and readers of the norm
 
-The op adds the parts of the ranks in rank order. No reduction of NCCL's, vLLM's or FlashInfer's is known to, so that
-this changes the last bit of some sums, and is done only where it is asked for by an option of its own. Every rank decides
-alike: by the graph, the options and what all ranks of the group have in common.
+The residual add may be absent, and the quantizations. The op adds the parts of the ranks in rank order. No reduction of
+NCCL's, vLLM's or FlashInfer's is known to, so that this changes the last bit of some sums, and is done only where an
+option of its own asks for it. Every rank decides alike: by the graph, the options and what all ranks have in common.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from normquant.compile.edit.build import Builder, Rewrite, as_row, as_rows, shap
 from normquant.compile.edit.sharded_sums import is_read_by, keep_with_owners
 from normquant.compile.find.all_reduces import AllReduce, read_all_reduce
 from normquant.compile.find.graph import Unsupported, arguments, is_call, value
+from normquant.compile.find.quant_ops import functionalized
 from normquant.compile.find.reduced_norms import ReducedNorm, find
 from normquant.compile.fusion_report import Site
 from normquant.compile.fusions.acceptance import row_of, rows_of
@@ -30,13 +31,16 @@ from normquant.compile.fusions.candidate import (
     Findings,
     Rejection,
     bytes_of,
+    rejected,
     rows_seen,
+    site_name,
     source_line,
 )
 from normquant.compile.fusions.norm_quant import ask_input_for_shape, fused_op_name, is_opaque, norm_name, results_of
 from normquant.distributed.group_facts import GroupFacts, facts_of, known_groups
 from normquant.ops.all_reduce_add_rms_norm_quant import check, op_name
 
+FLASHINFER = "vllm::flashinfer_trtllm_fused_allreduce_norm"
 STAYS = "the all-reduce in front of it stays: "
 
 
@@ -45,15 +49,16 @@ class AllReduceNormQuant:
     """The fusion.
 
     torch_name: torch's name of a group that the graph calls by another one; raises ValueError where it has none.
-    off: why every site stays; "" where they may be fused.
+    off: why every site stays; "" where they may be fused. groups: what is known of them, for keys of compile caches.
     """
 
     torch_name: Callable[[str], str] = field(default=str, repr=False, compare=False)
     off: str = ""
+    groups: Callable[[], Hashable] = field(default=known_groups, repr=False, compare=False)
 
     def identity(self) -> Hashable:
         """What decisions depend on besides the graph and the rules."""
-        return self.off, known_groups()
+        return self.off, self.groups()
 
     def __call__(self, graph: Graph) -> Findings:
         rewriter = _Rewriter()
@@ -64,6 +69,9 @@ class AllReduceNormQuant:
                 yield self._candidate(site, rewriter)
             except Unsupported as problem:
                 yield Rejection(_stays(site, str(problem)), site.sum.result)
+        for node in [node for node in graph.nodes if functionalized(node) == FLASHINFER]:
+            reason = f"FlashInfer has its all-reduce and norm: {self.off or 'they were fused before this pass'}"
+            yield rejected(site_name(node), source_line(node), reason, node)
 
     def _candidate(self, site: ReducedNorm, rewriter: _Rewriter) -> Candidate:
         if self.off:
@@ -142,7 +150,7 @@ class _Rewriter:
             raise Unsupported("epsilon is an input of the graph; the ops of a group take a number")
         x, *residual = (rows_of(node, norm.k) for node in sources)
         if x.storage_offset() % 8:
-            raise Unsupported(f"{sources[0].name} starts {x.storage_offset()} values into its memory, not a multiple of 8")
+            raise Unsupported(f"{sources[0].name} starts {x.storage_offset()} values into its memory; accepted: 8 n")
         args = (row_of(weight, norm.k), norm.eps, norm.weight_offset, site.match.spec)
         try:
             check(x, residual[0] if residual else None, *args)

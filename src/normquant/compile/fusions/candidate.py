@@ -47,8 +47,8 @@ class Candidate:
     opaque_norm, extra_kernel, group: as in `Facts`.
     stays: its record where it stays, if that is another one; a reason is put behind the one that it has.
     remark: said of the site in front of every other reason, and alone where the policy leaves it as it is.
-    lone: its quantization, where no norm is in front of that, or its all-reduce. listed: whether another fusion has recorded the site, so
-    that no record is due where the policy leaves it as it is.
+    lone: its quantization, where no norm is in front of that, or its all-reduce. listed: whether another fusion has
+    recorded the site, so that no record is due where the policy leaves it as it is.
     """
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,12 +63,13 @@ EXTERN = {
 }
 
 
-def find(graph: Graph) -> Findings:
-    """Every norm with a quantization of it, and every quantization that no norm feeds."""
+def find(graph: Graph, left: Collection[Node] = (), why: str = "") -> Findings:
+    """Every norm with a quantization of it, and every quantization that no norm feeds. left, why: norms that stay."""
     found, rewriter = find_sites(graph), NormQuantRewriter()
     yield from map(_rejection, found.rejected)
     for match in found.matches:
-        yield _candidate(match, rewriter)
+        stays = match.norm.y in left
+        yield _rejection(Rejected(anchor_of(match), why, match.norm)) if stays else _candidate(match, rewriter)
     yield from map(lone_quantization, found.others)
 
 
