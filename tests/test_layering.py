@@ -24,7 +24,7 @@ IMPORTS: dict[str, set[str]] = {
     "ops": {"reference", "kernels"},
     "linear": {"ops"},
     "distributed": {"ops"},
-    "compile": {"ops", "specs"},
+    "compile": {"ops", "specs", "distributed"},
     "vllm": {"compile", "linear", "version"},
     "integrations": {"vllm"},
     "audit": set(),
@@ -59,6 +59,7 @@ TOGETHER = (
     *(
         "bench/test_baselines",
         "bench/test_scale_page",
+        "distributed/test_compiled",
         "distributed/test_exchange",
         "distributed/test_examples",
         "distributed/test_ops",
@@ -94,6 +95,7 @@ COVERED = {
     "vllm/compile_pass.py": "vllm_plugin/test_plugin",
     "vllm/fp8_linear.py": "compile/fusions/test_vllm_linear",
     "vllm/manual.py": "vllm/test_manual",
+    "vllm/tensor_parallel.py": "vllm_plugin/test_plugin",
 }
 
 
