@@ -57,7 +57,9 @@ def blocks(world: int, device: torch.device) -> list[Block]:
         both = (nq.quantize_weight(w.bfloat16().to(device)) for w in (gate_up, down))
         return Shard(*both)
 
-    return [Block([shard() for _ in range(world)], torch.rand(HIDDEN).add(0.5).bfloat16().to(device)) for _ in range(BLOCKS)]
+    return [
+        Block([shard() for _ in range(world)], torch.rand(HIDDEN).add(0.5).bfloat16().to(device)) for _ in range(BLOCKS)
+    ]
 
 
 # (the block, its quantized input, the residual) -> the next block's input, the new residual

@@ -100,7 +100,7 @@ def flashinfer(one_shot: bool, packed: bool = False) -> Make:
         pointers = _flashinfer_workspace(case.k, group)
         total = torch.empty(case.m, case.k, dtype=torch.bfloat16, device="cuda")
         norm = None if packed else torch.empty_like(total)
-        data, scale = _packed_outputs(case) if packed else (None, None)
+        data, scale = _packed_outputs(case) if packed else (torch.empty(0), None)
         block = {"block_quant_group_size": case.spec.group} if packed else {}
 
         def run(i: RankInputs) -> torch.Tensor:
@@ -108,10 +108,10 @@ def flashinfer(one_shot: bool, packed: bool = False) -> Make:
                 allreduce_in=i.x, world_size=group.size(), world_rank=group.rank(), token_num=case.m,
                 hidden_dim=case.k, workspace_ptrs=pointers, launch_with_pdl=True, trigger_completion_at_end=True,
                 fp32_acc=True, pattern_code=pattern, use_oneshot=one_shot,
-                allreduce_out=None, residual_in=i.residual, residual_out=total, norm_out=norm, quant_out=data,
-                scale_out=scale, rms_gamma=i.weight, rms_eps=EPS, scale_factor=None, layout_code=None, **block,
+                allreduce_out=None, residual_in=i.residual, residual_out=total, norm_out=norm,
+                quant_out=data if packed else None, scale_out=scale, rms_gamma=i.weight, rms_eps=EPS, scale_factor=None, layout_code=None, **block,
             )  # fmt: skip
-            return ops.group_quant(norm, spec=case.spec).data if norm is not None else data
+            return data if norm is None else ops.group_quant(norm, spec=case.spec).data
 
         return run
 

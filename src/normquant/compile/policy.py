@@ -105,9 +105,9 @@ class Rules:
             kind = "ROCm" if torch.version.hip else device.type
             return Decision("stock", f"policy auto: no measurements on {kind}; policy='always' fuses anyway")
         if facts.group is not None:
-            lacks = facts.group.unmeasured(facts.k, facts.m)
-            found = f"measured: faster than the all-reduce and the rest apart on {facts.group.ranks} ranks"
-            return Decision("stock", f"policy auto: {lacks}") if lacks else Decision("fused", found)
+            if unmeasured := facts.group.unmeasured(facts.k, facts.m):
+                return Decision("stock", f"policy auto: {unmeasured}")
+            return Decision("fused", f"measured: faster than an all-reduce and the rest on {facts.group.ranks} ranks")
         capability = torch.cuda.get_device_capability(device)
         table = measured(capability) if self.measurements is None else self.measurements
         lacks = f"on sm_{capability[0]}{capability[1]}"

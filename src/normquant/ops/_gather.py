@@ -67,4 +67,3 @@ def gather(x: torch.Tensor, group_name: str, call: str) -> torch.Tensor:
     if late:
         raise MissingRank(missing(sorted(set(late)), group_name, seconds, call))
     return parts
-

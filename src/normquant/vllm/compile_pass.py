@@ -17,6 +17,7 @@ from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 from normquant.compile import FusionReport, driver
 from normquant.compile.driver import NormQuantPass
 from normquant.compile.fusions import norm_quant
+from normquant.compile.fusions.candidate import Fusion
 from normquant.compile.fusions.vllm_linear import QuantizedInputs
 from normquant.compile.graph_warmup import warm_graph
 from normquant.version import VERSION
@@ -101,8 +102,8 @@ class VllmNormQuantPass(InductorPass):
 def _fusion(switches: Switches, fuses_later: Callable[[], bool] = bool) -> NormQuantPass:
     deepgemm_alone = os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0"
     quantized_inputs = QuantizedInputs(fp8_linear.lacks, fp8_linear.flashinfer_version(), deepgemm_alone)
-    norms = NormQuantBesideVllm(fuses_later)
-    others = (norms if fusion is norm_quant.find else fusion for fusion in driver.VLLM_FUSIONS)
+    norms: Fusion = NormQuantBesideVllm(fuses_later)
+    others = [norms if fusion is norm_quant.find else fusion for fusion in driver.VLLM_FUSIONS]
     fusions = (quantized_inputs, all_reduce_fusion(switches.all_reduce), *others)
     return NormQuantPass(switches.rules, switches.strict, fusions)
 

@@ -70,8 +70,8 @@ class AllReduceNormQuant:
             except Unsupported as problem:
                 yield Rejection(_stays(site, str(problem)), site.sum.result)
         for node in [node for node in graph.nodes if functionalized(node) == FLASHINFER]:
-            reason = f"FlashInfer has its all-reduce and norm: {self.off or 'they were fused before this pass'}"
-            yield rejected(site_name(node), source_line(node), reason, node)
+            text = f"FlashInfer has its all-reduce and norm: {self.off or 'they were fused before this pass'}"
+            yield rejected(site_name(node), source_line(node), text, node)
 
     def _candidate(self, site: ReducedNorm, rewriter: _Rewriter) -> Candidate:
         if self.off:
