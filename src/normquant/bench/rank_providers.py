@@ -107,9 +107,9 @@ def flashinfer(one_shot: bool, packed: bool = False) -> Make:
             comm.trtllm_allreduce_fusion(
                 allreduce_in=i.x, world_size=group.size(), world_rank=group.rank(), token_num=case.m,
                 hidden_dim=case.k, workspace_ptrs=pointers, launch_with_pdl=True, trigger_completion_at_end=True,
-                fp32_acc=True, pattern_code=pattern, use_oneshot=one_shot,
-                allreduce_out=None, residual_in=i.residual, residual_out=total, norm_out=norm,
-                quant_out=data if packed else None, scale_out=scale, rms_gamma=i.weight, rms_eps=EPS, scale_factor=None, layout_code=None, **block,
+                fp32_acc=True, pattern_code=pattern, use_oneshot=one_shot, allreduce_out=None, residual_in=i.residual,
+                residual_out=total, norm_out=norm, quant_out=data if packed else None, scale_out=scale,
+                rms_gamma=i.weight, rms_eps=EPS, scale_factor=None, layout_code=None, **block,
             )  # fmt: skip
             return data if norm is None else ops.group_quant(norm, spec=case.spec).data
 

@@ -102,9 +102,9 @@ class VllmNormQuantPass(InductorPass):
 def _fusion(switches: Switches, fuses_later: Callable[[], bool] = bool) -> NormQuantPass:
     deepgemm_alone = os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0"
     quantized_inputs = QuantizedInputs(fp8_linear.lacks, fp8_linear.flashinfer_version(), deepgemm_alone)
-    norms: Fusion = NormQuantBesideVllm(fuses_later)
+    norms = NormQuantBesideVllm(fuses_later)
     others = [norms if fusion is norm_quant.find else fusion for fusion in driver.VLLM_FUSIONS]
-    fusions = (quantized_inputs, all_reduce_fusion(switches.all_reduce), *others)
+    fusions: tuple[Fusion, ...] = (quantized_inputs, all_reduce_fusion(switches.all_reduce), *others)
     return NormQuantPass(switches.rules, switches.strict, fusions)
 
 
