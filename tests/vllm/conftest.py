@@ -97,6 +97,9 @@ class Setting:
     after: str = ""
 
 
+# Two ranks over gloo; on a GPU vLLM puts its all-reduce into the graph as one operation, which the shims do here.
+RANKS = ALWAYS | {"tensor_parallel_size": 2}
+
 # What others wait for comes first, and then what takes longest.
 SETTINGS = {
     "off": Setting(),
@@ -110,6 +113,8 @@ SETTINGS = {
     "dense_partitioned": Setting(ALWAYS | {"config": DENSE, "compilation": PARTITIONED}),
     "experts_off": Setting({"config": EXPERTS, "compilation": ONE_GRAPH}),
     "experts_on": Setting(ALWAYS | {"config": EXPERTS, "compilation": ONE_GRAPH}),
+    "ranks_on": Setting(RANKS, {"NORMQUANT_ALL_REDUCE": "1"}),
+    "ranks_without_switch": Setting(RANKS),
     "other_version": Setting({}, {"NORMQUANT": "1", "NORMQUANT_SHIM": "other_version"}, after="off"),
     "on_again": Setting(ALWAYS, {"NORMQUANT": "1"}, after="on"),
     "off_again": Setting({}, {"NORMQUANT": "0"}, after="on"),
