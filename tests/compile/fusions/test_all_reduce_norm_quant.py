@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from shared import traced_graphs, vllm_ops
+from shared import traced_graphs, vllm_fused_stand_ins, vllm_ops
 from shared.fake_group import fake_group
 from torch.fx import Graph, Node
 
@@ -17,11 +18,14 @@ import normquant as nq
 from normquant import QuantSpec, inductor_options
 from normquant.compile import FusionReport, driver
 from normquant.compile.fusions.all_reduce_norm_quant import AllReduceNormQuant
+from normquant.compile.fusions.vllm_linear import QuantizedInputs
 from normquant.compile.policy import Facts, Rules
 from normquant.distributed import close_workspace, open_at_first_call, open_workspace
 from normquant.distributed.group_facts import GroupFacts
 from normquant.ops import _group_calls
+from normquant.vllm.tensor_parallel import LEFT, NormQuantBesideVllm
 
+stand_ins = vllm_fused_stand_ins  # imported for the operations that it defines
 BF, K, M = torch.bfloat16, 256, 4
 NORM, NEXT = (torch.nn.RMSNorm(K, dtype=BF) for _ in range(2))
 WEIGHT = torch.randn(K, K, generator=torch.Generator().manual_seed(0)).to(BF) / 16
@@ -358,3 +362,44 @@ def test_vllms_sites_stay_without_a_switch() -> None:
     assert [site.op for site in report.sites] == ["add_rms_norm_quant_with_norm"]
     assert "not measured in vLLM here" in report.others[0].reason
     assert called(graph) == ["all_reduce", "add_rms_norm_quant_with_norm"]
+
+
+def test_a_linear_kernel_that_quantizes_inside_gets_what_the_op_quantizes() -> None:
+    weight, scale = torch.zeros(K, K).to(torch.float8_e4m3fn), torch.ones(K // 128, K // 128)
+
+    def fn(x, residual):
+        total = torch.ops.vllm.all_reduce(product(x), "tp:0")
+        y, h = torch.ops.vllm_ir.fused_add_rms_norm(total, residual, NORM.weight, 1e-6)
+        return torch.ops.vllm.dynamic_flashinfer_deepgemm_blockscale_gemm(y, weight, scale, 128, True), h
+
+    report, graph = rewritten(fn, fusions=(QuantizedInputs(), *vllm_fusions()))
+    (site,) = report.sites
+    assert site.op == "all_reduce_add_rms_norm_quant" and QuantSpec.decode(site.spec).few_rows == 32
+    assert called(graph) == [site.op] and called(graph, "normquant_vllm") == ["block_fp8_linear"]
+
+
+def test_a_norm_that_vllm_fuses_with_its_all_reduce_is_left_to_it() -> None:
+    for fuses_later in (True, False):
+        fusions = (AllReduceNormQuant(off="x"), NormQuantBesideVllm(partial(bool, fuses_later)))
+        report, graph = rewritten(vllm_layer, fusions=fusions)
+        assert [site.reason == LEFT for site in report.sites] == [fuses_later]
+        assert bool(called(graph, "normquant")) is not fuses_later
+
+
+torch.library.define(
+    "vllm::flashinfer_trtllm_fused_allreduce_norm", "(Tensor(a!) allreduce_in, Tensor(b!) residual, Tensor w) -> ()"
+)
+torch.library.register_fake("vllm::flashinfer_trtllm_fused_allreduce_norm", lambda *args: None)
+torch.library.impl("vllm::flashinfer_trtllm_fused_allreduce_norm", "CPU")(lambda *args: None)
+
+
+def test_what_flashinfer_has_fused_is_told() -> None:
+    def fn(x, residual):
+        y, h = product(x), residual.clone()
+        torch.ops.vllm.flashinfer_trtllm_fused_allreduce_norm(y, h, NORM.weight)
+        return y, h
+
+    report, _ = rewritten(fn, fusions=vllm_fusions(off="not measured in vLLM here"))
+    assert [site.reason for site in report.others] == [
+        "FlashInfer has its all-reduce and norm: not measured in vLLM here"
+    ]

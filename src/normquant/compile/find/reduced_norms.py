@@ -34,8 +34,8 @@ from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 @dataclass(frozen=True)
 class ReducedNorm:
-    """sums: the all-reduce of each norm of the match, which compute one value. residual: what is added to it, None
-    where nothing is. passed: the nodes between them and the norm that are gone with them."""
+    """sums: the all-reduces that its norms read, which compute one value. residual: what is added to that, None where
+    nothing is. passed: the nodes between them and the norm that are gone with them."""
 
     match: Match
     sums: tuple[AllReduce, ...]
@@ -143,7 +143,7 @@ def _sums(match: Match, choice: int) -> tuple[AllReduce, ...]:
     """The all-reduces of all norms of a match, none where one of them has none."""
     ends = [_choices(norm)[choice][0] for norm in match.same]
     found = [None if end is None else read_all_reduce(peel(end, keeps_order)) for end in ends]
-    return tuple(one for one in found if one is not None) if None not in found else ()
+    return tuple(dict.fromkeys(one for one in found if one is not None)) if None not in found else ()
 
 
 def _residual(norm: Norm, choice: int) -> Node | None:
