@@ -16,7 +16,8 @@ from normquant.demo.deepseek_layer import Dims
 from normquant.linear import block_fp8
 from normquant.ops._gather import gather
 
-TINY = Dims(hidden=256, intermediate=512, heads=4, q_lora=128, kv_lora=128, nope=64, rope=32, v_head=128)
+# A head's rows are whole blocks of 128, so that a share of a weight has the scales that it has in the whole.
+TINY = Dims(hidden=256, intermediate=512, heads=4, q_lora=128, kv_lora=128, nope=128, rope=128, v_head=128)
 LAYERS = 2
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 

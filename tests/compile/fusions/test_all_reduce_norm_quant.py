@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from shared import traced_graphs, vllm_fused_stand_ins, vllm_ops
+from shared.failing_steps import Steps
 from shared.fake_group import fake_group
 from torch.fx import Graph, Node
 
@@ -238,6 +239,22 @@ def chained(x, residual):
 def test_a_residual_that_only_these_ops_read_stays_with_its_owners() -> None:
     _, graph = rewritten(chained)
     assert [node.args[-3] for node in calls(graph, "normquant")] == [True, True, True]
+
+
+def test_a_step_that_fails_leaves_every_site_whole() -> None:
+    gm, _ = traced_graphs.traced(chained, X, RESIDUAL)
+    dry = Steps()
+    with dry.watched():
+        driver.run(traced_graphs.copied(gm).graph, Rules("always"), True, driver.ALL_REDUCE_FUSIONS)
+    assert len(dry.taken) > 30
+    for number in range(len(dry.taken)):
+        copy, steps = traced_graphs.copied(gm), Steps(number, after=bool(number % 2))
+        with steps.watched():
+            report = driver.run(copy.graph, Rules("always"), False, driver.ALL_REDUCE_FUSIONS)
+        copy.graph.lint()
+        assert steps.failed and f"step {number}" in str(report)
+        made = [name for name in called(copy.graph) if name.startswith("all_reduce")]
+        assert len(made) == 3 and called(copy.graph).count("wait_tensor") == made.count("all_reduce")
 
 
 def test_a_residual_that_something_else_reads_is_sent_to_all() -> None:

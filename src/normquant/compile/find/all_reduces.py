@@ -1,4 +1,5 @@
-"""Sums over the ranks of a group: torch's functional collectives, which DTensors are traced to as well, and vLLM's."""
+"""Sums over the ranks of a group: torch's functional collectives, to which tracing turns `torch.distributed.all_reduce`
+and the redistribution of a DTensor, and vLLM's operation."""
 
 from __future__ import annotations
 
@@ -8,12 +9,11 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from normquant.compile.find.graph import Unsupported, arguments, is_call, overload_name
+from normquant.compile.find.graph import arguments, is_call, overload_name
 
 WAIT = "_c10d_functional::wait_tensor"
 ALL_REDUCE = "_c10d_functional::all_reduce"
 COALESCED = "_c10d_functional::all_reduce_coalesced"
-IN_PLACE = ("_c10d_functional::all_reduce_", "_c10d_functional::all_reduce_coalesced_")
 VLLM = "vllm::all_reduce"
 
 
@@ -38,7 +38,7 @@ class AllReduce:
 
 
 def read_all_reduce(result: Node) -> AllReduce | None:
-    """The all-reduce whose result a node is, None for any other node. Raises Unsupported where it works in place."""
+    """The all-reduce whose result a node is, None for any other node."""
     if overload_name(result.target) == VLLM:
         args = [*arguments(result), *result.kwargs.values()]
         return AllReduce(result, (args[0],), 0, result, "sum", str(args[1]))
@@ -49,8 +49,6 @@ def read_all_reduce(result: Node) -> AllReduce | None:
     if is_call(made, operator.getitem):
         made, index = arguments(made)
     name = overload_name(made.target)
-    if name in IN_PLACE:
-        raise Unsupported("the all-reduce works in place; a functional one is expected")
     if name not in (ALL_REDUCE, COALESCED):
         return None
     given, reduce_op, group = arguments(made)
@@ -61,4 +59,4 @@ def read_all_reduce(result: Node) -> AllReduce | None:
 def any_all_reduce(graph: Graph) -> bool:
     """Whether a graph has an all-reduce that `read_all_reduce` may know."""
     names = {overload_name(node.target) for node in graph.nodes if node.op == "call_function"}
-    return bool(names & {ALL_REDUCE, COALESCED, VLLM, *IN_PLACE})
+    return not names.isdisjoint((ALL_REDUCE, COALESCED, VLLM))

@@ -81,11 +81,7 @@ def find(graph: Graph) -> Iterator[tuple[ReducedNorm, Unsupported | None]]:
         return
     values, found = Values(graph), dict[Node, ReducedNorm]()
     for match in (*find_sites(graph).matches, *_lone_norms(graph, values)):
-        try:
-            site = _read(match)
-        except Unsupported:
-            continue  # an in-place collective, which nothing else is known of
-        if site is not None:
+        if (site := _read(match)) is not None:
             found.setdefault(site.sum.result, site)
     for _, site in sorted(found.items()):
         try:
