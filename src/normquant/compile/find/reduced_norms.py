@@ -72,22 +72,25 @@ class ReducedNorm:
         return found
 
 
-def find(graph: Graph) -> Iterator[tuple[ReducedNorm, Unsupported | None]]:
-    """Each all-reduce in front of a norm, in the order of the graph, and why it has to stay, if it has to.
+def find(graph: Graph) -> list[tuple[ReducedNorm, str]]:
+    """Each all-reduce in front of a norm, in the order of the graph, and why it has to stay, "" where it has not.
 
     Of several norms of one sum the first that is quantized is found, or else the first; the others can read the sum.
     """
     if not any_all_reduce(graph):
-        return
+        return []
     values, found = Values(graph), dict[Node, ReducedNorm]()
     for match in (*find_sites(graph).matches, *_lone_norms(graph, values)):
         if (site := _read(match)) is not None:
             found.setdefault(site.sum.result, site)
-    for _, site in sorted(found.items()):
-        try:
-            yield site.checked(values.regions), None
-        except Unsupported as reason:
-            yield site, reason
+    return [_checked(found[result], values) for result in sorted(found)]
+
+
+def _checked(site: ReducedNorm, values: Values) -> tuple[ReducedNorm, str]:
+    try:
+        return site.checked(values.regions), ""
+    except Unsupported as reason:
+        return site, str(reason)
 
 
 def norms_of_sums(graph: Graph) -> set[Node]:

@@ -64,8 +64,8 @@ class AllReduceNormQuant:
         rewriter = _Rewriter()
         for site, reason in find(graph):
             try:
-                if reason is not None:
-                    raise reason
+                if reason:
+                    raise Unsupported(reason)
                 yield self._candidate(site, rewriter)
             except Unsupported as problem:
                 yield Rejection(_stays(site, str(problem)), site.sum.result)
