@@ -149,7 +149,7 @@ def run_engine(folder: Path, options: dict[str, Any], environ: dict[str, str]) -
         env=environ,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         cwd=folder,
     )
     log = done.stdout + done.stderr
