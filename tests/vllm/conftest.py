@@ -154,7 +154,8 @@ def run_engine(folder: Path, options: dict[str, Any], environ: dict[str, str]) -
     )
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-6000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    # The processes of other ranks may write after the engine's own line.
+    result = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"calls"')))
     report = Path(result["cache"]) / FILE
     return Run(result, log, report.read_text() if report.exists() else None, folder)
 
