@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py            # on GPUs over NCCL, without one over gloo
     torchrun --nproc-per-node 4 examples/tensor_parallel.py --sharded  # each rank keeps its own rows of the residual
+    torchrun --nproc-per-node 2 examples/tensor_parallel.py --compile  # written with torch's all-reduce, and compiled
 
 All-reduce, residual add, norm and quantization between two blocks are one op. Every rank also computes the same model
 alone, with the parts of all ranks, and compares the bits.
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 
 import normquant as nq
 from normquant import distributed, reference
 
 HIDDEN, INTERMEDIATE, BLOCKS, EPS = 512, 1024, 3, 1e-6
-SPEC = nq.QuantSpec(layout="col_tma")
+SPEC = nq.QuantSpec(layout="col_tma", sum="rounded")  # the residual is rounded before the norm reads it, as in torch
 Quantized = tuple[torch.Tensor, torch.Tensor]  # fp8 values, scales
 
 
@@ -55,7 +57,9 @@ def blocks(world: int, device: torch.device) -> list[Block]:
         both = (nq.quantize_weight(w.bfloat16().to(device)) for w in (gate_up, down))
         return Shard(*both)
 
-    return [Block([shard() for _ in range(world)], torch.rand(HIDDEN).add(0.5).to(device)) for _ in range(BLOCKS)]
+    return [
+        Block([shard() for _ in range(world)], torch.rand(HIDDEN).add(0.5).bfloat16().to(device)) for _ in range(BLOCKS)
+    ]
 
 
 # (the block, its quantized input, the residual) -> the next block's input, the new residual
@@ -82,6 +86,17 @@ def parallel_step(group: dist.ProcessGroup, sharded: bool) -> Step:
     return step
 
 
+def traced_step(group: dist.ProcessGroup) -> Step:
+    """The same in the words of torch, for the compile pass to find."""
+
+    def step(block, q, residual):
+        total = collectives.all_reduce(block.shards[group.rank()](q), "sum", group) + residual
+        norm = torch.nn.functional.rms_norm(total, (HIDDEN,), block.norm, EPS)
+        return nq.group_quant(norm, spec=SPEC), total
+
+    return step
+
+
 def lone_step(block: Block, q: nq.QuantizedActivation, residual: torch.Tensor):
     """The parts of all ranks in one process."""
     parts = torch.stack([shard(q) for shard in block.shards])  # [ranks, M, HIDDEN]
@@ -100,14 +115,31 @@ def join() -> tuple[dist.ProcessGroup, torch.device]:
     return dist.group.WORLD, device
 
 
-def same_bits(group: dist.ProcessGroup, device: torch.device, rows: int, sharded: bool) -> bool:
+def compiled(model: list[Block], group: dist.ProcessGroup) -> Callable[[torch.Tensor], tuple]:
+    """The model in the words of torch, with its all-reduces fused; the first call compares the ranks' arguments."""
+    options = nq.inductor_options("always", all_reduce=True)
+    fused = torch.compile(lambda x: run(model, x, traced_step(group)), options=options, fullgraph=True)
+
+    def call(x):
+        with torch.no_grad(), distributed.checking_agreement(group):
+            return fused(x)
+
+    return call
+
+
+def same_bits(group: dist.ProcessGroup, device: torch.device, args: argparse.Namespace) -> bool:
     """Whether the parallel model gives what one process gives."""
-    model = blocks(group.size(), device)
-    x = torch.randn(rows, HIDDEN).bfloat16().to(device)
+    model, sharded = blocks(group.size(), device), args.sharded
+    x = torch.randn(args.rows, HIDDEN).bfloat16().to(device)
     distributed.check_agreement(group, x, [block.norm for block in model], eps=EPS)
-    q, residual = run(model, x, parallel_step(group, sharded))
+    if args.compile:
+        q, residual = compiled(model, group)(x)
+        if not group.rank():
+            print(nq.explain(), flush=True)
+    else:
+        q, residual = run(model, x, parallel_step(group, sharded))
     expected, expected_residual = run(model, x, lone_step)
-    own = distributed.own_rows(rows, group.rank(), group.size()) if sharded else slice(None)
+    own = distributed.own_rows(args.rows, group.rank(), group.size()) if sharded else slice(None)
     return (
         torch.equal(q.data.view(torch.uint8), expected.data.view(torch.uint8))
         and torch.equal(q.scale, expected.scale)
@@ -118,11 +150,12 @@ def same_bits(group: dist.ProcessGroup, device: torch.device, rows: int, sharded
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sharded", action="store_true", help="each rank keeps the rows of the residual that it owns")
+    parser.add_argument("--compile", action="store_true", help="compiled with normquant's pass, the residual whole")
     parser.add_argument("--rows", type=int, default=7)
     args = parser.parse_args()
     group, device = join()
     workspace = distributed.open_workspace(group, HIDDEN)
-    same = same_bits(group, device, args.rows, args.sharded)
+    same = same_bits(group, device, args)
     print(f"{workspace}: {'the same bits as' if same else 'NOT the bits of'} one process", flush=True)
     distributed.close_workspace(group)
     dist.destroy_process_group()

@@ -24,7 +24,7 @@ IMPORTS: dict[str, set[str]] = {
     "ops": {"reference", "kernels"},
     "linear": {"ops"},
     "distributed": {"ops"},
-    "compile": {"ops", "specs"},
+    "compile": {"ops", "specs", "distributed"},
     "vllm": {"compile", "linear", "version"},
     "integrations": {"vllm"},
     "audit": {"report"},
@@ -62,6 +62,7 @@ TOGETHER = (
     *(
         "bench/test_baselines",
         "bench/test_scale_page",
+        "distributed/test_compiled",
         "distributed/test_exchange",
         "distributed/test_examples",
         "distributed/test_ops",
@@ -107,6 +108,7 @@ COVERED = {
     "vllm/norm_modules.py": "vllm_plugin/test_uncompiled",
     "vllm/quantizing_readers.py": "vllm_plugin/test_uncompiled",
     "vllm/taking.py": "vllm_plugin/test_uncompiled",
+    "vllm/tensor_parallel.py": "vllm_plugin/test_plugin",
 }
 
 

@@ -13,6 +13,7 @@ from shared.rank_records import MEASURED_ONE_SHOT, RECORDS
 
 from normquant.distributed.algorithms import ONE_SHOT, TWO_SHOT, one_shot_rows
 from normquant.distributed.cost import H200, GroupCall
+from normquant.distributed.group_facts import GroupFacts
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
 section = partial(pages.section, PAGE)
@@ -31,6 +32,15 @@ def by_rows(ranks: int) -> dict[int, dict[str, float]]:
         if r["ranks"] == ranks:
             found.setdefault(r["m"], {})[r["provider"]] = r["us"]
     return found
+
+
+def test_auto_goes_up_to_where_nccl_was_slower() -> None:
+    for ranks in (2, 4, 8):
+        slower = [m for m, us in by_rows(ranks).items() if us["normquant"] >= us["NCCL + normquant"]]
+        most = max(m for m in by_rows(ranks) if m < min(slower, default=10**9))
+        facts = GroupFacts("0", ranks, (9, 0))
+        assert facts.unmeasured(7168, most) is None and facts.unmeasured(7168, most + 1) is not None
+        assert (facts.unmeasured(7168, None) is None) == (not slower)
 
 
 def measured_rows(ranks: int) -> list[str]:

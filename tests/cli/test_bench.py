@@ -14,6 +14,7 @@ from shared.vllm_jobs import FAKE, FOUND
 
 from normquant.bench import ranks
 from normquant.bench.vllm import supervisor
+from normquant.bench.vllm.job import switches
 from normquant.cli import bench as command
 from normquant.cli.arguments import POLICIES
 from normquant.compile.policy import Policy
@@ -29,7 +30,7 @@ def parsed(*words: str) -> argparse.Namespace:
 def everything_there(monkeypatch) -> None:
     """What the command looks for: a GPU, vLLM, and code to audit."""
     monkeypatch.setattr(command, "findings", lambda cache: FOUND)
-    monkeypatch.setattr(command, "need_gpu", lambda: None)
+    monkeypatch.setattr(command, "need_gpu", lambda count=1: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
@@ -58,11 +59,20 @@ def test_groups_are_those_of_a_linear(tmp_path: Path):
         ("--samples", "1"),
         ("--moe", "99"),
         ("--as-installed", "--linear", "cutlass"),
+        ("--tensor-parallel", "3"),
+        ("--all-reduce",),
     ],
 )
 def test_arguments_that_are_none(words: tuple[str, ...], tmp_path: Path):
     with pytest.raises(ValueError):
         command.vllm_groups(parsed(*words), tmp_path)
+
+
+def test_several_gpus_have_jobs_of_their_own(tmp_path: Path):
+    ((without, ours),) = command.vllm_groups(parsed("--tensor-parallel", "4", "--all-reduce"), tmp_path)
+    assert (without.name, ours.name) == ("installed-tp4", "installed-normquant-tp4")
+    assert without.tensor_parallel == ours.tensor_parallel == 4 and without.model["num_attention_heads"] == 64
+    assert "NORMQUANT_ALL_REDUCE" in switches(ours, {}) and "NORMQUANT_ALL_REDUCE" not in switches(without, {})
 
 
 def test_the_command_writes_what_it_has_and_says_what_failed(tmp_path: Path, everything_there, monkeypatch, capsys):

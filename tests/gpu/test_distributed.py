@@ -13,13 +13,22 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from shared.compare import assert_bitwise
 from shared.inputs import activations, awkward, weights
 from shared.ranks import free_port, run_ranks
 
-from normquant import QuantSpec, reference
+from normquant import QuantSpec, group_quant, inductor_options, reference
 from normquant.bench.ranks import join
-from normquant.distributed import MissingRank, close_workspace, explained, open_workspace, workspaces
+from normquant.compile import last_report
+from normquant.distributed import (
+    MissingRank,
+    checking_agreement,
+    close_workspace,
+    explained,
+    open_workspace,
+    workspaces,
+)
 from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, TWO_SHOT, Choice, GroupRunner, launch_config
 from normquant.kernels.configs import Config
 from normquant.ops.all_reduce_add_rms_norm_quant import op_name, own_rows
@@ -195,3 +204,32 @@ def test_a_rank_that_dies_is_named_by_all_others(world: int, algorithm: str) -> 
     texts = run_ranks(dies, world, free_port(), algorithm, timeout=120, silent=(world - 1,))
     for text in texts[:-1]:
         assert f"rank {world - 1} has not sent" in text and "call 4" in text, text
+
+
+def compiled(rank: int, world: int, port: int) -> str:
+    group, m = start(rank, world, port), 16
+    parts, residual = data(m, K, world, seed=4)
+    weight, spec = weights(K, dtype=torch.bfloat16).cuda(), SPEC.replace(sum="rounded")
+
+    def model(x, residual):
+        total = funcol.all_reduce(x, "sum", group) + residual
+        q = group_quant(torch.nn.functional.rms_norm(total, (K,), weight, EPS), spec=SPEC)
+        return q.data, q.scale, total
+
+    fused = torch.compile(model, options=inductor_options(all_reduce=True), fullgraph=True)
+    with torch.inference_mode():
+        with checking_agreement(group):
+            fused(parts[rank], residual)
+        got = fused(parts[rank], residual)
+    expected = reference.all_reduce_add_rms_norm_quant(parts, residual, weight, EPS, spec)
+    assert_bitwise(list(got), list(expected[:3]))
+    leave()
+    (site,) = last_report().sites
+    return str(site)
+
+
+@on_ranks
+def test_a_compiled_model_has_the_bits_of_the_reference_and_every_rank_decides_alike(world: int) -> None:
+    first, *others = run_ranks(compiled, world, free_port(), timeout=300)
+    assert "all_reduce_add_rms_norm_quant" in first and "measured: faster" in first
+    assert all(other == first for other in others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from shared.vllm_jobs import job, run
@@ -18,6 +18,17 @@ def test_vllm_as_installed_stands_beside_itself_with_normquant(tmp_path: Path):
         record["gpu_us_per_step"] *= {"installed": 1.0, "installed-normquant": 0.88}[record["setting"]]
     row = next(r for r in summary(records).splitlines() if " 1  installed-normquant" in r).split()
     assert row[4:8] == ["88.0", "-12.0", "%", "98.0"]
+
+
+def test_several_gpus_are_compared_by_the_replayed_step(tmp_path: Path):
+    jobs = [replace(job(tmp_path, s), tensor_parallel=4) for s in ("installed", "installed-normquant")]
+    records = [asdict(r) for r in run(jobs)]
+    assert all(r["tensor_parallel"] == 4 for r in records)
+    for record in records:
+        record["replay_us"] *= {"installed": 1.0, "installed-normquant": 0.9}[record["setting"]]
+        record["gpu_us_per_step"] *= {"installed": 1.0, "installed-normquant": 2.0}[record["setting"]]
+    text = summary(records)
+    assert "TP4" in text and "-10.0 %" in text and "+100.0 %" not in text
 
 
 def test_the_table_sets_settings_beside_each_other(tmp_path: Path):

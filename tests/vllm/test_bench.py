@@ -78,3 +78,16 @@ def test_another_linear_kernel_is_refused(found: Callable[[], list[VllmRecord | 
     log = (Path(failure.job.folder) / LOG).read_text()  # its end is what others print when the process exits
     assert "vLLM chose ReferenceBlockKernel for the linears, not deepgemm" in log
     assert json.loads((Path(failure.job.folder) / "job.json").read_text())["linear"] == "deepgemm"
+
+
+def test_ranks_stay_together_and_the_first_speaks(tmp_path: Path, environment: Environment) -> None:
+    two = replace(job(tmp_path, "normquant"), tensor_parallel=2, all_reduce=True, batches=(2,), samples=2)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(tmp_path).items():
+            patch.setenv(name, value)
+        (record,) = measure([[two]], 900, lambda cache: {})
+    assert isinstance(record, VllmRecord), record
+    assert (record.tensor_parallel, record.batch, record.replay_us) == (2, 2, None)  # nothing is captured on a CPU
+    assert record.switches["NORMQUANT_ALL_REDUCE"] == "1" and record.logit_error < 0.2
+    log = (Path(two.folder) / LOG).read_text()
+    assert log.count("normquant") > 1 and list(Path(two.folder).glob("prefill-*-calls-rank1.txt"))

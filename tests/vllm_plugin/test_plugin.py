@@ -215,6 +215,57 @@ def test_a_misspelt_switch_is_said(make: Any, monkeypatch: Any) -> None:
         plugin.register()
 
 
+def test_all_reduces_have_a_switch_of_their_own(make: Any, monkeypatch: Any) -> None:
+    from normquant.distributed import first_call
+    from normquant.ops import _group_calls
+
+    monkeypatch.setattr(first_call, "_rows", None)
+    monkeypatch.setattr(_group_calls, "at_first_call", None)
+    monkeypatch.setenv("NORMQUANT", "1")
+    vllm = make()
+    plugin.register()
+    without = vllm.VllmConfig().compute_hash()
+    assert first_call.rows_of_new() is None
+    monkeypatch.setenv("NORMQUANT_ALL_REDUCE", "1")
+    with_it = vllm.VllmConfig().compute_hash()
+    assert with_it != without and first_call.rows_of_new() is not None
+    again = vllm.VllmConfig({"normquant": {"all_reduce": True}}).compute_hash()
+    assert again == with_it  # what groups are open by now is no part of it
+    monkeypatch.setenv("NORMQUANT_ALL_REDUCE", "0")
+    assert vllm.VllmConfig({"normquant": {"all_reduce": True}}).compute_hash() == without
+
+
+def test_vllms_groups_have_torchs_names(make: Any, monkeypatch: Any) -> None:
+    make()
+    from normquant.vllm.tensor_parallel import torch_name
+
+    coordinator = SimpleNamespace(device_group=SimpleNamespace(group_name="5"))
+    groups = {"tp:0": lambda: coordinator, "gone:0": lambda: None}
+    state = module("vllm.distributed.parallel_state", _groups=groups)
+    monkeypatch.setitem(sys.modules, "vllm.distributed", module("vllm.distributed", parallel_state=state))
+    assert torch_name("tp:0") == "5"
+    for name in ("gone:0", "pp:0"):
+        with pytest.raises(ValueError, match="vLLM has no group"):
+            torch_name(name)
+
+
+class Applies:
+    """A pass of vLLM's that is for graphs of up to 8 tokens."""
+
+    def is_applicable_for_range(self, compile_range: int) -> bool:
+        return compile_range <= 8
+
+
+def test_what_vllm_fuses_later_is_left_to_it(make: Any) -> None:
+    make()
+    from normquant.vllm.tensor_parallel import fuses_all_reduces
+
+    fusing = type("AllReduceFusionPass", (Applies,), {})()
+    other = type("NoOpEliminationPass", (Applies,), {})()
+    assert fuses_all_reduces([other, fusing], 8) and not fuses_all_reduces([other, fusing], 9)
+    assert not fuses_all_reduces([other], 8)
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
@@ -229,4 +280,7 @@ def test_where_the_pass_goes(make: Any, names: list[str], expected: int) -> None
     make()
     from normquant.vllm.compile_pass import position
 
-    assert position([type(name, (), {})() for name in names]) == expected
+    passes = [type(name, (), {})() for name in names]
+    assert position(passes) == expected
+    at = next((i for i, name in enumerate(names) if name == "AllReduceFusionPass"), expected)
+    assert position(passes, all_reduce=True) == at

@@ -45,6 +45,17 @@ def test_the_check_is_asked_for_by_variable_or_entry(variable: str, entry: dict,
     assert read_switches(environ, {"normquant": entry}).check is check
 
 
+@pytest.mark.parametrize(
+    ("variable", "entry", "fused"),
+    [("", {}, False), ("1", {}, True), ("", {"all_reduce": True}, True), ("0", {"all_reduce": True}, False)],
+)
+def test_all_reduces_are_fused_where_that_is_asked_for(variable: str, entry: dict, fused: bool) -> None:
+    environ = {"NORMQUANT": "1", "NORMQUANT_ALL_REDUCE": variable}
+    assert read_switches(environ, {"normquant": entry}).all_reduce is fused
+    with pytest.raises(ValueError, match="NORMQUANT_ALL_REDUCE is 'yes'"):
+        read_switches({"NORMQUANT": "1", "NORMQUANT_ALL_REDUCE": "yes"}, None)
+
+
 def test_a_table_that_is_missing_is_found_at_once(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"missing\.json"):
         read_switches({}, {"normquant": {"table": str(tmp_path / "missing.json")}})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from normquant.bench.cases import Case
 from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, TWO_SHOT, Choice, GroupRunner, launch_config
 from normquant.kernels.configs import Config
 from normquant.ops.all_reduce_add_rms_norm_quant import op_name
+from normquant.spec import TMA_ALIGN
 
 if TYPE_CHECKING:
     from normquant.bench.ranks import RankInputs
@@ -21,6 +23,7 @@ Run = Callable[["RankInputs"], torch.Tensor]  # -> data; x may be overwritten
 Make = Callable[[Case, dist.ProcessGroup], "Run | None"]  # None for a case that the provider does not do
 EPS = 1e-6
 ONE_SHOT_LIMIT = 512  # rows
+PACKED = "kARResidualRMSNormPerTokenGroupFP8PackedQuant"
 
 
 def local_part(case: Case) -> Callable[[torch.Tensor, RankInputs], torch.Tensor]:
@@ -82,31 +85,69 @@ def _symmetric(case: Case, group: dist.ProcessGroup) -> torch.Tensor:
     return shared.view(case.m, case.k)
 
 
-def flashinfer(one_shot: bool) -> Make:
-    """FlashInfer's all-reduce with residual add and norm, then `group_quant`."""
+def flashinfer(one_shot: bool, packed: bool = False) -> Make:
+    """FlashInfer's all-reduce with residual add and norm, then `group_quant`; packed: its own quantization instead, the
+    only one that it has for blocks, with packed powers of two as scales."""
 
     def make(case: Case, group: dist.ProcessGroup) -> Run | None:
         if case.m > ONE_SHOT_LIMIT if one_shot else case.m <= group.size():
             return None
         import flashinfer.comm as comm
 
+        pattern = getattr(comm.AllReduceFusionPattern, PACKED if packed else "kARResidualRMSNorm", None)
+        if pattern is None:
+            raise RuntimeError(f"this FlashInfer has no {PACKED}")
         pointers = _flashinfer_workspace(case.k, group)
         total = torch.empty(case.m, case.k, dtype=torch.bfloat16, device="cuda")
-        norm = torch.empty_like(total)
+        norm = None if packed else torch.empty_like(total)
+        data, scale = _packed_outputs(case) if packed else (torch.empty(0), None)
+        block = {"block_quant_group_size": case.spec.group} if packed else {}
 
         def run(i: RankInputs) -> torch.Tensor:
             comm.trtllm_allreduce_fusion(
                 allreduce_in=i.x, world_size=group.size(), world_rank=group.rank(), token_num=case.m,
                 hidden_dim=case.k, workspace_ptrs=pointers, launch_with_pdl=True, trigger_completion_at_end=True,
-                fp32_acc=True, pattern_code=comm.AllReduceFusionPattern.kARResidualRMSNorm, use_oneshot=one_shot,
-                allreduce_out=None, residual_in=i.residual, residual_out=total, norm_out=norm, quant_out=None,
-                scale_out=None, rms_gamma=i.weight, rms_eps=EPS, scale_factor=None, layout_code=None,
+                fp32_acc=True, pattern_code=pattern, use_oneshot=one_shot, allreduce_out=None, residual_in=i.residual,
+                residual_out=total, norm_out=norm, quant_out=data if packed else None, scale_out=scale,
+                rms_gamma=i.weight, rms_eps=EPS, scale_factor=None, layout_code=None, **block,
             )  # fmt: skip
-            return ops.group_quant(norm, spec=case.spec).data
+            return data if norm is None else ops.group_quant(norm, spec=case.spec).data
 
         return run
 
     return make
+
+
+def _packed_outputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp8 [M, K], and int32 [M, K/512] in TMA-aligned columns."""
+    data = torch.empty(case.m, case.k, dtype=torch.float8_e4m3fn, device="cuda")
+    words, rows = -(-case.k // (4 * case.spec.group)), -(-case.m // TMA_ALIGN) * TMA_ALIGN
+    return data, torch.empty(words, rows, dtype=torch.int32, device="cuda").t()
+
+
+def vllm_custom(case: Case, group: dist.ProcessGroup) -> Run | None:
+    """vLLM's custom all-reduce, which in a CUDA graph reads the inputs where they are."""
+    if group.group_name not in _vllm_custom:
+        from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
+
+        own = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")  # it takes no group of NCCL's
+        _vllm_custom[group.group_name] = CustomAllreduce(group=own, device=torch.device("cuda", group.rank()))
+    custom, local = _vllm_custom[group.group_name], local_part(case)
+    example = torch.empty(case.m, case.k, dtype=torch.bfloat16, device="cuda")
+    if custom.disabled or not custom.should_custom_ar(example):
+        return None
+    return lambda i: local(custom.custom_all_reduce(i.x), i)
+
+
+_vllm_custom: dict[str, Any] = {}
+
+
+@contextmanager
+def capturing(group: dist.ProcessGroup) -> Iterator[None]:
+    """Around the capture of a CUDA graph, on all ranks: vLLM's all-reduce exchanges the addresses of its inputs."""
+    custom = _vllm_custom.get(group.group_name)
+    with nullcontext() if custom is None or custom.disabled else custom.capture():
+        yield
 
 
 _flashinfer: dict[tuple[str, int], Any] = {}
@@ -143,6 +184,9 @@ PROVIDERS: dict[str, Make] = {
     "symm_mem two-shot + normquant": symmetric_two_shot,
     "flashinfer one-shot + normquant": flashinfer(True),
     "flashinfer two-shot + normquant": flashinfer(False),
+    "flashinfer one-shot, packed": flashinfer(True, packed=True),
+    "flashinfer two-shot, packed": flashinfer(False, packed=True),
+    "vllm custom + normquant": vllm_custom,
 }
 
 

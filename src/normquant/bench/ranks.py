@@ -118,7 +118,8 @@ def time_ranks(calls: Mapping[str, Sequence[Call]], group: dist.ProcessGroup, sa
     graphs = {}
     for name, some in calls.items():
         dist.barrier(group)
-        graphs[name] = capture_repeated(some, CALLS // len(some), pool)
+        with rank_providers.capturing(group):
+            graphs[name] = capture_repeated(some, CALLS // len(some), pool)
     raw: dict[str, list[float]] = {name: [] for name in calls}
     for sample in range(samples + 1):
         for name, graph in graphs.items():

@@ -102,6 +102,7 @@ class VllmRecord(Provenance):
     scales, scales_not_power_of_two: activation scales that reached DeepGEMM in a separate run.
     findings: of `normquant audit` in the code that vLLM generated, by rule. flashinfer: its version, "" where it is not
         installed. switches: environment variables that chose a kernel.
+    tensor_parallel: GPUs that computed the model together; the figures are the first one's, replay_us the slowest's.
     """
 
     suite: str
@@ -131,6 +132,7 @@ class VllmRecord(Provenance):
     flashinfer: str = ""
     replay_us: float | None = None
     switches: dict[str, str] = field(default_factory=dict)
+    tensor_parallel: int = 1
 
 
 Record = KernelRecord | LayerRecord | VllmRecord

@@ -79,6 +79,8 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
         f"(default there: {settings}); also unfused, vLLM without its fused silu either",
     )  # fmt: skip
     add("--linear", help="the linear kernel there: deepgemm, cutlass, or both (default there: deepgemm)")
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that compute the model together (default: 1)")
+    add("--all-reduce", action="store_true", help="have normquant fuse their all-reduces, which is off by default")
     add("--layers", type=int, default=16, help="decoder layers (default: 16)")
     add(
         "--moe", type=expert_layers, default=(0,), metavar="N,...",
@@ -94,12 +96,14 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
     add("--keep", type=Path, metavar="DIR", help="keep vLLM's caches, reports, logs and kernels here")
 
 
-def need_gpu() -> None:
+def need_gpu(count: int = 1) -> None:
     """Raise ValueError where nothing can be measured."""
     import torch
 
     if not torch.cuda.is_available():
         raise ValueError("there is no CUDA GPU here; everything is measured on one")
+    if (there := torch.cuda.device_count()) < count:
+        raise ValueError(f"{count} GPUs are asked for, and here are {there}")
 
 
 def grid_cases(args: argparse.Namespace) -> list[Case]:
@@ -116,7 +120,7 @@ def grid_cases(args: argparse.Namespace) -> list[Case]:
 def run(args: argparse.Namespace) -> int:
     """Measure, print a line for each case, write the records; 2 if a process of vLLM failed."""
     check_writable(args.output)
-    need_gpu()
+    need_gpu(getattr(args, "tensor_parallel", 1))
     from normquant.bench.vllm.supervisor import Failure
 
     suite: Callable[[argparse.Namespace], Found] = SUITES[args.suite]
@@ -232,17 +236,26 @@ def vllm_groups(args: argparse.Namespace, folder: Path) -> list[list[Job]]:
     settings, linears = _settings(args)
     if min(args.samples, args.steps, args.timeout, args.workers or 1) < 1 or args.samples < 2:
         raise ValueError("--samples starts at 2; --steps, --timeout and --workers start at 1")
+    _check_ranks(args)
     jobs = [
         Job(
             setting=setting, linear=linear, layers=args.layers, moe=moe, batches=args.batch, prefill=args.prefill,
             samples=args.samples, steps=args.steps, compared=COMPARED, policy=args.policy, folder="",
-            model=config(args.layers, moe),
+            model=config(args.layers, moe, args.tensor_parallel), tensor_parallel=args.tensor_parallel,
+            all_reduce=args.all_reduce,
         )
         for moe in args.moe for linear in linears for setting in settings
     ]  # fmt: skip
     jobs = [replace(job, folder=os.fspath(folder / job.name)) for job in jobs]
     size = args.workers or len(settings)
     return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    if args.tensor_parallel not in (1, 2, 4, 8):
+        raise ValueError(f"--tensor-parallel is {args.tensor_parallel}; accepted: 1, 2, 4, 8")
+    if args.all_reduce and args.tensor_parallel == 1:
+        raise ValueError("--all-reduce goes with --tensor-parallel: one GPU reduces nothing")
 
 
 def _settings(args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:

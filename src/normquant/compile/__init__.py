@@ -26,6 +26,7 @@ def inductor_options(
     sites: Mapping[str, str] | None = None,
     table: str | None = None,
     mode: str | None = None,
+    all_reduce: bool = False,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Options for `torch.compile(options=...)` that fuse RMSNorm and FP8 quantization.
@@ -40,13 +41,15 @@ def inductor_options(
     sites: glob of a site's name, as the report shows it -> a policy, "fused" or "stock" for those sites.
     table: path of a JSON file of measurements, as `normquant.compile.measured` describes it, that "auto" goes by.
     mode: "reduce-overhead", "max-autotune", ...: its options as well; torch.compile takes a mode or options, not both.
+    all_reduce: fuse an all-reduce in front of a norm, too, on groups that have a workspace (`normquant.distributed`).
+        It adds the parts of the ranks in rank order, where NCCL has an order of its own: other bits than without.
     overrides: further Inductor options; a "." in a name is written "__". A `post_grad_custom_pre_pass`, given here or
         set in torch._inductor.config, runs too, after this one.
 
     Raises ValueError for an unknown policy, a file that is no table, or options under which Inductor never runs the
     pass (`use_post_grad_passes=False`, which mode "lite" sets); OSError for a table that cannot be read.
     """
-    from normquant.compile.driver import NormQuantPass
+    from normquant.compile.driver import ALL_REDUCE_FUSIONS, FUSIONS, NormQuantPass
     from normquant.compile.policy import Rules
 
     rules = Rules(policy, dict(sites or {}), table)  # type: ignore[arg-type]  # Rules checks the word
@@ -55,7 +58,8 @@ def inductor_options(
         options["triton.nested_reduction"] = True
     options |= {name.replace("__", ".").replace("-", "_"): choice for name, choice in overrides.items()}
     _check_that_passes_run(options, mode)
-    return options | {PASS: _in_order(NormQuantPass(rules, strict), options)}
+    ours = NormQuantPass(rules, strict, ALL_REDUCE_FUSIONS if all_reduce else FUSIONS)
+    return options | {PASS: _in_order(ours, options)}
 
 
 def _has_option(name: str) -> bool:

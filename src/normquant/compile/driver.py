@@ -11,7 +11,7 @@ from typing import Any
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from normquant import ops, reference, spec, specs
+from normquant import distributed, ops, reference, spec, specs
 from normquant.compile import direct_calls, fusion_report
 from normquant.compile.edit.build import Builder
 from normquant.compile.edit.cleanup import clean, keep_outputs_apart, output_owners
@@ -26,10 +26,12 @@ from normquant.compile.fusions import (
     silu_mul_quant,
     vllm_fused_ops,
 )
+from normquant.compile.fusions.all_reduce_norm_quant import AllReduceNormQuant
 from normquant.compile.fusions.candidate import Candidate, Fusion, Rejection
 from normquant.compile.policy import Rules
 
 FUSIONS: tuple[Fusion, ...] = (norm_quant.find,)
+ALL_REDUCE_FUSIONS: tuple[Fusion, ...] = (AllReduceNormQuant(), *FUSIONS)
 # Gated products and latents first: what they take is not left over for a norm or a quantization alone.
 VLLM_FUSIONS: tuple[Fusion, ...] = (
     vllm_fused_ops.find,
@@ -43,6 +45,8 @@ SOURCES = (  # whatever decides what the pass makes of a graph
     *sorted(map(str, Path(__file__).parent.rglob("*.py"))),
     *sorted(map(str, Path(__file__).parent.rglob("*.json"))),
     *sorted(map(str, Path(ops.__file__).parent.rglob("*.py"))),
+    *sorted(map(str, Path(distributed.__file__).parent.glob("*.py"))),
+    *sorted(map(str, Path(distributed.__file__).parent.glob("*.json"))),
     *(module.__file__ for module in (reference, spec, specs)),
 )
 
@@ -61,7 +65,7 @@ class NormQuantPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Changes with the sources of the pass and with every option, so that compile caches miss when they should."""
-        names = [repr(fusion) if is_dataclass(fusion) else fusion.__module__ for fusion in self.fusions]
+        names = [_identity(fusion) for fusion in self.fusions]
         return get_hash_for_files(SOURCES, extra=repr((self.rules.identity, self.strict, names)))
 
     def _options(self) -> tuple[Rules, bool, tuple[Fusion, ...]]:
@@ -80,6 +84,13 @@ class NormQuantPass(CustomGraphPass):
         """Rewrite the graph and say what was done; `normquant.explain()` has the report as well."""
         direct_calls.register()
         return fusion_report.add(run(graph, self.rules, self.strict, self.fusions))
+
+
+def _identity(fusion: Fusion) -> Any:
+    """What a fusion does is decided by: its settings, and for one that asks what else, that."""
+    if (asked := getattr(fusion, "identity", None)) is not None:
+        return repr(fusion), asked()
+    return repr(fusion) if is_dataclass(fusion) else fusion.__module__
 
 
 def run(graph: Graph, rules: Rules, strict: bool = False, fusions: Sequence[Fusion] = FUSIONS) -> FusionReport:

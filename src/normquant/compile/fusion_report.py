@@ -54,7 +54,7 @@ class Site:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """One graph: its sites, and the quantizations that have no norm in front of them.
+    """One graph: its sites; others, the quantizations that have no norm in front of them and all-reduces that stay.
 
     graph: number of the graph in this process. error: why a part of the pass, or all of it, was given up, else "".
     cleaned: identities and copies that the pass removed.

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from normquant.compile.measured import Strategy, StrategyTable, measured
+from normquant.distributed.group_facts import GroupFacts
 
 Policy = Literal["auto", "always", "never", "native", "opaque-norm"]
 BY_POLICY: dict[str, Strategy] = {
@@ -29,6 +30,7 @@ class Facts:
 
     m: rows, None where they are symbolic. opaque_norm: the norm is one operation that the compiler calls.
     extra_kernel: fusing takes a kernel that the site does not have now, for a weight that the graph computes.
+    group: whose ranks compute it together, None for one GPU alone.
     """
 
     device: torch.device
@@ -37,6 +39,7 @@ class Facts:
     k: int
     opaque_norm: bool
     extra_kernel: bool = False
+    group: GroupFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ class Rules:
         if device.type != "cuda" or torch.version.hip:
             kind = "ROCm" if torch.version.hip else device.type
             return Decision("stock", f"policy auto: no measurements on {kind}; policy='always' fuses anyway")
+        if facts.group is not None:
+            if unmeasured := facts.group.unmeasured(facts.k, facts.m):
+                return Decision("stock", f"policy auto: {unmeasured}")
+            return Decision("fused", f"measured: faster than an all-reduce and the rest on {facts.group.ranks} ranks")
         capability = torch.cuda.get_device_capability(device)
         table = measured(capability) if self.measurements is None else self.measurements
         lacks = f"on sm_{capability[0]}{capability[1]}"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from normquant.kernels.exchange_layout import CONTROL_BYTES, UNIT_BYTES, Exchange, one_shot_bytes, two_shot_bytes
 from normquant.ops import _gather
-from normquant.ops.all_reduce_add_rms_norm_quant import runners
+from normquant.ops._group_calls import runners
 
 REPORT_FIELDS = 4  # int64: whether there is one, missing ranks as bits, epoch, row
 _serial = count()
@@ -22,6 +22,7 @@ class Workspace:
 
     buffer: this rank's memory that its peers write to, bytes; None where `reason` says why there is none, and every
     call goes through NCCL. exchange: what the kernels know of it. report: pinned, written by a kernel that gives up.
+    capability: of the GPUs of all ranks; None on CPUs, and where they differ.
     """
 
     group: dist.ProcessGroup
@@ -32,6 +33,7 @@ class Workspace:
     exchange: Exchange | None = None
     report: torch.Tensor | None = None
     reason: str = ""
+    capability: tuple[int, int] | None = None
 
     @property
     def bytes(self) -> int:
@@ -95,11 +97,13 @@ def _share(group: dist.ProcessGroup, half: int, timeout_s: float) -> Workspace:
         addresses = list(symmetric_memory.rendezvous(buffer, group.group_name).buffer_ptrs)
     except (RuntimeError, ValueError) as error:  # no peer access, another host, no driver for it
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    reasons: list[str] = [""] * group.size()
-    dist.all_gather_object(reasons, reason, group=group)  # every rank takes the same way
-    if any(reasons):
-        first = next(f"rank {r}: {text}" for r, text in enumerate(reasons) if text)
-        return Workspace(group, device, timeout_s, serial, reason=first)
+    found: list[tuple[str, tuple[int, int]]] = [("", (0, 0))] * group.size()
+    own = torch.cuda.get_device_capability(device)
+    dist.all_gather_object(found, (reason, own), group=group)  # every rank takes the same way
+    capability = own if all(other == own for _, other in found) else None
+    if any(text for text, _ in found):
+        first = next(f"rank {r}: {text}" for r, (text, _) in enumerate(found) if text)
+        return Workspace(group, device, timeout_s, serial, reason=first, capability=capability)
     assert buffer is not None
     buffer.fill_(0xFF)
     buffer[:CONTROL_BYTES] = 0
@@ -108,4 +112,4 @@ def _share(group: dist.ProcessGroup, half: int, timeout_s: float) -> Workspace:
     exchange = Exchange(group.rank(), group.size(), table, torch.zeros(2, dtype=torch.int32, device=device), half)
     torch.cuda.synchronize()
     dist.barrier(group)  # nobody writes before all have cleared
-    return Workspace(group, device, timeout_s, serial, buffer, exchange, report)
+    return Workspace(group, device, timeout_s, serial, buffer, exchange, report, capability=capability)

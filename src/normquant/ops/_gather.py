@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from time import monotonic
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,10 +30,17 @@ def group_of(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
+def closed(ranks: list[int], group_name: str, call: str) -> str:
+    """The sentence about ranks that have gone."""
+    who = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"
+    return f"{who} left group {group_name!r}: the connection is closed, in {call}"
+
+
 def gather(x: torch.Tensor, group_name: str, call: str) -> torch.Tensor:
     """x of every rank, all of one shape -> [ranks, *x.shape].
 
-    Each pair of ranks has messages of its own, so that an error can name who is missing.
+    Each pair of ranks has messages of its own, so that an error can name who is missing; all others still get what this
+    rank has, so that they name the same one.
     """
     group = group_of(group_name)
     rank, world = group.rank(), group.size()
@@ -39,16 +48,22 @@ def gather(x: torch.Tensor, group_name: str, call: str) -> torch.Tensor:
     parts[rank] = x
     peers = [r for r in range(world) if r != rank]
     raw = parts.view(torch.uint8)  # gloo does not know every dtype
-    sent = [dist.isend(raw[rank], group=group, group_dst=r) for r in peers]
     seconds = timeouts.get(group_name, TIMEOUT_S)
-    for peer in peers:
-        received = dist.irecv(raw[peer], group=group, group_src=peer)
+    end, late, gone = monotonic() + seconds, list[int](), list[int]()
+    works: list[tuple[int, Any]] = []
+    for r in peers:
         try:
-            received.wait(  # type: ignore[union-attr]
-                timedelta(seconds=seconds)
-            )
-        except RuntimeError as error:
-            raise MissingRank(missing([peer], group_name, seconds, call)) from error
-    for work in sent:
-        work.wait()  # type: ignore[union-attr]
+            works.append((r, dist.isend(raw[rank], group=group, group_dst=r)))
+            works.append((r, dist.irecv(raw[r], group=group, group_src=r)))
+        except RuntimeError:
+            gone.append(r)
+    for r, work in works:
+        try:
+            work.wait(timedelta(seconds=max(end - monotonic(), 0.001)))
+        except RuntimeError:
+            (gone if monotonic() < end else late).append(r)
+    if gone:
+        raise MissingRank(closed(sorted(set(gone)), group_name, call))
+    if late:
+        raise MissingRank(missing(sorted(set(late)), group_name, seconds, call))
     return parts

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from normquant import reference
 from normquant.ops._examples import EPS
 from normquant.ops._gather import gather, group_of
 from normquant.ops._gradients import refuse_gradients
+from normquant.ops._group_calls import prepare, runner
 from normquant.ops._op import DEFAULT, define
 from normquant.ops._tensors import activation, check_eps, check_norm, check_weight_offset, fake_quant, rows
 from normquant.spec import QuantizedActivation, QuantSpec
@@ -73,27 +74,6 @@ def all_reduce_add_rms_norm(
     return norm.view(x.shape), total.view(x.shape)
 
 
-class Runner(Protocol):
-    """What runs the ops of a group on its GPUs; see `normquant.distributed`."""
-
-    def __call__(self, op: str, with_residual: bool, quantized: bool, normed: bool, *args: Any) -> Any:
-        """The op's outputs for its arguments, the residual among them where there is one."""
-
-
-runners: dict[str, Runner] = {}  # by the name of the group
-
-
-def runner(group_name: str) -> Runner:
-    """The runner of a group; raises ValueError where nobody has opened a workspace for it."""
-    found = runners.get(group_name)
-    if found is None:
-        raise ValueError(
-            f"group {group_name!r} has no workspace on this rank; call normquant.distributed.open_workspace on every "
-            f"rank before the first call"
-        )
-    return found
-
-
 def op_name(with_residual: bool, quantized: bool, normed: bool) -> str:
     """The op of these inputs and outputs; the norm alone is the output of an op that does not quantize."""
     name = f"all_reduce_{'add_' if with_residual else ''}rms_norm{'_quant' if quantized else ''}"
@@ -119,7 +99,7 @@ def check(
     check_eps(eps)
     check_weight_offset(weight_offset)
     for name, t in (("x", x), ("residual", residual)):
-        if t is not None and t.shape[0] > 1 and t.stride(0) % 8:
+        if t is not None and t.stride(0) % 8 and t.shape[0] > 1:
             raise ValueError(f"{name} has stride {tuple(t.stride())}; accepted: rows a multiple of 8 values apart")
 
 
@@ -206,11 +186,13 @@ class GroupOp:
 
     def cpu(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The reference's outputs."""
+        prepare(self.name, *args)
         data, scale, total, norm = on_cpu(*self.checked(args))
         return *(data, scale)[: 2 * self.quantized], total, *(norm,)[: self.normed]
 
     def cuda(self, *args: Any) -> Any:
         """What the group's runner makes of it."""
+        prepare(self.name, *args)
         return runner(args[-2])(self.name, self.with_residual, self.quantized, self.normed, *args)
 
 

@@ -61,14 +61,19 @@ def settings(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _model(record: Mapping[str, Any]) -> str:
-    """The linear kernel, and whether the model has experts."""
-    return f"{record['linear']}{', experts' if record['moe'] else ''}"
+    """The linear kernel, whether the model has experts, and on how many GPUs it ran."""
+    ranks = record.get("tensor_parallel", 1)
+    return f"{record['linear']}{', experts' if record['moe'] else ''}{f', TP{ranks}' if ranks > 1 else ''}"
 
 
 def _change(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]], setting: str) -> str:
-    """Of a record's GPU time against that of another setting; "" for itself and without such a record."""
-    same = ("linear", "layers", "moe", "batch")
-    other = next((r for r in records if r["setting"] == setting and all(r[n] == record[n] for n in same)), None)
-    if other is None or other is record or not other["gpu_us_per_step"]:
+    """Of a record's GPU time against that of another setting; "" for itself and without such a record.
+
+    On several GPUs of the replayed step: a profiled one measures how late the others were.
+    """
+    same = ("linear", "layers", "moe", "batch", "tensor_parallel")
+    other = next((r for r in records if r["setting"] == setting and all(r.get(n) == record.get(n) for n in same)), None)
+    time = "replay_us" if record.get("tensor_parallel", 1) > 1 else "gpu_us_per_step"
+    if other is None or other is record or not other[time] or not record[time]:
         return ""
-    return f"{100 * (record['gpu_us_per_step'] / other['gpu_us_per_step'] - 1):+.1f} %"
+    return f"{100 * (record[time] / other[time] - 1):+.1f} %"

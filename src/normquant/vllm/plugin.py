@@ -62,6 +62,10 @@ def _hash_with_switches(original: Any, config: Any, *args: Any, **kwargs: Any) -
         return stock
     from normquant.vllm.compile_pass import pass_key
 
+    if switches.all_reduce:
+        from normquant.distributed import open_at_first_call
+
+        open_at_first_call()  # graphs may come from a cache: then this is all that a process sees before it calls them
     key = pass_key(switches)
     return hashlib.sha256(f"{stock} {key}".encode()).hexdigest()[: len(stock)]
 

@@ -10,15 +10,16 @@ from typing import Any
 from normquant.compile.policy import Rules
 
 VARIABLE = "NORMQUANT"
-CHECK_VARIABLE = "NORMQUANT_CHECK"
+ALL_REDUCE_VARIABLE, CHECK_VARIABLE = "NORMQUANT_ALL_REDUCE", "NORMQUANT_CHECK"
 KEY = "normquant"
-ENABLED, POLICY, SITES, TABLE, STRICT, CHECK = "enabled", "policy", "sites", "table", "strict", "check"
-TYPES = {ENABLED: bool, POLICY: str, SITES: dict, TABLE: str, STRICT: bool, CHECK: bool}
+ENABLED, POLICY, SITES, TABLE, STRICT = "enabled", "policy", "sites", "table", "strict"
+ALL_REDUCE, CHECK = "all_reduce", "check"
+TYPES = {ENABLED: bool, POLICY: str, SITES: dict, TABLE: str, STRICT: bool, ALL_REDUCE: bool, CHECK: bool}
 
 
 @dataclass(frozen=True)
 class Switches:
-    """enabled: whether normquant does anything. rules, strict: as `normquant.inductor_options` takes them.
+    """enabled: whether normquant does anything. rules, strict, all_reduce: as `normquant.inductor_options` takes them.
 
     check: whether every quantized form that is handed from one module to another is compared with a fresh one.
     """
@@ -26,39 +27,38 @@ class Switches:
     enabled: bool = False
     rules: Rules = field(default_factory=Rules)
     strict: bool = False
+    all_reduce: bool = False
     check: bool = False
 
 
 def read_switches(environ: Mapping[str, str], additional_config: object) -> Switches:
     """What the environment and vLLM's `additional_config` ask for; without either, nothing.
 
-    NORMQUANT=1 switches on and NORMQUANT=0 off, whatever `additional_config` says. The entry "normquant" of
-    `additional_config` switches on, and may hold:
+    NORMQUANT=1 switches on and NORMQUANT=0 off, whatever `additional_config` says; NORMQUANT_ALL_REDUCE does the same
+    for "all_reduce". The entry "normquant" of `additional_config` switches on, and may hold:
         "enabled": false to switch off.
-        "policy", "sites", "table", "strict": as `normquant.inductor_options` takes them.
+        "policy", "sites", "table", "strict", "all_reduce": as `normquant.inductor_options` takes them.
         "check": true to compare what is handed over, as NORMQUANT_CHECK=1 does.
     An `additional_config` that is no dict says nothing about normquant.
 
     Raises ValueError for anything else, OSError for a table that cannot be read.
     """
-    variable, check = (_variable(environ, name) for name in (VARIABLE, CHECK_VARIABLE))
     given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
     entry = _checked(given) if given is not None else {}
-    enabled = entry.get(ENABLED, True) if given is not None else False
-    if variable:
-        enabled = variable == "1"
+    enabled = _switched(environ, VARIABLE, entry.get(ENABLED, True) if given is not None else False)
+    all_reduce = _switched(environ, ALL_REDUCE_VARIABLE, entry.get(ALL_REDUCE, False))
+    check = _switched(environ, CHECK_VARIABLE, entry.get(CHECK, False))
     if not enabled:
         return Switches()
     rules = Rules(entry.get(POLICY, "auto"), dict(entry.get(SITES, {})), entry.get(TABLE))
-    check_asked = entry.get(CHECK, False) if check == "" else check == "1"
-    return Switches(True, rules, entry.get(STRICT, False), check_asked)
+    return Switches(True, rules, entry.get(STRICT, False), all_reduce, check)
 
 
-def _variable(environ: Mapping[str, str], name: str) -> str:
-    value = environ.get(name, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"{name} is {value!r}; accepted: 1 (on), 0 (off)")
-    return value
+def _switched(environ: Mapping[str, str], variable: str, otherwise: bool) -> bool:
+    given = environ.get(variable, "")
+    if given not in ("", "0", "1"):
+        raise ValueError(f"{variable} is {given!r}; accepted: 1 (on), 0 (off)")
+    return given == "1" if given else otherwise
 
 
 def _checked(entry: object) -> Mapping[str, Any]:

@@ -80,6 +80,29 @@ def test_logits_are_those_of_transformers():
         torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_ranks_with_equal_weights_are_a_model_of_their_shares_together():
+    shard, ranks = with_vllms_names(peer()), 2
+
+    def doubled(name: str) -> torch.Tensor:
+        weight = weights.float32(shard, name)
+        if name.endswith(("embed_tokens.weight", "lm_head.weight", "q_b_proj.weight", "kv_b_proj.weight")):
+            return torch.cat([weight] * ranks)
+        if name.endswith(("q_b_proj", "kv_b_proj")):
+            return torch.cat([weight] * ranks)
+        if "gate_up_proj" in name or "w13_weight" in name:
+            gate, up = weight.chunk(2)
+            return torch.cat([gate] * ranks + [up] * ranks)
+        if name.endswith(("o_proj", "o_proj.weight", "down_proj.weight")) or "w2_weight" in name:
+            return torch.cat([weight] * ranks, -1)
+        return weight
+
+    whole = CONFIG | {name: ranks * CONFIG[name] for name in weights.SPLIT} | {"vocab_size": 200}
+    prompts = [[*PROMPTS[0], 150], *PROMPTS[1:]]  # a token of the second rank's part
+    found = reference.logits(CONFIG, lambda name: weights.float32(shard, name), prompts, ranks)
+    for a, b in zip(found, reference.logits(whole, doubled, prompts), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_every_expert_counts():
     loaded = with_vllms_names(peer())
     before = reference.logits(CONFIG, lambda name: weights.float32(loaded, name), PROMPTS)[0]

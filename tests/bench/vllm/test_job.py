@@ -59,3 +59,16 @@ def test_every_request_fits(tmp_path: Path):
     per_token = 2 * 4 * (512 + 64)  # bytes, layers, latent and RoPE
     assert arguments["kv_cache_memory_bytes"] > per_token * 16 * (64 + one.decoded)
     assert one.decoded > 5 * 32
+
+
+def test_several_gpus_are_ranks_of_our_own_and_say_how_they_reach_each_other(tmp_path: Path):
+    one = job(tmp_path, "installed-normquant", linear="installed")
+    four = replace(one, tensor_parallel=4, all_reduce=True)
+    base = {"NCCL_NVLS_ENABLE": "0", "NORMQUANT_ALL_REDUCE": "1"}
+    assert switches(one, base) == {} and "NORMQUANT_ALL_REDUCE" not in environment(one, base)
+    assert switches(four, base) == {"NCCL_NVLS_ENABLE": "0", "NORMQUANT_ALL_REDUCE": "1"}
+    assert environment(replace(four, setting="installed"), base).get("NORMQUANT_ALL_REDUCE") is None
+    assert four.name == f"{one.name}-tp4" and read(write(four)) == four
+    arguments = engine_arguments(four)
+    assert arguments["tensor_parallel_size"] == 4 and arguments["distributed_executor_backend"] == "external_launcher"
+    assert "tensor_parallel_size" not in engine_arguments(one)

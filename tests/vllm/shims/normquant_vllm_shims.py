@@ -65,6 +65,7 @@ torch.library.register_fake(
 def register() -> None:
     _keep_compile_passes()
     _take_quantized_activations()
+    _reduce_in_one_operation()
     _make_up_weights()
     if "native_quant" not in FAULTS:
         _quantize_with_the_op()
@@ -104,6 +105,12 @@ def _keep_compile_passes() -> None:
 
     # It compares every functionalized op with CUDA ops that a CPU build lacks. Inductor puts the calls back by itself.
     FixFunctionalizationPass.__call__ = lambda self, graph: None
+
+
+def _reduce_in_one_operation() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.use_custom_op_collectives = classmethod(lambda cls: True)  # as on CUDA: `vllm::all_reduce`
 
 
 def _take_quantized_activations() -> None:

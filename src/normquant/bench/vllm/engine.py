@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
+from normquant.bench.vllm.rank_processes import Ranks
+
 # The functions of DeepGEMM as `vllm.utils.deep_gemm` holds them; each gets (data, scales) of the activation first.
 DEEP_GEMM_ENTRIES = ("_fp8_gemm_nt_impl", "_grouped_impl", "_grouped_masked_impl")
 MANTISSA = 0x7FFFFF
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,11 @@ class EngineStep:
 class Engine:
     """An `LLM` that runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0).
 
-    steps: every run of the model so far.
+    steps: every run of the model so far. ranks: this process among those that compute the model.
     """
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self._engine = llm.llm_engine
         self.runner = self._engine.model_executor.driver_worker.model_runner
         self.model: Any = self.runner.get_model()  # an nn.Module
@@ -74,7 +78,8 @@ class Engine:
 
         def compute_logits(*args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
-            found.append(out.detach().to("cpu", torch.float32, copy=True))
+            if out is not None:  # as it is on ranks that do not sample
+                found.append(out.detach().to("cpu", torch.float32, copy=True))
             return out
 
         self.model.compute_logits = compute_logits

@@ -12,29 +12,33 @@ import torch.nn.functional as F
 Weight = Callable[[str], torch.Tensor]  # by vLLM's name, float32
 
 
-def logits(config: Mapping[str, Any], weight: Weight, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def logits(
+    config: Mapping[str, Any], weight: Weight, prompts: Sequence[Sequence[int]], ranks: int = 1
+) -> list[torch.Tensor]:
     """Logits [T, vocabulary] float32 of each prompt of T tokens.
 
+    ranks: how many have this share of a model, all with the same weights: what they add is so many times that of one,
+    and the vocabulary is so many times its part.
     config: the model's config.json. weight: its weights by vLLM's names, in float32, on the device to compute on;
     an expert's weight by the name of the whole and "[e]".
     """
     lengths = [len(prompt) for prompt in prompts]
     tokens = torch.tensor([token for prompt in prompts for token in prompt])
     embedding = weight("model.embed_tokens.weight")
-    h = embedding[tokens.to(embedding.device)]  # [T, hidden], all prompts in a row
+    h = embedding[tokens.to(embedding.device) % len(embedding)]  # [T, hidden], all prompts in a row
     with full_precision(), torch.no_grad():
         for index in range(config["num_hidden_layers"]):
-            h = layer(config, weight, index, h, lengths)
+            h = layer(config, weight, index, h, lengths, ranks)
         h = rms_norm(config, h, weight("model.norm.weight"))
-        return list((h @ weight("lm_head.weight").t()).split(lengths))
+        return list((h @ weight("lm_head.weight").t()).repeat(1, ranks).split(lengths))
 
 
 def layer(
-    config: Mapping[str, Any], weight: Weight, index: int, h: torch.Tensor, lengths: Sequence[int]
+    config: Mapping[str, Any], weight: Weight, index: int, h: torch.Tensor, lengths: Sequence[int], ranks: int
 ) -> torch.Tensor:
     """One decoder layer on the residual stream [T, hidden]."""
     prefix = f"model.layers.{index}"
-    h = h + attention(
+    h = h + ranks * attention(
         config,
         lambda name: weight(f"{prefix}.self_attn.{name}.weight"),
         rms_norm(config, h, weight(f"{prefix}.input_layernorm.weight")),
@@ -42,8 +46,8 @@ def layer(
     )
     y = rms_norm(config, h, weight(f"{prefix}.post_attention_layernorm.weight"))
     if index < config["first_k_dense_replace"]:
-        return h + mlp(y, weight(f"{prefix}.mlp.gate_up_proj.weight"), weight(f"{prefix}.mlp.down_proj.weight"))
-    return h + experts(config, lambda name: weight(f"{prefix}.mlp.{name}"), y)
+        return h + ranks * mlp(y, weight(f"{prefix}.mlp.gate_up_proj.weight"), weight(f"{prefix}.mlp.down_proj.weight"))
+    return h + ranks * experts(config, lambda name: weight(f"{prefix}.mlp.{name}"), y)
 
 
 def attention(config: Mapping[str, Any], weight: Weight, x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

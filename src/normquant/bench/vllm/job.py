@@ -18,7 +18,14 @@ PASSES = {
 }
 LINEARS = ("deepgemm", "cutlass")
 FLASHINFER_LINEAR = "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER"
-CHOICES = ("NORMQUANT", FLASHINFER_LINEAR)  # not taken over from the environment
+CHOICES = ("NORMQUANT", "NORMQUANT_ALL_REDUCE", FLASHINFER_LINEAR)  # not taken over from the environment
+# How GPUs reach each other, on hosts that need it said; taken over from the environment, and kept in the record.
+BETWEEN_GPUS = (
+    "NCCL_NVLS_ENABLE",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM",
+    "VLLM_FLASHINFER_ALLREDUCE_BACKEND",
+)
 PROMPT = 64  # tokens of a request that is decoded
 WARM_UP = 8  # steps before the first window
 # What each process gets, whatever the caller's environment says: the engine inside the process, no network, and as
@@ -45,6 +52,7 @@ class Job:
     batches: requests decoded at once. prefill: lengths of prompts. samples: windows of `steps` steps each.
     compared: prompts whose logits are compared with those of float32.
     model: the model's config.json. engine: arguments of `vllm.LLM` that replace ours.
+    tensor_parallel: GPUs that compute the model together. all_reduce: whether the plugin fuses their all-reduces.
     """
 
     setting: str
@@ -60,12 +68,15 @@ class Job:
     folder: str
     model: Mapping[str, Any] = field(hash=False)
     engine: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tensor_parallel: int = 1
+    all_reduce: bool = False
 
     @property
     def name(self) -> str:
         """The job in logs and folders."""
         linear = "" if self.installed else f"-{self.linear}"
-        return f"{self.setting}{linear}{'-moe' * (self.moe > 0)}"
+        ranks = f"-tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        return f"{self.setting}{linear}{'-moe' * (self.moe > 0)}{ranks}"
 
     @property
     def installed(self) -> bool:
@@ -113,7 +124,7 @@ def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str
     """The environment of the job's process: its own caches, except for the GEMMs', and the setting's switches only."""
     folder = Path(job.folder)
     found = {n: v for n, v in base.items() if n not in CHOICES and not n.startswith("VLLM_USE_DEEP_GEMM")}
-    found |= ENVIRONMENT | switches(job)
+    found |= ENVIRONMENT | switches(job, base)
     found["VLLM_CACHE_ROOT"] = str(job.cache)
     found["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     found["TRITON_CACHE_DIR"] = str(folder / "triton")
@@ -123,11 +134,14 @@ def environment(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str
     return found
 
 
-def switches(job: Job) -> dict[str, str]:
-    """What chooses kernels for vLLM, in a laboratory: nothing for vLLM as it is installed."""
+def switches(job: Job, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What chooses kernels for vLLM, in a laboratory: of one GPU nothing for vLLM as it is installed."""
+    found = {name: base[name] for name in BETWEEN_GPUS if name in base and job.tensor_parallel > 1}
+    if job.plugin and job.all_reduce:
+        found["NORMQUANT_ALL_REDUCE"] = "1"
     if job.installed:
-        return {}
-    found = {FLASHINFER_LINEAR: "0"}  # it would quantize inside
+        return found
+    found[FLASHINFER_LINEAR] = "0"  # it would quantize inside
     if job.linear == "cutlass":  # vLLM prefers DeepGEMM anyway; asking for it by name would also move the experts to it
         found["VLLM_USE_DEEP_GEMM"] = "0"
     return found
@@ -162,4 +176,6 @@ def engine_arguments(job: Job) -> dict[str, Any]:
     }
     if job.plugin:
         arguments["additional_config"] = {"normquant": {"policy": job.policy}}
+    if job.tensor_parallel > 1:  # every rank is a process of ours, whose captured graph can be replayed
+        arguments |= {"tensor_parallel_size": job.tensor_parallel, "distributed_executor_backend": "external_launcher"}
     return arguments | dict(job.engine)

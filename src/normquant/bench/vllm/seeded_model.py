@@ -9,6 +9,7 @@ computes with the same weights as Cutlass does.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,14 +61,24 @@ SHARD: dict[str, Any] = {
 }
 
 
-def config(layers: int, moe: int = 0) -> dict[str, Any]:
-    """config.json of `layers` layers, of which the last `moe` have 256 experts and the others a dense MLP.
+SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size")  # over ranks
+
+
+def config(layers: int, moe: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """config.json of `layers` layers, of which the last `moe` have 256 experts and the others a dense MLP; on each of
+    so many ranks it is one shard of eight.
 
     Raises ValueError for more layers with experts than layers.
     """
     if not 0 <= moe <= layers or layers < 1:
         raise ValueError(f"{moe} of {layers} layers with experts; accepted: at least 1 layer, and 0 to all of them")
-    return SHARD | {"num_hidden_layers": layers, "first_k_dense_replace": layers - moe}
+    sizes = {"num_hidden_layers": layers, "first_k_dense_replace": layers - moe}
+    return SHARD | sizes | {name: ranks * SHARD[name] for name in SPLIT}
+
+
+def share(model: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """What one of so many ranks has of a model, as a config.json."""
+    return dict(model) | {name: model[name] // ranks for name in SPLIT if name in model}
 
 
 def cache_bytes(model: dict[str, Any], tokens: int) -> int:

@@ -178,6 +178,7 @@ def record(job: Job, facts: dict[str, Any], prefill: dict[str, Any], batch: dict
         **{name: facts[name] for name in FACTS},
         policy=job.policy if job.plugin else "",
         switches=switches(job),
+        tensor_parallel=job.tensor_parallel,
         version=VERSION,
         command=current_command(),
     )

@@ -1,5 +1,6 @@
-"""One process of `normquant bench vllm`: `python -m normquant.bench.vllm.worker JOB.json`.
+"""One process of `normquant bench vllm`: `python -m normquant.bench.vllm.worker JOB.json [RANK PORT]`.
 
+Of a job on several GPUs it is the first rank, and starts the others with a rank and the port at which they meet.
 It starts vLLM, compares the logits with float32, writes a line, waits for a line on its standard input, measures, and
 writes a line for each figure. Lines are JSON objects on the standard output; everything else goes to standard error.
 """
@@ -23,34 +24,54 @@ from typing import Any
 import torch
 
 from normquant.bench.timing import summary
-from normquant.bench.vllm import float32_model, kernel_profile, seeded_model
-from normquant.bench.vllm.engine import Engine, EngineStep, counted_scales, expert_kernels, linear_kernels, synchronize
+from normquant.bench.vllm import kernel_profile, seeded_model
+from normquant.bench.vllm.checks import check_scales, compare, random_prompt
+from normquant.bench.vllm.engine import (
+    ALONE,
+    Engine,
+    EngineStep,
+    expert_kernels,
+    linear_kernels,
+    synchronize,
+)
 from normquant.bench.vllm.job import PROMPT, WARM_UP, Job, engine_arguments, read
 from normquant.bench.vllm.kernel_profile import CLASSES
+from normquant.bench.vllm.rank_processes import OtherRanks, Ranks, free_port, launcher_environment
 from normquant.vllm.fp8_linear import flashinfer_version
 
 Send = Callable[[dict[str, Any]], None]
+COMMAND = (sys.executable, "-m", "normquant.bench.vllm.worker")
 LOAD_FORMAT = "normquant_bench"
 SETTLE_S = 1.0  # of work before a wall time: this process was waiting for the others, with the GPU idle
 CALLS = 60  # lines in a listing of Python calls
-SHORT = 8  # tokens of a prompt when only scales are counted
 
 
-def main(path: str) -> None:
+def main(path: str, rank: str = "0", port: str = "") -> None:
     """Do the job that `path` describes."""
     send = lines()
     job = read(Path(path))
-    engine, loaded = start(job)
+    ranks, others = Ranks(int(rank), job.tensor_parallel), None
+    if ranks.world > 1:
+        port = port or str(free_port())
+        if not ranks.rank:
+            others = OtherRanks([[*COMMAND, path, str(r), port] for r in range(1, ranks.world)])
+        os.environ.update(launcher_environment(ranks.rank, ranks.world, int(port)))
+    engine, loaded = start(job, ranks)
     warm_up(engine, job)
     send({"kind": "ready", **facts(engine), **compare(engine, job, loaded), **check_scales(engine, job)})
     if sys.stdin.readline().strip() != "go":
         return
+    if others is not None:
+        others.go()
     measure(engine, job, send)
     send({"kind": "done"})
+    if others is not None:
+        others.stop()
 
 
 def lines() -> Send:
-    """A function that writes a line to the present standard output; later prints go to standard error."""
+    """A function that writes a line to the present standard output; later prints go to standard error. The lines of
+    ranks other than the first end in the log."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -61,7 +82,7 @@ def lines() -> Send:
     return send
 
 
-def start(job: Job) -> tuple[Engine, dict[str, torch.Tensor]]:
+def start(job: Job, ranks: Ranks = ALONE) -> tuple[Engine, dict[str, torch.Tensor]]:
     """vLLM with the job's setting, and the weights that it was given.
 
     Raises ValueError if it chose another linear kernel, or if FlashInfer is missing, which pip installs beside vLLM.
@@ -76,7 +97,7 @@ def start(job: Job) -> tuple[Engine, dict[str, torch.Tensor]]:
 
     loaded: dict[str, torch.Tensor] = {}
     register_loader(loaded)
-    engine = Engine(LLM(load_format=LOAD_FORMAT, **engine_arguments(job)))
+    engine = Engine(LLM(load_format=LOAD_FORMAT, **engine_arguments(job)), ranks)
     kernels = linear_kernels(engine.model)
     if not kernels or not (job.installed or all(name.lower().startswith(job.linear) for name in kernels)):
         raise ValueError(f"vLLM chose {', '.join(sorted(kernels)) or 'no kernel'} for the linears, not {job.linear}")
@@ -122,53 +143,13 @@ def warm_up(engine: Engine, job: Job) -> None:
         engine.finish()
 
 
-def compare(engine: Engine, job: Job, loaded: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """How far the logits are from those of float32, at the end of prompts and at the token decoded after it.
-
-    Half of the prompts are as long as those of a batch, which may run from CUDA graphs, and half are twice as long.
-    logit_error: norm of the difference over norm of the reference, all prompts together; also of each position's own
-    the 10th and 90th percentile.
-    """
-    prompts = [random_prompt(PROMPT * (1 + i % 2) - i % 8, job.model["vocab_size"], i) for i in range(job.compared)]
-    found, texts = [], []
-    for prompt in prompts:  # alone: the order of several in a batch is vLLM's own
-        with engine.logits() as rows:
-            engine.add(prompt, 2)
-            (tokens,) = engine.finish()
-        if [tuple(row.shape) for row in rows] != [(1, job.model["vocab_size"])] * 2:
-            raise ValueError(f"a prompt and a token gave logits {[tuple(row.shape) for row in rows]}")
-        found += rows
-        texts.append([*prompt, tokens[0]])
-    device = next(engine.model.parameters()).device
-    full = float32_model.logits(job.model, lambda name: seeded_model.float32(loaded, name, device), texts)
-    expected = torch.cat([part[-2:].cpu() for part in full])  # [2 * prompts, vocabulary]
-    logits = torch.cat(found)
-    each = statistics.quantiles(((logits - expected).norm(dim=1) / expected.norm(dim=1)).tolist(), n=10)
-    return {
-        "logit_error": round(float((logits - expected).norm() / expected.norm()), 6),
-        "logit_error_p10": round(each[0], 6),
-        "logit_error_p90": round(each[-1], 6),
-        "logit_spread": float(expected.std()),
-    }
-
-
-def check_scales(engine: Engine, job: Job) -> dict[str, int]:
-    """How many scales reach DeepGEMM while a few prompts run and decode, and how many are not powers of two."""
-    with engine.without_graphs(), counted_scales() as counts:
-        for batch in job.batches:
-            for _ in range(batch):
-                engine.add(random_prompt(SHORT, job.model["vocab_size"], batch), 3)
-            engine.finish()
-    return {"scales": counts.scales, "scales_not_power_of_two": counts.others}
-
-
 def measure(engine: Engine, job: Job, send: Send) -> None:
     """Wall times first: once a profiler has run, every later launch is slower."""
     ms = {str(length): prefill_ms(engine, job, length) for length in job.prefill}
     tpot = {batch: step_ms(engine, job, batch) for batch in job.batches}
     replay = {batch: replay_us(engine, job, batch) for batch in job.batches}
     for length in job.prefill:
-        keep_calls(job, f"prefill-{length}-calls", partial(prefill, engine, job, length))
+        keep_calls(job, f"prefill-{length}-calls{engine.ranks.suffix}", partial(prefill, engine, job, length))
     send({"kind": "prefill", "ms": ms, "gpu_us": {str(n): prefill_us(engine, job, n) for n in job.prefill}})
     for batch in job.batches:
         step = {"kind": "batch", "batch": batch, "tpot_ms": tpot[batch], "replay_us": replay[batch]}
@@ -179,7 +160,7 @@ def prefill_ms(engine: Engine, job: Job, length: int) -> float:
     """Wall time of a prompt of `length` tokens."""
     run = partial(prefill, engine, job, length)
     settled = time.monotonic() + SETTLE_S
-    while time.monotonic() < settled:
+    while engine.ranks.agreed(time.monotonic() < settled):
         run()
     return round(statistics.median(timed(run) for _ in range(2 * job.samples)) * 1e3, 3)
 
@@ -188,7 +169,7 @@ def prefill_us(engine: Engine, job: Job, length: int) -> float:
     """Microseconds of the GPU of a prompt of `length` tokens."""
     prefill(engine, job, length)
     runs = [kernel_profile.recorded(lambda: prefill(engine, job, length)) for _ in range(job.samples)]
-    keep(job, f"prefill-{length}", kernel_profile.by_name(runs[-1], 1))
+    keep(job, f"prefill-{length}{engine.ranks.suffix}", kernel_profile.by_name(runs[-1], 1))
     return round(statistics.median(kernel_profile.window(kernels, 1).us for kernels in runs), 1)
 
 
@@ -222,7 +203,8 @@ def step_ms(engine: Engine, job: Job, batch: int) -> float:
 
 
 def replay_us(engine: Engine, job: Job, batch: int) -> float | None:
-    """GPU time of the captured step, replayed back to back with no host in between; None where none was captured.
+    """GPU time of the captured step, replayed back to back with no host in between, on the slowest rank; None where
+    none was captured.
 
     The replays write again what the last step of the batch wrote.
     """
@@ -230,7 +212,11 @@ def replay_us(engine: Engine, job: Job, batch: int) -> float | None:
         graph = engine.decode_graph(batch)
         if graph is None:
             return None
-        return round(statistics.median(replayed(graph, job.steps) for _ in range(job.samples)), 2)
+        times = []
+        for _ in range(job.samples):
+            engine.ranks.meet()
+            times.append(engine.ranks.slowest(replayed(graph, job.steps)))
+        return round(statistics.median(times), 2)
 
 
 def replayed(graph: torch.cuda.CUDAGraph, times: int) -> float:
@@ -250,7 +236,7 @@ def profile_batch(engine: Engine, job: Job, batch: int) -> dict[str, Any]:
     with decoding(engine, job, batch):
         runs = [kernel_profile.recorded(lambda: decode(engine, batch, job.steps)) for _ in range(job.samples)]
     windows = [kernel_profile.window(kernels, job.steps) for kernels in runs]
-    keep(job, f"decode-{batch}", kernel_profile.by_name(runs[-1], job.steps))
+    keep(job, f"decode-{batch}{engine.ranks.suffix}", kernel_profile.by_name(runs[-1], job.steps))
     us = summary([w.us for w in windows])
     return {
         "gpu_us_per_step": round(us.us, 2),
@@ -282,13 +268,6 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def random_prompt(length: int, vocabulary: int, seed: int) -> list[int]:
-    """Tokens of a prompt, without the two that mark the beginning and the end of a text."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens: list[int] = torch.randint(2, vocabulary, (length,), generator=generator).tolist()
-    return tokens
-
-
 def keep(job: Job, name: str, kernels: Sequence[tuple[str, str, float, float]]) -> None:
     """The kernels of the last window, in the job's folder."""
     text = "\n".join(f"{us:10.2f} us {count:8.2f} x  {cls:<11} {kernel}" for cls, kernel, count, us in kernels)
@@ -304,4 +283,4 @@ def keep_calls(job: Job, name: str, run: Callable[[], object]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

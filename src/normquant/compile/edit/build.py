@@ -59,6 +59,8 @@ class Rewrite:
     free_strides: calls that take their arguments in any strides from now on.
     stands_for: the new node that the site's record is about; a fusion that takes that node in has the record.
     committed: called when the new nodes are read, for a fusion that has to know.
+    erased: nodes that nothing reads any more then, and that the removal of dead code keeps: it takes them to have
+    effects.
     """
 
     replaced: tuple[tuple[Node, Node], ...] = ()
@@ -68,6 +70,7 @@ class Rewrite:
     free_strides: tuple[Node, ...] = ()
     stands_for: Node | None = None
     committed: Callable[[], None] | None = None
+    erased: tuple[Node, ...] = ()
 
     def commit(self, made: Sequence[Node]) -> None:
         """Hand the new nodes to the readers of the old ones, which are left in the graph. All of it, or nothing."""
@@ -80,6 +83,9 @@ class Rewrite:
             for state in before:
                 state.restore()
             raise
+        for node in self.erased:
+            if not node.users:
+                node.graph.erase_node(node)
 
     def _changed(self) -> set[Node]:
         """The nodes of the graph as it was that get other arguments."""

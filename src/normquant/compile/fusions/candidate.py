@@ -19,6 +19,7 @@ from normquant.compile.edit.build import Builder, Rewrite
 from normquant.compile.fusion_report import Site
 from normquant.compile.measured import Strategy
 from normquant.compile.policy import Facts
+from normquant.distributed.group_facts import GroupFacts
 from normquant.ops import OPS
 from normquant.spec import QuantSpec
 
@@ -43,11 +44,11 @@ class Candidate:
     name, where: as its record has them. op, spec: what would take its place, on rows of k values like x.
     fuse, native: how to rewrite it; None where the fusion has no such strategy. traffic: bytes and launches for the
     record.
-    opaque_norm, extra_kernel: as in `Facts`.
+    opaque_norm, extra_kernel, group: as in `Facts`.
     stays: its record where it stays, if that is another one; a reason is put behind the one that it has.
     remark: said of the site in front of every other reason, and alone where the policy leaves it as it is.
-    lone: its quantization, where no norm is in front of that. listed: whether another fusion has recorded the site, so
-    that no record is due where the policy leaves it as it is.
+    lone: its quantization, where no norm is in front of that, or its all-reduce. listed: whether another fusion has
+    recorded the site, so that no record is due where the policy leaves it as it is.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Candidate:
     traffic: Mapping[str, int] = field(default_factory=dict)
     opaque_norm: bool = False
     extra_kernel: bool = False
+    group: GroupFacts | None = None
     stays: Site | None = None
     remark: str = ""
     lone: Node | None = None
@@ -71,7 +73,7 @@ class Candidate:
     def facts(self) -> Facts:
         """What the policy decides by."""
         m = self.rows if isinstance(self.rows, int) else None
-        return Facts(self.x.device, self.op, m, self.k, self.opaque_norm, self.extra_kernel)
+        return Facts(self.x.device, self.op, m, self.k, self.opaque_norm, self.extra_kernel, self.group)
 
     def rewrite(self, strategy: Strategy) -> Edit | None:
         """How to rewrite the site by a strategy, None where it stays."""

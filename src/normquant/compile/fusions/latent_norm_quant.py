@@ -246,7 +246,7 @@ def _fuse(latents: Latents, new: Builder) -> Rewrite:
         args = (x, *weights, k_pe.cache, sin, k_pe.positions, q.norm.eps, k_pe.rope, latents.spec.encode())
         op = new(torch.ops.normquant.latent_norm_quant.default, *args)
         outputs = [new(operator.getitem, op, i) for i in range(4)]
-        replaced = results_of(q, False, outputs[:2], new)
+        replaced = results_of(q, outputs[:2], None, None, new)
         replaced += [(old, shaped(new, made, old)) for old, made in ((kv.y, outputs[2]), (k_pe.y, outputs[3]))]
     return Rewrite(tuple(replaced), ask_input_for_shape(q, q.norm.sources[0], new), like=q.norm.y)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,12 +63,13 @@ EXTERN = {
 }
 
 
-def find(graph: Graph) -> Findings:
-    """Every norm with a quantization of it, and every quantization that no norm feeds."""
+def find(graph: Graph, left: Collection[Node] = (), why: str = "") -> Findings:
+    """Every norm with a quantization of it, and every quantization that no norm feeds. left, why: norms that stay."""
     found, rewriter = find_sites(graph), NormQuantRewriter()
     yield from map(_rejection, found.rejected)
     for match in found.matches:
-        yield _candidate(match, rewriter)
+        stays = match.norm.y in left
+        yield _rejection(Rejected(anchor_of(match), why, match.norm)) if stays else _candidate(match, rewriter)
     yield from map(lone_quantization, found.others)
 
 
@@ -217,7 +219,8 @@ class NormQuantRewriter:
             args = (*rows, as_row(new, weight, norm.k), norm.eps, norm.weight_offset, op_spec(match, add).encode())
             op = new(fused_op(match, add), *args)
             outputs = [new(operator.getitem, op, i) for i in range(len(op.meta["val"]))]
-            replaced = results_of(match, add, outputs, new)
+            total, norm_again = outputs[2] if add else None, outputs[-1] if match.norms else None
+            replaced = results_of(match, outputs[:2], total, norm_again, new)
         asking = ask_input_for_shape(match, self.now(norm.sources[0]), new)
         return Rewrite(tuple(replaced), asking, like=norm.y, committed=partial(self.replaced.update, replaced))
 
@@ -241,23 +244,28 @@ def ask_input_for_shape(match: Match, source: Node, new: Builder) -> tuple[tuple
     return tuple(redirected)
 
 
-def results_of(match: Match, add: bool, outputs: list[Node], new: Builder) -> list[tuple[Node, Node]]:
-    """(old, new) of everything that is read of a site, made of the outputs of its op."""
-    data, scale, *rest = outputs
+def results_of(
+    match: Match, quantized: Sequence[Node], total: Node | None, norm: Node | None, new: Builder
+) -> list[tuple[Node, Node]]:
+    """(old, new) of everything that is read of a site, made of the outputs of its op.
+
+    quantized: data and scale, or nothing where the site has no quantization. total, norm: None where the op has none.
+    """
     pairs: list[tuple[Node, Node]] = []
     for quant in match.quants:
+        data, scale = quantized
         if quant.data is not None:
             pairs.append((quant.data, data))
         if quant.scale is not None and quant.scale_form is None:
             copied = match.copies_scale(quant)
             pairs.append((quant.scale, laid_out(new, scale, quant.spec.layout) if copied else scale))
-    pairs += [(node, rest[-1]) for node in match.norms]
-    pairs += [(node, rest[0]) for node in match.sums if add]
+    pairs += [(node, norm) for node in match.norms if norm is not None]
+    pairs += [(node, total) for node in match.sums if total is not None]
     placed = [(old, shaped(new, made, old)) for old, made in pairs]
     for quant in match.quants:
         if quant.scale is not None and quant.scale_form is not None:
             readers = sinks(quant.scale, quant.scale_form, quant.inner)
-            placed += [(node, rebuild(new, scale, node, form)) for node, form in readers]
+            placed += [(node, rebuild(new, quantized[1], node, form)) for node, form in readers]
     return placed
 
 
