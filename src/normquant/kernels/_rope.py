@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import row_offset
+from normquant.kernels.partial_rows import load_rows
 
 
 @triton.jit
@@ -27,17 +28,19 @@ def load_angles(
 
 @triton.jit
 def load_pairs(
-    x_ptr, mask, R: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr
+    x_ptr, row, first, mask, m, stride_xm, PARTIAL: tl.constexpr, R: tl.constexpr, R_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, HALVES: tl.constexpr, STRIDE_UNIT: tl.constexpr, ON_CUDA: tl.constexpr,
 ):  # fmt: skip
-    # x_ptr, mask [ROWS, 1] -> [ROWS, R/2] firsts and seconds of the pairs. Neighbours are loaded together and
-    # split in registers: loaded one by one, each would be an access of its own.
+    # R values of each row from `first` on; row, mask [ROWS, 1] -> [ROWS, R/2] firsts and seconds of the pairs, fp32.
+    # Neighbours are loaded together and split in registers: loaded one by one, each would be an access of its own.
     i = tl.arange(0, R_BLOCK)[None, :]
     if HALVES:
-        a = tl.load(x_ptr + i, mask=mask & (i < R // 2), other=0.0)
-        b = tl.load(x_ptr + R // 2 + i, mask=mask & (i < R // 2), other=0.0)
+        own = mask & (i < R // 2)
+        a = load_rows(x_ptr, row, first + i, own, m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA)
+        b = load_rows(x_ptr, row, first + R // 2 + i, own, m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA)
     else:
         j = tl.arange(0, 2 * R_BLOCK)[None, :]
-        both = tl.load(x_ptr + j, mask=mask & (j < R), other=0.0)
+        both = load_rows(x_ptr, row, first + j, mask & (j < R), m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA)
         a, b = tl.split(tl.reshape(both, (ROWS, R_BLOCK, 2)))
     return a, b
 
@@ -54,11 +57,8 @@ def store_pairs(out_ptr, u, v, mask, R: tl.constexpr, R_BLOCK: tl.constexpr, ROW
 
 
 @triton.jit
-def rotate(a, b, cos, sin, SPEC: tl.constexpr):
-    # Pairs (a, b) rotated by their angles, fp32 -> the firsts and the seconds of the pairs, like a.
-    DTYPE: tl.constexpr = a.dtype
-    a = a.to(tl.float32)
-    b = b.to(tl.float32)
+def rotate(a, b, cos, sin, SPEC: tl.constexpr, DTYPE: tl.constexpr):
+    # Pairs (a, b) rotated by their angles, fp32 -> the firsts and the seconds of the pairs, in DTYPE.
     u = product(a, cos, SPEC, DTYPE) - product(b, sin, SPEC, DTYPE)
     v = product(b, cos, SPEC, DTYPE) + product(a, sin, SPEC, DTYPE)
     return u.to(DTYPE), v.to(DTYPE)
