@@ -6,9 +6,11 @@ from shared import interpreter
 from shared.compare import assert_bitwise
 from shared.inputs import activations, awkward
 from shared.linear_weights import SIZES, SPECS, weight_of
+from shared.machine_code import SM_90, SM_100, Code, compiling, machine_code
 from shared.products import factors, parts_of
 
 from normquant import QuantSpec, reference
+from normquant.kernels.block_fp8_linear import block_fp8_linear
 from normquant.kernels.product_configs import ProductConfig, blocks_of_part, split_of
 from normquant.linear import dequantized_linear, quantize_weight
 from normquant.linear.split_product import split_product
@@ -149,3 +151,66 @@ def test_the_error_is_not_above_that_of_the_dequantized_product(n, k, spec, make
     assert error(split_product(*args, torch.float32)) <= 1.05 * error(dequantized_linear(*args, torch.float32)) + 1e-8
     ours, today = (error(f(*args, torch.bfloat16)) for f in (split_product, dequantized_linear))
     assert ours <= today * 1.001
+
+
+def launch(m: int, n: int, k: int, config: ProductConfig | None = None, gap: int = 0) -> None:
+    fp8 = torch.float8_e4m3fn
+    data, weight = torch.empty(m, k + gap, dtype=fp8)[:, :k], torch.empty(n, k, dtype=fp8)
+    block_fp8_linear(data, torch.empty(k // 128, m).t(), weight, torch.empty(-(-n // 128), k // 128), config)
+
+
+def code_of(capability, *args) -> Code:
+    return machine_code(lambda: launch(*args), capability)
+
+
+MMA = {SM_90: "QGMMA", SM_100: "UTCQMMA"}  # of a warp group, and of the tensor memory
+
+
+@pytest.mark.parametrize("capability", MMA, ids=["sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [(1, ProductConfig()), (32, ProductConfig(columns=128)), (64, ProductConfig(8, 128, 6)), (64, ProductConfig())],
+    ids=str,
+)
+def test_machine_code(m, config, capability):
+    code = code_of(capability, m, 2112, 7168, config)
+    assert (code.stack, code.local) == (0, 0) and not code.places("LDL") and not code.places("STL")
+    assert code.registers * code.threads <= 65536
+    assert code.options.shared <= 227 * 1024
+    assert code.places(MMA[capability]), "fp8 is multiplied as fp8"
+    prefetches, waits, copies = (code.places(what) for what in ("CCTL", "ACQBULK", "LDGSTS"))
+    assert prefetches and len(waits) == 1 and prefetches[-1] < waits[0] < copies[0], "weights are asked for early"
+    assert all(".128" in code.sass[at] or ".64" in code.sass[at] for at in copies[:1])
+    wide = [at for at in copies if ".128" in code.sass[at]]
+    assert len(wide) * code.threads * 16 >= (config.stages - 1) * config.columns * 128, (
+        "a weight's stages are in flight"
+    )
+    assert not code.places("LDG"), "nothing is waited for that a copy could bring"
+    releases, stores = code.places("PREEXIT"), code.places("STG")
+    assert len(releases) == 1 and waits[0] < releases[0] < stores[0]
+    assert {w for w in code.widths("STG")} == {128}
+
+
+def test_the_tensor_core_gets_one_instruction_for_every_config():
+    # Others would add the 128 products of a block in another order: a config must not change a bit.
+    shapes = set()
+    for config in (ProductConfig(), ProductConfig(8, 128)):
+        code = code_of(SM_90, 1, 2112, 7168, config)
+        shapes |= {code.sass[at].split("QGMMA")[1].split()[0] for at in code.places("QGMMA")}
+    assert shapes == {".64x16x32.F32.E4M3.E4M3"}
+
+
+def test_no_prefetch_where_none_is_asked_for():
+    assert not code_of(SM_90, 1, 2112, 7168, ProductConfig(prefetch=False)).places("CCTL")
+
+
+def test_rows_that_are_not_aligned_are_right_and_slow():
+    code = code_of(SM_90, 4, 2112, 7168, ProductConfig(), 3)
+    assert (code.stack, code.local) == (0, 0) and code.places("QGMMA")
+
+
+def test_one_binary_for_few_rows():
+    with compiling(SM_90) as kernels:
+        for m, gap in ((1, 0), (2, 16), (15, 512), (16, 8192)):
+            launch(m, 2112, 1536, ProductConfig(), gap)
+    assert len(kernels) == 4 and len(set(map(id, kernels))) == 1

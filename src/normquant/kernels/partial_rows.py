@@ -77,16 +77,17 @@ def load_rows(
 ):  # fmt: skip
     # Values of rows of x, or the sum of their partial sums in order, rounded once -> fp32. All parts are loaded before
     # the first is added.
-    if PARTIAL.parts == 0:
+    PARTS: tl.constexpr = PARTIAL.parts
+    if PARTS == 0:
         at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + column
         x = tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     else:
         parts = ()
-        for part in tl.static_range(PARTIAL.parts):
+        for part in tl.static_range(PARTS):
             at = x_ptr + row_offset(row + part * m, stride_xm, STRIDE_UNIT) + column
             parts += (tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION),)
         x = parts[0]
-        for part in tl.static_range(1, PARTIAL.parts):
+        for part in tl.static_range(1, PARTS):
             x += parts[part]
         x = round_to(x, row_dtype(PARTIAL, None), ON_CUDA)
     return x

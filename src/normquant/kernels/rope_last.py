@@ -27,6 +27,7 @@ from normquant.spec import QuantSpec
 
 CONFIG = Config(4)
 VALUES = 4096  # of a program at the most: enough bytes on the way for each of its threads, registers for many programs
+PARTIAL_VALUES = 1024  # where each is several partial sums in fp32
 
 
 @triton.jit(do_not_specialize=["m", "stride_xm", "stride_cos", "stride_sin"])
@@ -84,9 +85,9 @@ def rope_last_kernel(
     store_pairs(out_at + (D - R), u, v, mask, R=R, R_BLOCK=R_BLOCK, ROWS=BLOCK_H, HALVES=ROPE != "interleaved")
 
 
-def heads_of_program(d: int) -> int:
-    """Heads of d values that a program takes, a power of two: as many as come to at most `VALUES`, or one."""
-    return power_of_two_in(max(1, VALUES // d))
+def heads_of_program(d: int, values: int = VALUES) -> int:
+    """Heads of d values that a program takes, a power of two: as many as come to at most `values`, or one."""
+    return power_of_two_in(max(1, values // d))
 
 
 def plan_rope_last(
@@ -103,7 +104,7 @@ def plan_rope_last(
     m, d = x.shape[0], x.shape[1] // heads
     where = target(x.device)
     unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
-    block = heads_of_program(d)
+    block = heads_of_program(d, PARTIAL_VALUES if isinstance(x, PartialRows) else VALUES)
     return plan(
         rope_last_kernel,
         grid=(-(-m * heads // block), 1, 1),

@@ -83,11 +83,11 @@ def choose(part: str, k: int, n: int, m: int, device: torch.device, wanted: Want
 def pays(part: str, k: int, n: int, device: torch.device) -> Choice:
     """Whether there is a number of rows for which split kernels were the fastest."""
     capability = _capability(device)
-    table = measured(capability) if capability is not None else None
-    found = [e for e in (table.of(part, k, n) if table else []) if e.fastest == OURS]
-    if found:
-        return Choice(True, f"measured: {'; '.join(e.text for e in found)}")
-    return Choice(False, _lacking(part, k, n, capability) if not (table and table.of(part, k, n)) else "never faster")
+    entries = _entries(part, k, n, capability)
+    if not entries:
+        return Choice(False, _lacking(part, k, n, capability))
+    times = "; ".join(entry.text for entry in entries)
+    return Choice(any(entry.fastest == OURS for entry in entries), f"measured: {times}")
 
 
 @cache
@@ -96,11 +96,17 @@ def _choose(part: str, k: int, n: int, m: int, capability: tuple[int, int] | Non
         if m <= FEW_ROWS:
             return Choice(True, f"asked for; K in {split_of(k, n)} parts")
         return Choice(False, f"{m} rows; split products are for {FEW_ROWS} rows at the most")
-    table = measured(capability) if capability is not None else None
-    for entry in table.of(part, k, n) if table else []:
+    entries = _entries(part, k, n, capability)
+    for entry in entries:
         if entry.first <= m <= entry.last:
             return Choice(entry.fastest == OURS, f"measured: {entry.text}")
-    return Choice(False, _lacking(part, k, n, capability))
+    known = f"{m} rows; measured were {entries[0].first} to {entries[-1].last}" if entries else ""
+    return Choice(False, known or _lacking(part, k, n, capability))
+
+
+def _entries(part: str, k: int, n: int, capability: tuple[int, int] | None) -> list[Measured]:
+    table = measured(capability) if capability is not None else None
+    return table.of(part, k, n) if table is not None else []
 
 
 def _lacking(part: str, k: int, n: int, capability: tuple[int, int] | None) -> str:
