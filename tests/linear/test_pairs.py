@@ -22,7 +22,7 @@ def arguments(name, m, *, wanted="always", spec=SPEC, dtype=torch.bfloat16, x=No
     k = NARROW.get(name, 384)
     example = OPS[name].example(Examples(m, k, "cpu", dtype, torch.bfloat16, latent=(128, 64)))
     n = example.pop("x").shape[1]
-    return (*factors(m, n, K, x=x), dtype, wanted, *example.values(), spec)
+    return (*factors(m, n, K, x=x), dtype, wanted, "", *example.values(), spec)
 
 
 def encoded(args):
@@ -30,7 +30,7 @@ def encoded(args):
 
 
 def by_hand(name, args, multiply=split_product):
-    outputs = OPS[name].reference(multiply(*args[:5]), *args[6:])
+    outputs = OPS[name].reference(multiply(*args[:5]), *args[7:])
     return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
 
 
@@ -129,9 +129,9 @@ def test_bad_inputs(name):
 
 def test_a_lost_gradient_is_refused():
     args = arguments("add_rms_norm_quant", 3)
-    residual = args[6].clone().requires_grad_()
+    residual = args[7].clone().requires_grad_()
     with pytest.raises(RuntimeError, match="has no gradient"):
-        PAIRS["add_rms_norm_quant"].overload(*encoded((*args[:6], residual, *args[7:])))
+        PAIRS["add_rms_norm_quant"].overload(*encoded((*args[:7], residual, *args[8:])))
 
 
 def test_inputs_stay_as_they_are():

@@ -36,7 +36,7 @@ def product_of(*args):
 
 def pair_of(name: str, *args):
     """The kernels of a pair, for the arguments of its op, the spec decoded; for `interpreter.call`."""
-    launch = launch_pair(PAIRS[name].op, args[:5], args[6:])
+    launch = launch_pair(PAIRS[name].op, args[:5], args[7:])
     return launch(*(arg for arg in args if isinstance(arg, torch.Tensor)))
 
 

@@ -1,6 +1,6 @@
 """A linear layer on block-quantized activations: its product, its weights, the module, and models made of it."""
 
-from normquant.linear.choice import Choice, choose
+from normquant.linear.choice import ProductChoice, choose
 from normquant.linear.convert import SKIP, ConversionReport, block_fp8, convert_linears
 from normquant.linear.module import LINEAR_SPEC, BlockFP8Linear
 from normquant.linear.pairs import PAIRS, Pair
@@ -14,10 +14,10 @@ __all__ = [
     "PAIRS",
     "SKIP",
     "BlockFP8Linear",
-    "Choice",
     "ConversionReport",
     "DequantizedWeight",
     "Pair",
+    "ProductChoice",
     "block_fp8",
     "block_fp8_linear",
     "choose",

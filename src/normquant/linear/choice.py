@@ -29,7 +29,7 @@ REMEDY = "`normquant tune --linear` makes them"
 
 
 @dataclass(frozen=True)
-class Choice:
+class ProductChoice:
     """split: whether K is split; the product's readers then add partial sums. reason: why, or why not."""
 
     split: bool
@@ -70,7 +70,7 @@ class ProductTable:
         return [entry for entry in self.entries if (entry.part, entry.k, entry.n) == (part, k, n)]
 
 
-def choose(part: str, k: int, n: int, m: int, device: torch.device, wanted: Wanted = "auto") -> Choice:
+def choose(part: str, k: int, n: int, m: int, device: torch.device, wanted: Wanted = "auto") -> ProductChoice:
     """The kernels of [m, k] by [n, k] on a device.
 
     wanted: "auto" as measured; "always": split for up to 64 rows whatever was measured, in tests and to measure it.
@@ -80,28 +80,28 @@ def choose(part: str, k: int, n: int, m: int, device: torch.device, wanted: Want
     return _choose(part, k, n, m, _capability(device), wanted)
 
 
-def pays(part: str, k: int, n: int, device: torch.device) -> Choice:
+def pays(part: str, k: int, n: int, device: torch.device) -> ProductChoice:
     """Whether there is a number of rows for which split kernels were the fastest."""
     capability = _capability(device)
     entries = _entries(part, k, n, capability)
     if not entries:
-        return Choice(False, _lacking(part, k, n, capability))
+        return ProductChoice(False, _lacking(part, k, n, capability))
     times = "; ".join(entry.text for entry in entries)
-    return Choice(any(entry.fastest == OURS for entry in entries), f"measured: {times}")
+    return ProductChoice(any(entry.fastest == OURS for entry in entries), f"measured: {times}")
 
 
 @cache
-def _choose(part: str, k: int, n: int, m: int, capability: tuple[int, int] | None, wanted: Wanted) -> Choice:
+def _choose(part: str, k: int, n: int, m: int, capability: tuple[int, int] | None, wanted: Wanted) -> ProductChoice:
     if wanted == "always":
         if m <= FEW_ROWS:
-            return Choice(True, f"asked for; K in {split_of(k, n)} parts")
-        return Choice(False, f"{m} rows; split products are for {FEW_ROWS} rows at the most")
+            return ProductChoice(True, f"asked for; K in {split_of(k, n)} parts")
+        return ProductChoice(False, f"{m} rows; split products are for {FEW_ROWS} rows at the most")
     entries = _entries(part, k, n, capability)
     for entry in entries:
         if entry.first <= m <= entry.last:
-            return Choice(entry.fastest == OURS, f"measured: {entry.text}")
+            return ProductChoice(entry.fastest == OURS, f"measured: {entry.text}")
     known = f"{m} rows; measured were {entries[0].first} to {entries[-1].last}" if entries else ""
-    return Choice(False, known or _lacking(part, k, n, capability))
+    return ProductChoice(False, known or _lacking(part, k, n, capability))
 
 
 def _entries(part: str, k: int, n: int, capability: tuple[int, int] | None) -> list[Measured]:

@@ -3,14 +3,17 @@
 Each op of ours that takes rows has its pair. The pair takes the product's arguments in place of x, and gives what the
 op gives for x = block_fp8_linear(...) in `dtype`:
 
-    block_fp8_linear_silu_mul_quant(data, scale, weight, weight_scale, dtype, wanted, spec) -> (data, scale)
+    block_fp8_linear_silu_mul_quant(data, scale, weight, weight_scale, dtype, wanted, otherwise, spec) -> (data, scale)
 
 Which kernels run is decided at the call, for its number of rows (`choice`): the split product and a kernel that reads
-partial sums, or the product of today and the op. A compiled graph holds one op for any number of rows.
+partial sums, or the product of today and the op. A compiled graph holds one op for any number of rows. `otherwise` is
+the operator of a product that is not split, with what it takes beside the four tensors, in integers: "" for
+`block_fp8_linear`, "normquant_vllm::block_fp8_linear 32 1". Only CUDA has others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +28,12 @@ from normquant.ops._op import cached, define
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 OF_PRODUCT = 5  # arguments: data, scale, weight, weight_scale, dtype
-GIVEN = "Tensor data, Tensor scale, Tensor weight, Tensor weight_scale, ScalarType dtype, str wanted"
+GIVEN = "Tensor data, Tensor scale, Tensor weight, Tensor weight_scale, ScalarType dtype, str wanted, str otherwise"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The pair of an op; its functions take the product's four tensors, dtype, wanted, and the op's arguments but x."""
+    """The pair of an op. Its functions take the arguments of the pair."""
 
     op: Op
 
@@ -75,6 +78,7 @@ class Pair:
     def _unfolded(self, args: tuple[Any, ...]) -> Launcher:
         """The product of today and the op, on the tensors among arguments like these."""
         known = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+        multiply = _unsplit_product(args[OF_PRODUCT + 1])
         places = [at for at, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
 
         def launch(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -82,7 +86,7 @@ class Pair:
             for at, tensor in zip(places, tensors, strict=True):
                 given[at] = tensor
             product, _, rest = _parts(tuple(given))
-            outputs = self.op.overload(torch.ops.normquant.block_fp8_linear(*product), *rest)
+            outputs = self.op.overload(multiply(*product), *rest)
             return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
 
         return launch
@@ -100,8 +104,20 @@ class Pair:
 
 
 def _parts(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]]:
-    """The arguments of the product, `wanted`, and the op's own."""
-    return args[:OF_PRODUCT], args[OF_PRODUCT], args[OF_PRODUCT + 1 :]
+    """The arguments of the product, `wanted`, and the op's own; `otherwise` is left out."""
+    return args[:OF_PRODUCT], args[OF_PRODUCT], args[OF_PRODUCT + 2 :]
+
+
+def _unsplit_product(otherwise: str) -> Callable[..., torch.Tensor]:
+    """What takes the arguments of a product, dtype among them."""
+    if not otherwise:
+        return torch.ops.normquant.block_fp8_linear.default
+    name, *numbers = otherwise.split()
+    library, _, op = name.partition("::")
+    overload = getattr(getattr(torch.ops, library), op).default
+    types = [str(argument.type) for argument in overload._schema.arguments[4:]]
+    own = [int(n) != 0 if of == "bool" else int(n) for n, of in zip(numbers, types, strict=True)]
+    return lambda data, scale, weight, weight_scale, dtype: overload(data, scale, weight, weight_scale, *own)
 
 
 def _rows_like(product: tuple[Any, ...]) -> torch.Tensor:
