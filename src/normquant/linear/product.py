@@ -107,11 +107,11 @@ _split = cached("block_fp8_linear", _launch_split)
 
 def _on_cuda(data, scale, weight, weight_scale, out_dtype):
     (m, k), n = data.shape, weight.shape[0]
-    run = _split if choose(PRODUCT, k, n, m, data.device).split else _scaled_mm
+    run = _split if choose(PRODUCT, k, n, m, data.device).split else scaled_product
     return run(data, scale, weight, weight_scale, out_dtype)
 
 
-def _scaled_mm(data, scale, weight, weight_scale, out_dtype):
+def scaled_product(data, scale, weight, weight_scale, out_dtype):
     takes = torch.cuda.get_device_capability(data.device) == HOPPER and weight.shape[0] % CUBLASLT_COLUMNS == 0
     if not takes or data.shape[0] == 0:
         return dequantized_linear(data, scale, weight, weight_scale, out_dtype)
