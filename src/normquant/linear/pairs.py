@@ -75,6 +75,11 @@ class Pair:
         product, wanted, rest = _parts(self._checked(args))
         return launch_pair(self.op, product, rest) if self._is_split(product, wanted) else self._unfolded(args)
 
+    def warmup_settings(self, *args: Any) -> tuple[dict[str, Any], tuple[int, int]]:
+        """The op's own for arguments of the pair, the spec encoded, and K and N of the product."""
+        product, _, rest = _parts(args)
+        return self.op.warmup_settings(_rows_like(product), *rest), (product[0].shape[1], product[2].shape[0])
+
     def _unfolded(self, args: tuple[Any, ...]) -> Launcher:
         """The product of today and the op, on the tensors among arguments like these."""
         known = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
