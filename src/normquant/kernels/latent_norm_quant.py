@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from normquant.kernels._device import wait_for_predecessor
+from normquant.kernels._device import row_offset, wait_for_predecessor
 from normquant.kernels._rope import load_angles, load_pairs, positions, rotate, store_pairs
 from normquant.kernels._rows import norm_quant_rows
 from normquant.kernels.capability import target
@@ -89,9 +89,10 @@ def latent_norm_quant_kernel(
         row = first_row + tl.arange(0, ROWS)[:, None]
         mask = row < m
         position = positions(position_ptr, row, mask)
+        k_pe = x_ptr + Q + C + row_offset(row, stride_xm, STRIDE_UNIT)
         a, b = load_pairs(
-            x_ptr, row, Q + C, mask, m=m, stride_xm=stride_xm, PARTIAL=PARTIAL, R=R, R_BLOCK=R_BLOCK, ROWS=ROWS,
-            HALVES=ROPE == "half", STRIDE_UNIT=STRIDE_UNIT, ON_CUDA=ON_CUDA,
+            k_pe, mask, row_offset(m, stride_xm, STRIDE_UNIT), PARTIAL=PARTIAL, R=R, R_BLOCK=R_BLOCK, ROWS=ROWS,
+            HALVES=ROPE == "half", ON_CUDA=ON_CUDA,
         )  # fmt: skip
         cos = load_angles(cos_ptr, position, stride_cos, mask, R=R, R_BLOCK=R_BLOCK, ANGLE_UNIT=ANGLE_UNIT)
         sin = load_angles(sin_ptr, position, stride_sin, mask, R=R, R_BLOCK=R_BLOCK, ANGLE_UNIT=ANGLE_UNIT)

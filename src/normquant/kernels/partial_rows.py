@@ -75,17 +75,22 @@ def load_rows(
     x_ptr, row, column, mask, m, stride_xm, PARTIAL: tl.constexpr, STRIDE_UNIT: tl.constexpr, ON_CUDA: tl.constexpr,
     EVICTION: tl.constexpr = "",
 ):  # fmt: skip
-    # Values of rows of x, or the sum of their partial sums in order, rounded once -> fp32. All parts are loaded before
-    # the first is added.
+    # Values of rows of x as fp32, or what their partial sums stand for.
+    at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + column
+    return load_at(at, mask, row_offset(m, stride_xm, STRIDE_UNIT), PARTIAL, ON_CUDA, EVICTION).to(tl.float32)
+
+
+@triton.jit
+def load_at(at, mask, step, PARTIAL: tl.constexpr, ON_CUDA: tl.constexpr, EVICTION: tl.constexpr = ""):
+    # The same where their addresses are known, plain rows in their own dtype; step: from one partial sum of a value to
+    # the next. The parts are added in order and rounded once; all of them are loaded before the first is added.
     PARTS: tl.constexpr = PARTIAL.parts
     if PARTS == 0:
-        at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + column
-        x = tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        x = tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION)
     else:
         parts = ()
         for part in tl.static_range(PARTS):
-            at = x_ptr + row_offset(row + part * m, stride_xm, STRIDE_UNIT) + column
-            parts += (tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION),)
+            parts += (tl.load(at + part * step, mask=mask, other=0.0, eviction_policy=EVICTION),)
         x = parts[0]
         for part in tl.static_range(1, PARTS):
             x += parts[part]

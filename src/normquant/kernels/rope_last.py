@@ -21,7 +21,7 @@ from normquant.kernels._rope import load_angles, load_pairs, positions, rotate, 
 from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
 from normquant.kernels.launch import Plan, kernel_spec, launch, matrix, plan
-from normquant.kernels.partial_rows import PartialRows, load_rows, partial
+from normquant.kernels.partial_rows import PartialRows, load_at, partial
 from normquant.kernels.tiling import power_of_two, power_of_two_in, stride_unit
 from normquant.spec import QuantSpec
 
@@ -59,7 +59,8 @@ def rope_last_kernel(
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     row = head // H
     mask = row < m
-    first = head % H * D
+    x_at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + head % H * D
+    step = row_offset(m, stride_xm, STRIDE_UNIT)
     out_at = out_ptr + head.to(tl.int64) * D
     column = tl.arange(0, COPY_BLOCK)[None, :]
 
@@ -67,13 +68,10 @@ def rope_last_kernel(
     position = positions(position_ptr, row, mask)
     if D > R:
         own = mask & (column < D - R)
-        if PARTIAL.parts == 0:  # not by way of fp32, so that a NaN keeps its bits
-            copied = tl.load(x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + first + column, mask=own)
-        else:
-            copied = load_rows(x_ptr, row, first + column, own, m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA)
+        copied = load_at(x_at + column, own, step, PARTIAL, ON_CUDA)  # a plain NaN keeps its bits
     a, b = load_pairs(
-        x_ptr, row, first + (D - R), mask, m=m, stride_xm=stride_xm, PARTIAL=PARTIAL, R=R, R_BLOCK=R_BLOCK,
-        ROWS=BLOCK_H, HALVES=ROPE == "half", STRIDE_UNIT=STRIDE_UNIT, ON_CUDA=ON_CUDA,
+        x_at + (D - R), mask, step, PARTIAL=PARTIAL, R=R, R_BLOCK=R_BLOCK, ROWS=BLOCK_H, HALVES=ROPE == "half",
+        ON_CUDA=ON_CUDA,
     )  # fmt: skip
     cos = load_angles(cos_ptr, position, stride_cos, mask, R=R, R_BLOCK=R_BLOCK, ANGLE_UNIT=ANGLE_UNIT)
     sin = load_angles(sin_ptr, position, stride_sin, mask, R=R, R_BLOCK=R_BLOCK, ANGLE_UNIT=ANGLE_UNIT)
