@@ -165,12 +165,35 @@ def add_rms_norm_quant(
     return *group_quant(y, spec), stored, y.to(x.dtype)
 
 
-def sum_of_parts(parts: torch.Tensor) -> torch.Tensor:
-    """parts [ranks, M, K], one of each rank -> their sum [M, K]: in rank order in fp32, rounded once to their dtype."""
+def sum_of_parts(parts: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """parts [P, M, K] -> their sum [M, K]: in their order in fp32, rounded once to `dtype`, or the parts' own.
+
+    They are those of the ranks of a group, or of a product that was split over K.
+    """
     total = parts[0].float()
     for part in parts[1:]:
         total = total + part.float()
-    return total.to(parts.dtype)
+    return total.to(dtype or parts.dtype)
+
+
+def block_fp8_linear(
+    data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, blocks: int
+) -> torch.Tensor:
+    """data [M, K] fp8, scale [M, K/128], weight [N, K] fp8, weight_scale [ceil(N/128), K/128] -> [P, M, N] fp32.
+
+    Partial sums of the product, each over `blocks` blocks of 128 values of K, the last over what is left. The dot of a
+    block is exact, and rounded once; it is multiplied with the product of both scales and added in one rounding.
+    """
+    a, w = (t.double().unflatten(1, (-1, 128)) for t in (data, weight))  # which holds a block's dot exactly
+    parts = []
+    for block in range(a.shape[1]):
+        if block % blocks == 0:
+            parts.append(torch.zeros(data.shape[0], weight.shape[0], device=data.device))
+        dot = (a[:, block] @ w[:, block].t()).float()
+        by_column = weight_scale[:, block].repeat_interleave(128)[: weight.shape[0]]
+        scales = scale[:, block, None] * by_column  # [M, N]
+        parts[-1] = (dot.double() * scales.double() + parts[-1].double()).float()
+    return torch.stack(parts)
 
 
 def all_reduce_norm(

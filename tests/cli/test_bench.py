@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 from shared.vllm_jobs import FAKE, FOUND
 
-from normquant.bench import ranks
+from normquant.bench import products, ranks
 from normquant.bench.vllm import supervisor
 from normquant.bench.vllm.job import switches
 from normquant.cli import bench as command
@@ -116,3 +116,24 @@ def test_a_process_that_fails_is_no_failed_check(tmp_path: Path, everything_ther
 
 def test_the_policies_in_the_help_are_those_of_the_pass():
     assert get_args(Policy) == POLICIES
+
+
+def test_products_that_are_asked_for(monkeypatch, capsys):
+    def record(case, names, samples):
+        asked.append((case.k, case.n, case.m, tuple(names), samples))
+        return []
+
+    asked: list[tuple] = []
+    monkeypatch.setattr(products, "product_records", record)
+    monkeypatch.setattr(products, "product_line", lambda records: "a line")
+    monkeypatch.setitem(products.PRODUCT_PROVIDERS, "absent", products.ProductProvider(print, lambda: "not installed"))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = ["linear", "--models", "DeepSeek-R1", "--k", "1536,2304", "--m", "1,64", "--samples", "3"]
+    args = parser.parse_args([*words, "--providers", "normquant,scaled_mm,absent"])
+    assert [text for _, text in command.linear_suite(args)] == ["a line"] * 4
+    names = ("normquant", "scaled_mm")
+    assert asked == [(k, n, m, names, 3) for k, n in ((1536, 3072), (2304, 7168)) for m in (1, 64)]
+    assert "absent: left out, not installed" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no product of DeepSeek-R1 has k in"):
+        list(command.linear_suite(parser.parse_args([*words[:3], "--k", "128"])))

@@ -74,3 +74,35 @@ def test_a_table_names_every_torch_that_its_entries_are_of(tmp_path: Path, monke
     path.write_text(json.dumps({"capability": "9.0", "entries": [ENTRY]}))
     strategies.write(path, (9, 0), "a command", [ENTRY | {"k": 640}])
     assert json.loads(path.read_text())["torch"] == "9.0.0, unknown"
+
+
+def test_products_are_tuned_and_then_compared(
+    tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from normquant.bench.timing import Timing
+    from normquant.kernels.product_configs import ProductConfig
+    from normquant.tune import product_tables
+
+    def found(cases: list[Any], samples: int) -> Any:
+        measured.append(cases)
+        return iter([product_tables.choose(1536, 3072, {1: {(4, ProductConfig()): Timing(4.0, 4.0, 4.0, samples)}})])
+
+    entry = {"part": "product", "k": 1536, "n": 3072, "m": [1, 1], "us": {"normquant": 5.1, "scaled_mm": 7.8}}
+    paths = tuple(tmp_path / name for name in ("splits.json", "configs.json", "choices.json"))
+    paths[0].write_text('{"7168x2112": 8}')
+    monkeypatch.setattr(product_tables, "paths", lambda capability: paths)
+    monkeypatch.setattr(product_tables, "precompile", lambda cases, told: None)
+    monkeypatch.setattr(product_tables, "tune", found)
+    monkeypatch.setattr(product_tables, "compare", lambda *given: iter([entry]))
+    assert main(["tune", "--linear", "--k", "1536", "--m", "1"]) == 0
+    assert [(c.k, c.m) for c in measured[0]] == [(1536, 1)]
+    assert json.loads(paths[0].read_text()) == {"7168x2112": 8, "1536x3072": 4}
+    assert json.loads(paths[1].read_text()) == {"1536x3072": [{"up_to": 1}]}
+    assert json.loads(paths[2].read_text())["entries"] == [entry]
+    assert "product 1536x3072 m=1: normquant 5.1 us, scaled_mm 7.8 us" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--l2"], ["--ops", "group_quant"], ["--output", "table.json"]])
+def test_what_products_do_not_take(more: list[str], measured: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--linear", *more]) == 2
+    assert "it takes no --ops, --l2 or --output" in capsys.readouterr().err and measured == []

@@ -1,11 +1,13 @@
 """Which kernels a rewritten graph asks to be warmed up."""
 
 import torch
+from shared.products import factors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 
 from normquant import QuantSpec
 from normquant.compile.graph_warmup import kernels, warm_graph
+from normquant.linear import PAIRS
 from normquant.ops import OPS, Examples
 
 SPEC = QuantSpec(layout="col_tma")
@@ -42,6 +44,18 @@ def test_each_op_says_its_width_and_spec():
         if "kv_weight" in names:
             expected |= {"weight_dtype": torch.float32, "latent": (256, 32), "rope": "half"}
         assert settings == expected
+
+
+def test_a_pair_says_its_product_too():
+    pair, mode = PAIRS["silu_mul_quant"], FakeTensorMode()
+    given = [mode.from_tensor(t) for t in factors(4, 768, 512)]
+    graph = Graph()
+    nodes = [graph.placeholder("x") for _ in given]
+    for node, tensor in zip(nodes, given, strict=True):
+        node.meta["val"] = tensor
+    graph.call_function(pair.overload, (*nodes, torch.bfloat16, "auto", "", SPEC.encode()))
+    own = {"op": "silu_mul_quant", "k": 384, "spec": SPEC, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+    assert list(kernels(graph)) == [own | {"product": (512, 768)}, own]
 
 
 def test_an_epsilon_that_is_a_tensor_changes_nothing():

@@ -2,8 +2,8 @@
 
 The stock interpreter rounds some casts to fp8 and bf16 wrongly, rounds the product inside `fma`, and has NaN for the
 maximum of a number and NaN. Here casts and exp go through torch, an fma is computed in float64, where the product of
-two fp32 is exact, and a maximum or minimum is the number, unless the kernel asks for NaN. A condition that is spread
-over a tensor stays one: Triton 3.9 makes it a number, and refuses that number as a mask.
+two fp32 is exact, a dot likewise and rounded once, and a maximum or minimum is the number, unless the kernel asks for
+NaN. A condition that is spread over a tensor stays one: Triton 3.9 makes it a number, and refuses it as a mask.
 """
 
 from __future__ import annotations
@@ -67,6 +67,19 @@ def _exp(self, x):
     return TensorHandle(torch.from_numpy(np.ascontiguousarray(x.data)).exp().numpy(), x.dtype.scalar)
 
 
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    from triton.runtime.interpreter import TensorHandle
+
+    a, b = (_values(x) for x in (a, b))
+    return TensorHandle((a @ b).float().numpy() + d.data, d.dtype.scalar)
+
+
+def _values(x):
+    # float64: sums of 128 products of fp8 are exact in it, in any order
+    bits = torch.from_numpy(np.ascontiguousarray(x.data).view(INTEGER[x.dtype.primitive_bitwidth][0]).copy())
+    return bits.view(TORCH_DTYPE[x.dtype.scalar.name]).double()
+
+
 def _number(of):
     return lambda self, x, y: self.binary_op(x, y, of)
 
@@ -100,6 +113,7 @@ def repaired():
         mock.patch.object(interpreter, "_convert_float", _convert_float(interpreter._convert_float)),
         mock.patch.object(builder, "create_fma", _fma),
         mock.patch.object(builder, "create_exp", _exp),
+        mock.patch.object(builder, "create_dot", _dot),
         mock.patch.object(builder, "create_maxnumf", _number(np.fmax)),
         mock.patch.object(builder, "create_minnumf", _number(np.fmin)),
         mock.patch.object(builder, "create_splat", _splat(builder.create_splat)),
@@ -113,6 +127,7 @@ def repaired():
 
 def _interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)  # its tiles are small: threads would wait for one another
 
 
 def _call(kernel: str, args: tuple, kwargs: dict):

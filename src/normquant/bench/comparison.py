@@ -10,7 +10,20 @@ from normquant.bench.records import TIMES
 # What makes two records the same case, of whatever suite; the other fields were measured, or are versions.
 CASE = (
     *("suite", "op", "model", "setting", "linear", "layers", "moe", "batch", "m", "k"),
-    *("group", "layout", "scale", "residual", "normed", "provider", "inputs", "policy", "gpu", "ranks"),
+    *(
+        "group",
+        "layout",
+        "scale",
+        "residual",
+        "normed",
+        "provider",
+        "inputs",
+        "policy",
+        "gpu",
+        "ranks",
+        "reader",
+        "part",
+    ),
 )
 NEEDED = (*TIMES, "us_p10", "us_p90")  # of each record
 
@@ -39,7 +52,8 @@ def compare(before: Iterable[dict], after: Iterable[dict]) -> tuple[list[CaseCha
 
 def key(record: dict) -> tuple:
     """What makes two records the same case."""
-    return tuple(str(record.get(name)) for name in CASE)
+    columns = record.get("n") if record.get("suite") == "linear" else None  # elsewhere n counts samples
+    return (*(str(record.get(name)) for name in CASE), str(columns))
 
 
 def _change(before: dict, after: dict) -> CaseChange:
@@ -55,6 +69,6 @@ def _us(record: dict) -> float:
 
 def _label(record: dict) -> str:
     """A case in a few words."""
-    words = [record.get(name) for name in ("provider", "setting", "linear", "op", "model") if record.get(name)]
+    words = [record.get(name) for name in ("provider", "part", "setting", "linear", "op", "model") if record.get(name)]
     sizes = [f"{name}={record[name]}" for name in ("ranks", "m", "k", "batch") if name in record]
     return " ".join([*map(str, words), *sizes, *(["normed"] if record.get("normed") else [])])

@@ -72,6 +72,28 @@ class RanksRecord(KernelRecord):
 
 
 @dataclass(frozen=True)
+class LinearRecord(Provenance):
+    """One provider's product of [m, k] by [n, k], or a part of what goes with it, as `bench.products` names them.
+
+    reader: the op that reads the product, "" for none. us, us_p10, us_p90: microseconds a call, over `samples` samples.
+    error: norm of the difference from float64 over its norm; None where nothing was multiplied to the end.
+    """
+
+    suite: str
+    k: int
+    n: int
+    m: int
+    reader: str
+    provider: str
+    part: str
+    us: float
+    us_p10: float
+    us_p90: float
+    samples: int
+    error: float | None
+
+
+@dataclass(frozen=True)
 class LayerRecord(Provenance):
     """One setting of one model's decoder layer: microseconds a call over n samples, and its GPU kernels."""
 
@@ -135,9 +157,14 @@ class VllmRecord(Provenance):
     tensor_parallel: int = 1
 
 
-Record = KernelRecord | LayerRecord | VllmRecord
+Record = KernelRecord | LinearRecord | LayerRecord | VllmRecord
 TIMES = ("us", "gpu_us_per_step")  # what a record measured, whichever of them it has
-SUITES: dict[str, type[Record]] = {"kernels": KernelRecord, "layer": LayerRecord, "vllm": VllmRecord}
+SUITES: dict[str, type[Record]] = {
+    "kernels": KernelRecord,
+    "linear": LinearRecord,
+    "layer": LayerRecord,
+    "vllm": VllmRecord,
+}
 
 
 def current_run(version: str) -> Provenance:

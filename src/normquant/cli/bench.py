@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from normquant.report import vllm_text
 
 if TYPE_CHECKING:  # what imports torch is imported where something is measured
     from normquant.bench.cases import Case
+    from normquant.bench.products import ProductCase
     from normquant.bench.vllm.supervisor import Failure
 
     Found = Iterator[tuple[Sequence[Record], str] | Failure]  # records and a line about them
@@ -47,13 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_grid(kernels)
     kernels.add_argument("--providers", help="comma-separated, of those that are installed (default: all)")
     kernels.add_argument("--ranks", type=int, metavar="N", help="an all-reduce before them, on N GPUs of this host")
+    linear = suites.add_parser(
+        "linear", help="block-FP8 products of few rows, alone and with the kernel that reads them"
+    )
+    linear.add_argument("--models", help="comma-separated (default: all)")
+    linear.add_argument("--k", type=integers, metavar="K,...", help="only products of these K")
+    linear.add_argument("--m", type=integers, metavar="M,...", help="rows (default: 1,8,16,31,64)")
+    linear.add_argument("--providers", help="comma-separated, of those that are installed (default: all)")
+    linear.add_argument("--samples", type=int, default=SAMPLES, help=f"samples of each timing (default: {SAMPLES})")
     layer = suites.add_parser("layer", help="whole decoder layers of transformers, compiled stock and fused")
     layer.add_argument("--models", help="comma-separated (default: all)")
     layer.add_argument("--m", type=integers, metavar="M,...", help="tokens (default: 1,16,64,1024,8192)")
     layer.add_argument("--samples", type=int, default=SAMPLES, help=f"samples of each timing (default: {SAMPLES})")
     vllm = suites.add_parser("vllm", help="vLLM serving a DeepSeek-R1 shard: as it comes, unfused, and with normquant")
     _add_vllm(vllm)
-    for suite in (kernels, layer, vllm):
+    for suite in (kernels, linear, layer, vllm):
         suite.add_argument("--output", type=Path, metavar="FILE", help="write the records here, one JSON object a line")
         add_quiet(suite)
 
@@ -144,6 +153,8 @@ def total(args: argparse.Namespace) -> int:
     """How many times a suite yields records."""
     if args.suite == "vllm":
         return sum(len(job.batches) for group in vllm_groups(args, Path()) for job in group)
+    if args.suite == "linear":
+        return len(linear_cases(args))
     if args.suite == "layer":
         from normquant.bench import decoder_layers
 
@@ -168,11 +179,7 @@ def kernel_suite(args: argparse.Namespace) -> Found:
     from normquant.bench.precompile import precompile
     from normquant.bench.providers import PROVIDERS
 
-    names = chosen(args.providers, PROVIDERS, "providers")
-    lacking = {name: lacks for name in PROVIDERS if name in names and (lacks := PROVIDERS[name].lacks())}
-    for name, lacks in lacking.items():
-        print(f"{name}: left out, {lacks}", file=sys.stderr)
-    providers = [provider for name, provider in PROVIDERS.items() if name in names and name not in lacking]
+    providers = [PROVIDERS[name] for name in installed(args.providers, PROVIDERS)]
     cases = grid_cases(args)
     with compiling(args.quiet) as told:
         if trouble := precompile(cases, providers, told):
@@ -180,6 +187,38 @@ def kernel_suite(args: argparse.Namespace) -> Found:
     for case in cases:
         new = list(kernels.measure(case, providers, args.samples, args.l2))
         yield new, kernel_line(new)
+
+
+def installed(names: str | None, providers: Mapping[str, Any]) -> list[str]:
+    """The names of those that are asked for and can run here; says why others cannot."""
+    asked = chosen(names, providers, "providers")
+    lacking = {name: lacks for name in providers if name in asked and (lacks := providers[name].lacks())}
+    for name, lacks in lacking.items():
+        print(f"{name}: left out, {lacks}", file=sys.stderr)
+    return [name for name in providers if name in asked and name not in lacking]
+
+
+def linear_suite(args: argparse.Namespace) -> Found:
+    """Each product: the records of all providers and parts and a line about them."""
+    from normquant.bench import products
+
+    names = installed(args.providers, products.PRODUCT_PROVIDERS)
+    if not names:
+        raise ValueError("no provider is left")
+    for case in linear_cases(args):
+        records = products.product_records(case, names, args.samples)
+        yield records, products.product_line(records)
+
+
+def linear_cases(args: argparse.Namespace) -> list[ProductCase]:
+    """Products that were asked for. Raises ValueError where there are none."""
+    from normquant.bench import products
+
+    models = chosen(args.models, products.SHAPES, "models")
+    cases = products.product_cases(args.k, args.m or products.FEW_MS, models)
+    if not cases:
+        raise ValueError(f"no product of {', '.join(models)} has k in {args.k}")
+    return cases
 
 
 def ranks_suite(args: argparse.Namespace) -> Found:
@@ -291,4 +330,4 @@ def findings(cache: Path) -> dict[str, int]:
     return dict(Counter(finding.rule for report in reports for finding in report.findings))
 
 
-SUITES = {"kernels": kernel_suite, "layer": layer_suite, "vllm": vllm_suite}
+SUITES = {"kernels": kernel_suite, "linear": linear_suite, "layer": layer_suite, "vllm": vllm_suite}

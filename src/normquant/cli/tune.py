@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time the strategies of the compile pass, for policy auto, and not the launch configs of the kernels",
     )
     what.add_argument(
+        "--linear",
+        action="store_true",
+        help="time how block-FP8 products of few rows are split and launched, then beside their peers, alone and with "
+        "the kernel that reads them (default: --m 1,8,16,31,64); writes three tables into this installation",
+    )
+    what.add_argument(
         "--decode",
         action="store_true",
         help="time the launch configs in a decode step of DeepSeek-R1, between GEMMs (default: --m 1,16,64 "
@@ -50,8 +56,12 @@ def run(args: argparse.Namespace) -> int:
     """Measure and write a table; an (op, K) that was not measured keeps its rows."""
     if args.decode and (args.ops or args.k or args.l2):
         raise ValueError("--decode times the ops and widths of DeepSeek-R1 in place: it takes no --ops, --k or --l2")
+    if args.linear and (args.ops or args.l2 or args.output):
+        raise ValueError("--linear times products, whose weights come from DRAM: it takes no --ops, --l2 or --output")
     need_gpu()
-    if args.decode:
+    if args.linear:
+        path = linear(args)
+    elif args.decode:
         path = decode(args)
     else:
         args.samples = SAMPLES if args.samples is None else args.samples
@@ -105,6 +115,45 @@ def decode(args: argparse.Namespace) -> Path:
     with replacing(path) as part:
         launch_configs.write(part, by_decode_step.merged(table, found, DEEPSEEK_R1.widths, capability))
     return path
+
+
+def linear(args: argparse.Namespace) -> Path:
+    """How products are split and launched, and which of them are chosen."""
+    import torch
+
+    from normquant.bench.products import FEW_MS, PRODUCT_PROVIDERS, product_cases
+    from normquant.cli.bench import installed
+    from normquant.tune import product_tables
+
+    capability, names = torch.cuda.get_device_capability(), installed(None, PRODUCT_PROVIDERS)
+    samples = SAMPLES if args.samples is None else args.samples
+    paths = product_tables.paths(capability)
+    for path in paths:
+        _present(_destination(path, path))
+    cases = product_cases(args.k, args.m or FEW_MS)
+    with compiling(args.quiet) as told:
+        if trouble := product_tables.precompile(cases, told):
+            print(trouble, file=sys.stderr)
+    for found in product_tables.tune(cases, samples):
+        print(found.text, flush=True)
+        for path, table in zip(paths[:2], found.tables, strict=True):
+            _merge(path, table)
+    product_tables.read_again()
+    entries = []
+    for entry in product_tables.compare(cases, names, samples):
+        entries.append(entry)
+        times = ", ".join(f"{name} {us} us" for name, us in entry["us"].items())
+        print(f"{entry['part']} {entry['k']}x{entry['n']} m={entry['m'][1]}: {times}", flush=True)
+    with replacing(paths[2]) as part:
+        product_tables.write(part, product_tables.merged(_present(paths[2]), entries, capability, current_command()))
+    return paths[2]
+
+
+def _merge(path: Path, table: dict[str, Any]) -> None:
+    """Put a product's part of a table into the one that is there."""
+    merged = _present(path) | table
+    with replacing(path) as part:
+        part.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
 
 
 def strategies(args: argparse.Namespace, cases: list[Case]) -> Path:

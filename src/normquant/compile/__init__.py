@@ -25,6 +25,7 @@ def inductor_options(
     *,
     sites: Mapping[str, str] | None = None,
     table: str | None = None,
+    products: str = "auto",
     mode: str | None = None,
     all_reduce: bool = False,
     **overrides: Any,
@@ -40,6 +41,8 @@ def inductor_options(
     strict: let an exception of the pass end the compile; else the graph compiles as it was and the report says why.
     sites: glob of a site's name, as the report shows it -> a policy, "fused" or "stock" for those sites.
     table: path of a JSON file of measurements, as `normquant.compile.measured` describes it, that "auto" goes by.
+    products: whether a block-FP8 product and the kernel that reads it become one op, which may split the product over
+        K: "auto", where that was measured to be the fastest; "always"; "never". It changes last bits.
     mode: "reduce-overhead", "max-autotune", ...: its options as well; torch.compile takes a mode or options, not both.
     all_reduce: fuse an all-reduce in front of a norm, too, on groups that have a workspace (`normquant.distributed`).
         It adds the parts of the ranks in rank order, where NCCL has an order of its own: other bits than without.
@@ -52,7 +55,7 @@ def inductor_options(
     from normquant.compile.driver import ALL_REDUCE_FUSIONS, FUSIONS, NormQuantPass
     from normquant.compile.policy import Rules
 
-    rules = Rules(policy, dict(sites or {}), table)  # type: ignore[arg-type]  # Rules checks the word
+    rules = Rules(policy, dict(sites or {}), table, products)  # type: ignore[arg-type]  # Rules checks the word
     options: dict[str, Any] = _mode_options(mode) if mode is not None else {}
     if "native" in (policy, *rules.sites.values()) and _has_option("triton.nested_reduction"):
         options["triton.nested_reduction"] = True

@@ -11,7 +11,7 @@ from typing import Any
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from normquant import distributed, ops, reference, spec, specs
+from normquant import distributed, linear, ops, reference, spec, specs
 from normquant.compile import direct_calls, fusion_report
 from normquant.compile.edit.build import Builder
 from normquant.compile.edit.cleanup import clean, keep_outputs_apart, output_owners
@@ -22,6 +22,7 @@ from normquant.compile.fusions import (
     group_quant,
     latent_norm_quant,
     norm_quant,
+    product_pair,
     rope_last,
     silu_mul_quant,
     vllm_fused_ops,
@@ -30,7 +31,7 @@ from normquant.compile.fusions.all_reduce_norm_quant import AllReduceNormQuant
 from normquant.compile.fusions.candidate import Candidate, Fusion, Rejection
 from normquant.compile.policy import Rules
 
-FUSIONS: tuple[Fusion, ...] = (norm_quant.find,)
+FUSIONS: tuple[Fusion, ...] = (norm_quant.find, product_pair.find)
 ALL_REDUCE_FUSIONS: tuple[Fusion, ...] = (AllReduceNormQuant(), *FUSIONS)
 # Gated products and latents first: what they take is not left over for a norm or a quantization alone.
 VLLM_FUSIONS: tuple[Fusion, ...] = (
@@ -40,6 +41,7 @@ VLLM_FUSIONS: tuple[Fusion, ...] = (
     rope_last.find,
     norm_quant.find,
     group_quant.find,
+    product_pair.find,  # of what the others have made
 )
 SOURCES = (  # whatever decides what the pass makes of a graph
     *sorted(map(str, Path(__file__).parent.rglob("*.py"))),
@@ -47,6 +49,8 @@ SOURCES = (  # whatever decides what the pass makes of a graph
     *sorted(map(str, Path(ops.__file__).parent.rglob("*.py"))),
     *sorted(map(str, Path(distributed.__file__).parent.glob("*.py"))),
     *sorted(map(str, Path(distributed.__file__).parent.glob("*.json"))),
+    *sorted(map(str, Path(linear.__file__).parent.rglob("*.py"))),
+    *sorted(map(str, Path(linear.__file__).parent.rglob("*.json"))),
     *(module.__file__ for module in (reference, spec, specs)),
 )
 

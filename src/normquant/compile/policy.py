@@ -13,6 +13,7 @@ from normquant.compile.measured import Strategy, StrategyTable, measured
 from normquant.distributed.group_facts import GroupFacts
 
 Policy = Literal["auto", "always", "never", "native", "opaque-norm"]
+Products = Literal["auto", "always", "never"]
 BY_POLICY: dict[str, Strategy] = {
     "always": "fused",
     "never": "stock",
@@ -25,12 +26,19 @@ SM90_RULE = "no measurement of this shape; our kernel was the fastest in nearly 
 
 
 @dataclass(frozen=True)
+class Decision:
+    strategy: Strategy
+    reason: str
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a decision may depend on.
 
     m: rows, None where they are symbolic. opaque_norm: the norm is one operation that the compiler calls.
     extra_kernel: fusing takes a kernel that the site does not have now, for a weight that the graph computes.
     group: whose ranks compute it together, None for one GPU alone.
+    own: for a product and its reader, which have measurements of their own, what those say.
     """
 
     device: torch.device
@@ -40,19 +48,17 @@ class Facts:
     opaque_norm: bool
     extra_kernel: bool = False
     group: GroupFacts | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    strategy: Strategy
-    reason: str
+    own: Decision | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Rules:
     """policy: for every site that `sites` does not name. sites: glob of a site's name -> strategy or policy; the first
     that matches counts. table: path of a measured table that is used instead of the package's own. It is read once,
-    here: a table that cannot be read is found now, not in the middle of a compile.
+    here: a table that cannot be read is found now, not in the middle of a compile. products: whether a block-FP8
+    product and the kernel that reads it become one op, which may split the product: where that was measured to be the
+    fastest, always, or never; with policy "never" never, and `sites` plays no part. A split product is added up in
+    another order, which changes last bits.
 
     Rules are equal where they decide alike.
     """
@@ -60,19 +66,22 @@ class Rules:
     policy: Policy = "auto"
     sites: Mapping[str, str] = field(default_factory=dict)
     table: str | None = None
+    products: Products = "auto"
     measurements: StrategyTable | None = field(init=False)
 
     def __post_init__(self) -> None:
         _accepted("policy", self.policy, get_args(Policy))
         for pattern, choice in self.sites.items():
             _accepted(f"sites[{pattern!r}]", choice, (*get_args(Strategy), *get_args(Policy)))
+        _accepted("products", self.products, get_args(Products))
         content = None if self.table is None else StrategyTable.load(self.table)
         object.__setattr__(self, "measurements", content)
 
     @property
     def identity(self) -> Hashable:
         """Everything that decisions depend on besides the graph, the hardware and the package itself."""
-        return self.policy, tuple(self.sites.items()), self.measurements  # the order of sites counts
+        # the order of sites counts
+        return self.policy, tuple(self.sites.items()), self.measurements, self.products
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rules) and self.identity == other.identity
@@ -82,10 +91,17 @@ class Rules:
 
     def decide(self, name: str, facts: Facts) -> Decision:
         """The strategy of a site that can be fused."""
+        if facts.own is not None:
+            return self._product(facts.own)
         for pattern, choice in self.sites.items():
             if fnmatchcase(name, pattern):
                 return self._by(choice, f"{choice} for {pattern!r}", facts)
         return self._by(self.policy, f"policy {self.policy}", facts)
+
+    def _product(self, measured: Decision) -> Decision:
+        if "never" in (self.policy, self.products):
+            return Decision("stock", f"policy {self.policy}, products {self.products}")
+        return Decision("fused", "products always") if self.products == "always" else measured
 
     def _by(self, choice: str, reason: str, facts: Facts) -> Decision:
         if choice == "auto":

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import row_offset
+from normquant.kernels.partial_rows import load_at
 
 
 @triton.jit
@@ -27,17 +28,18 @@ def load_angles(
 
 @triton.jit
 def load_pairs(
-    x_ptr, mask, R: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr
+    x_ptr, mask, step, PARTIAL: tl.constexpr, R: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HALVES: tl.constexpr, ON_CUDA: tl.constexpr,
 ):  # fmt: skip
     # x_ptr, mask [ROWS, 1] -> [ROWS, R/2] firsts and seconds of the pairs. Neighbours are loaded together and
     # split in registers: loaded one by one, each would be an access of its own.
     i = tl.arange(0, R_BLOCK)[None, :]
     if HALVES:
-        a = tl.load(x_ptr + i, mask=mask & (i < R // 2), other=0.0)
-        b = tl.load(x_ptr + R // 2 + i, mask=mask & (i < R // 2), other=0.0)
+        a = load_at(x_ptr + i, mask & (i < R // 2), step, PARTIAL, ON_CUDA)
+        b = load_at(x_ptr + R // 2 + i, mask & (i < R // 2), step, PARTIAL, ON_CUDA)
     else:
         j = tl.arange(0, 2 * R_BLOCK)[None, :]
-        both = tl.load(x_ptr + j, mask=mask & (j < R), other=0.0)
+        both = load_at(x_ptr + j, mask & (j < R), step, PARTIAL, ON_CUDA)
         a, b = tl.split(tl.reshape(both, (ROWS, R_BLOCK, 2)))
     return a, b
 
@@ -54,9 +56,8 @@ def store_pairs(out_ptr, u, v, mask, R: tl.constexpr, R_BLOCK: tl.constexpr, ROW
 
 
 @triton.jit
-def rotate(a, b, cos, sin, SPEC: tl.constexpr):
-    # Pairs (a, b) rotated by their angles, fp32 -> the firsts and the seconds of the pairs, like a.
-    DTYPE: tl.constexpr = a.dtype
+def rotate(a, b, cos, sin, SPEC: tl.constexpr, DTYPE: tl.constexpr):
+    # Pairs (a, b) rotated by their angles, fp32 -> the firsts and the seconds of the pairs, in DTYPE.
     a = a.to(tl.float32)
     b = b.to(tl.float32)
     u = product(a, cos, SPEC, DTYPE) - product(b, sin, SPEC, DTYPE)

@@ -18,6 +18,7 @@ from normquant.kernels._device import (
     scale_values,
     store_scale,
 )
+from normquant.kernels.partial_rows import load_rows, row_dtype
 
 log2 = triton.constexpr_function(tiling.log2)
 power_of_two = triton.constexpr_function(tiling.power_of_two)
@@ -89,15 +90,15 @@ def row_tile(first_row, first, m, K: tl.constexpr, SPEC: tl.constexpr, ROWS: tl.
 @triton.jit
 def load_sums(
     x_ptr, residual_ptr, first_row, first, m, stride_xm, stride_rm, K: tl.constexpr, SPEC: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr, STRIDE_UNIT: tl.constexpr, EVICT_FIRST: tl.constexpr,
+    PARTIAL: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+    EVICT_FIRST: tl.constexpr, ON_CUDA: tl.constexpr,
 ):  # fmt: skip
     # x + residual of TILES[0], TILES[1], ... groups, from group `first` on -> a tile for each, fp32.
     EVICTION: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     tiles = ()
     for i in tl.static_range(len(TILES)):
         row, column, mask = row_tile(first_row, first, m, K, SPEC, ROWS, TILES[i])
-        at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + column
-        h = tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        h = load_rows(x_ptr, row, column, mask, m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA, EVICTION)
         if residual_ptr is not None:
             at = residual_ptr + row_offset(row, stride_rm, STRIDE_UNIT) + column
             h += tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
@@ -126,7 +127,7 @@ def rounded(tiles, DTYPE: tl.constexpr):
 
 @triton.jit
 def norm_quant_rows(
-    x_ptr,  # [M, K] bf16 or fp16, any row stride
+    x_ptr,  # [M, K] bf16 or fp16, any row stride, or partial sums of such rows
     residual_ptr,  # [M, K] like x, or None
     weight_ptr,  # [K] bf16, fp16 or fp32
     data_ptr,  # [M, K] fp8, or None: no quantization
@@ -144,6 +145,7 @@ def norm_quant_rows(
     weight_offset: tl.constexpr,
     K: tl.constexpr,
     SPEC: tl.constexpr,
+    PARTIAL: tl.constexpr,  # whether and how the rows of x are partial sums
     ROWS: tl.constexpr,  # more than one only where OWN is all of a row
     CLUSTER: tl.constexpr,  # programs that exchange sums, or 1
     TILES: tl.constexpr,  # groups of each tile that is read, powers of two, descending; the last may reach over the row
@@ -157,18 +159,18 @@ def norm_quant_rows(
     ON_CUDA: tl.constexpr,
 ):
     # Whole rows are read for the sums of squares, and all other loads stand before the first store.
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = row_dtype(PARTIAL, x_ptr.dtype.element_ty)
     SPLIT: tl.constexpr = OWN[0] < TILES[0]
     first = part * OWN[0] if SPLIT or CLUSTER > 1 else 0
     h_own = load_sums(
-        x_ptr, residual_ptr, first_row, first, m=m, stride_xm=stride_xm, stride_rm=stride_rm, K=K, SPEC=SPEC, ROWS=ROWS,
-        TILES=OWN, STRIDE_UNIT=STRIDE_UNIT, EVICT_FIRST=EVICT_FIRST,
+        x_ptr, residual_ptr, first_row, first, m=m, stride_xm=stride_xm, stride_rm=stride_rm, K=K, SPEC=SPEC,
+        PARTIAL=PARTIAL, ROWS=ROWS, TILES=OWN, STRIDE_UNIT=STRIDE_UNIT, EVICT_FIRST=EVICT_FIRST, ON_CUDA=ON_CUDA,
     )  # fmt: skip
     h = h_own
     if SPLIT:
         h = load_sums(
-            x_ptr, residual_ptr, first_row, 0, m=m, stride_xm=stride_xm, stride_rm=stride_rm, K=K, SPEC=SPEC, ROWS=ROWS,
-            TILES=TILES, STRIDE_UNIT=STRIDE_UNIT, EVICT_FIRST=EVICT_FIRST,
+            x_ptr, residual_ptr, first_row, 0, m=m, stride_xm=stride_xm, stride_rm=stride_rm, K=K, SPEC=SPEC,
+            PARTIAL=PARTIAL, ROWS=ROWS, TILES=TILES, STRIDE_UNIT=STRIDE_UNIT, EVICT_FIRST=EVICT_FIRST, ON_CUDA=ON_CUDA,
         )  # fmt: skip
     if not LATE_WEIGHT:
         w = load_weights(weight_ptr, first, K, SPEC, ROWS, OWN)

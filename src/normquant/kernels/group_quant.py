@@ -16,18 +16,19 @@ import torch
 import triton
 import triton.language as tl
 
-from normquant.kernels._device import own_groups, quantize_groups, release_dependents, row_offset, wait_for_predecessor
+from normquant.kernels._device import own_groups, quantize_groups, release_dependents, wait_for_predecessor
 from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
 from normquant.kernels.configs import config as choose_config
 from normquant.kernels.launch import Outputs, Plan, kernel_spec, launch, plan, quantized
+from normquant.kernels.partial_rows import PartialRows, load_rows, partial
 from normquant.kernels.tiling import group_blocks, stride_unit
 from normquant.spec import QuantSpec
 
 
 @triton.jit(do_not_specialize=["m", "stride_xm", "scale_rows"])
 def group_quant_kernel(
-    x_ptr,  # [M, K] bf16 or fp16, any row stride
+    x_ptr,  # [M, K] bf16 or fp16, any row stride, or partial sums of such rows
     data_ptr,  # [M, K] fp8, contiguous
     scale_ptr,  # [M, K/group] or [M, ceil(K/group/4)]
     m,
@@ -35,20 +36,22 @@ def group_quant_kernel(
     scale_rows,
     K: tl.constexpr,
     SPEC: tl.constexpr,
+    PARTIAL: tl.constexpr,
     BLOCK_G: tl.constexpr,  # groups that a program quantizes, a power of two
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
     row, column, mask = own_groups(m, K, SPEC, BLOCK_G)
-    at = row_offset(row, stride_xm, STRIDE_UNIT) + column  # [BLOCK_G, group]
     wait_for_predecessor(PDL)
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x = load_rows(x_ptr, row, column, mask, m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA)
     release_dependents(PDL)
     quantize_groups(x, data_ptr, scale_ptr, m, scale_rows, K=K, SPEC=SPEC, BLOCK_G=BLOCK_G, ON_CUDA=ON_CUDA)
 
 
-def plan_groups(kernel: Any, op: str, x: torch.Tensor, k: int, spec: QuantSpec, config: Config | None) -> Plan:
+def plan_groups(
+    kernel: Any, op: str, x: torch.Tensor | PartialRows, k: int, spec: QuantSpec, config: Config | None
+) -> Plan:
     """The launch of a kernel with the arguments of `group_quant_kernel`, which writes [M, k] from rows of x."""
     m = x.shape[0]
     spec = spec.at(m)
@@ -66,6 +69,7 @@ def plan_groups(kernel: Any, op: str, x: torch.Tensor, k: int, spec: QuantSpec, 
         config=config,
         K=k,
         SPEC=kernel_spec(spec),
+        PARTIAL=partial(x),
         BLOCK_G=block_g,
         STRIDE_UNIT=unit,
         PDL=where.release(config),
@@ -73,7 +77,7 @@ def plan_groups(kernel: Any, op: str, x: torch.Tensor, k: int, spec: QuantSpec, 
     )
 
 
-def plan_group_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
+def plan_group_quant(x: torch.Tensor | PartialRows, spec: QuantSpec, config: Config | None = None) -> Plan:
     """The launch of `group_quant` on checked inputs like these."""
     return plan_groups(group_quant_kernel, "group_quant", x, x.shape[1], spec, config)
 

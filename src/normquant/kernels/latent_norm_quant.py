@@ -27,13 +27,14 @@ from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
 from normquant.kernels.configs import config as choose_config
 from normquant.kernels.launch import Outputs, Plan, kernel_spec, launch, matrix, plan, quantized
+from normquant.kernels.partial_rows import PartialRows, partial, row_dtype
 from normquant.kernels.tiling import divided, power_of_two, stride_unit, unsplit
 from normquant.spec import QuantSpec
 
 
 @triton.jit(do_not_specialize=["m", "stride_xm", "stride_cos", "stride_sin", "scale_rows", "eps"])
 def latent_norm_quant_kernel(
-    x_ptr,  # [M, Q + C + R] bf16 or fp16, any row stride
+    x_ptr,  # [M, Q + C + R] bf16 or fp16, any row stride, or partial sums of such rows
     q_weight_ptr,  # [Q]
     kv_weight_ptr,  # [C]
     cos_ptr,  # [positions, R/2], any row stride
@@ -56,6 +57,7 @@ def latent_norm_quant_kernel(
     R: tl.constexpr,
     ROPE: tl.constexpr,
     SPEC: tl.constexpr,
+    PARTIAL: tl.constexpr,
     PARTS: tl.constexpr,  # programs of a row
     ROWS: tl.constexpr,  # rows of a program, a power of two
     Q_TILES: tl.constexpr,
@@ -78,9 +80,9 @@ def latent_norm_quant_kernel(
         norm_quant_rows(
             x_ptr=x_ptr, residual_ptr=None, weight_ptr=q_weight_ptr, data_ptr=q_data_ptr, scale_ptr=q_scale_ptr,
             sum_ptr=None, norm_ptr=None, stride_xm=stride_xm, stride_rm=0, first_row=first_row, part=part, m=m,
-            scale_rows=scale_rows, eps=eps, mailbox=None, weight_offset=0.0, K=Q, SPEC=SPEC, ROWS=ROWS, CLUSTER=1,
-            TILES=Q_TILES, OWN=Q_OWN, LOG_WARPS=LOG_Q_WARPS, LATE_WEIGHT=LATE_WEIGHT, EVICT_FIRST=EVICT_FIRST,
-            KEEP_SUM=False, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL, ON_CUDA=ON_CUDA,
+            scale_rows=scale_rows, eps=eps, mailbox=None, weight_offset=0.0, K=Q, SPEC=SPEC, PARTIAL=PARTIAL,
+            ROWS=ROWS, CLUSTER=1, TILES=Q_TILES, OWN=Q_OWN, LOG_WARPS=LOG_Q_WARPS, LATE_WEIGHT=LATE_WEIGHT,
+            EVICT_FIRST=EVICT_FIRST, KEEP_SUM=False, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL, ON_CUDA=ON_CUDA,
         )  # fmt: skip
     else:
         # k_pe is stored last, so that its loads do not keep those of kv_a waiting behind a store
@@ -88,23 +90,26 @@ def latent_norm_quant_kernel(
         mask = row < m
         position = positions(position_ptr, row, mask)
         k_pe = x_ptr + Q + C + row_offset(row, stride_xm, STRIDE_UNIT)
-        a, b = load_pairs(k_pe, mask, R=R, R_BLOCK=R_BLOCK, ROWS=ROWS, HALVES=ROPE == "half")
+        a, b = load_pairs(
+            k_pe, mask, row_offset(m, stride_xm, STRIDE_UNIT), PARTIAL=PARTIAL, R=R, R_BLOCK=R_BLOCK, ROWS=ROWS,
+            HALVES=ROPE == "half", ON_CUDA=ON_CUDA,
+        )  # fmt: skip
         cos = load_angles(cos_ptr, position, stride_cos, mask, R=R, R_BLOCK=R_BLOCK, ANGLE_UNIT=ANGLE_UNIT)
         sin = load_angles(sin_ptr, position, stride_sin, mask, R=R, R_BLOCK=R_BLOCK, ANGLE_UNIT=ANGLE_UNIT)
-        u, v = rotate(a, b, cos, sin, SPEC)
+        u, v = rotate(a, b, cos, sin, SPEC, row_dtype(PARTIAL, x_ptr.dtype.element_ty))
         norm_quant_rows(
             x_ptr=x_ptr + Q, residual_ptr=None, weight_ptr=kv_weight_ptr, data_ptr=kv_data_ptr, scale_ptr=kv_scale_ptr,
             sum_ptr=None, norm_ptr=kv_norm_ptr, stride_xm=stride_xm, stride_rm=0, first_row=first_row, part=0, m=m,
-            scale_rows=scale_rows, eps=eps, mailbox=None, weight_offset=0.0, K=C, SPEC=SPEC, ROWS=ROWS, CLUSTER=1,
-            TILES=C_TILES, OWN=C_TILES, LOG_WARPS=LOG_C_WARPS, LATE_WEIGHT=LATE_WEIGHT, EVICT_FIRST=EVICT_FIRST,
-            KEEP_SUM=False, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL, ON_CUDA=ON_CUDA,
+            scale_rows=scale_rows, eps=eps, mailbox=None, weight_offset=0.0, K=C, SPEC=SPEC, PARTIAL=PARTIAL,
+            ROWS=ROWS, CLUSTER=1, TILES=C_TILES, OWN=C_TILES, LOG_WARPS=LOG_C_WARPS, LATE_WEIGHT=LATE_WEIGHT,
+            EVICT_FIRST=EVICT_FIRST, KEEP_SUM=False, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL, ON_CUDA=ON_CUDA,
         )  # fmt: skip
         out_ptr = k_pe_ptr + row.to(tl.int64) * R
         store_pairs(out_ptr, u, v, mask, R=R, R_BLOCK=R_BLOCK, ROWS=ROWS, HALVES=ROPE != "interleaved")
 
 
 def plan_latent_norm_quant(
-    x: torch.Tensor,
+    x: torch.Tensor | PartialRows,
     q_weight: torch.Tensor,
     kv_weight: torch.Tensor,
     cos: torch.Tensor,
@@ -139,6 +144,7 @@ def plan_latent_norm_quant(
         R=r,
         ROPE=rope,
         SPEC=kernel_spec(spec),
+        PARTIAL=partial(x),
         PARTS=q_row.programs + 1,
         ROWS=config.rows,
         Q_TILES=q_row.tiles,

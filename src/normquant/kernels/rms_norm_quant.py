@@ -24,13 +24,14 @@ from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
 from normquant.kernels.configs import config as choose_config
 from normquant.kernels.launch import Outputs, Plan, kernel_spec, launch, matrix, plan, quantized
+from normquant.kernels.partial_rows import PartialRows, partial
 from normquant.kernels.tiling import divided, stride_unit
 from normquant.spec import QuantSpec
 
 
 @triton.jit(do_not_specialize=["m", "stride_xm", "stride_rm", "scale_rows", "eps"])
 def rms_norm_quant_kernel(
-    x_ptr,  # [M, K] bf16 or fp16, any row stride
+    x_ptr,  # [M, K] bf16 or fp16, any row stride, or partial sums of such rows
     residual_ptr,  # [M, K] like x, or None
     weight_ptr,  # [K] bf16, fp16 or fp32
     data_ptr,  # [M, K] fp8, contiguous
@@ -45,6 +46,7 @@ def rms_norm_quant_kernel(
     weight_offset: tl.constexpr,
     K: tl.constexpr,
     SPEC: tl.constexpr,
+    PARTIAL: tl.constexpr,
     ROWS: tl.constexpr,  # rows of a program, a power of two
     CLUSTER: tl.constexpr,  # programs of a row that exchange sums, or 1
     TILES: tl.constexpr,  # groups of each tile of a row, powers of two
@@ -76,9 +78,10 @@ def rms_norm_quant_kernel(
     norm_quant_rows(
         x_ptr=x_ptr, residual_ptr=residual_ptr, weight_ptr=weight_ptr, data_ptr=data_ptr, scale_ptr=scale_ptr,
         sum_ptr=sum_ptr, norm_ptr=norm_ptr, stride_xm=stride_xm, stride_rm=stride_rm, first_row=first_row, part=part,
-        m=m, scale_rows=scale_rows, eps=eps, mailbox=mailbox, weight_offset=weight_offset, K=K, SPEC=SPEC, ROWS=ROWS,
-        CLUSTER=CLUSTER, TILES=TILES, OWN=OWN, LOG_WARPS=LOG_WARPS, LATE_WEIGHT=LATE_WEIGHT, EVICT_FIRST=EVICT_FIRST,
-        KEEP_SUM=KEEP_SUM, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL, ON_CUDA=ON_CUDA,
+        m=m, scale_rows=scale_rows, eps=eps, mailbox=mailbox, weight_offset=weight_offset, K=K, SPEC=SPEC,
+        PARTIAL=PARTIAL, ROWS=ROWS, CLUSTER=CLUSTER, TILES=TILES, OWN=OWN, LOG_WARPS=LOG_WARPS,
+        LATE_WEIGHT=LATE_WEIGHT, EVICT_FIRST=EVICT_FIRST, KEEP_SUM=KEEP_SUM, STRIDE_UNIT=STRIDE_UNIT, PDL=PDL,
+        ON_CUDA=ON_CUDA,
     )  # fmt: skip
 
 
@@ -88,7 +91,7 @@ def op_name(with_residual: bool, with_norm: bool) -> str:
 
 
 def plan_rms_norm_quant(
-    x: torch.Tensor,
+    x: torch.Tensor | PartialRows,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
@@ -127,12 +130,13 @@ def plan_rms_norm_quant(
         weight_offset=weight_offset,
         K=k,
         SPEC=kernel_spec(spec),
+        PARTIAL=partial(x),
         ROWS=config.rows,
         CLUSTER=row.cluster,
         TILES=row.tiles,
         OWN=row.own,
         LOG_WARPS=row.log_warps,
-        PREFETCH=config.prefetch and where.pdl,
+        PREFETCH=config.prefetch and where.pdl and not isinstance(x, PartialRows),
         LATE_WEIGHT=config.late_weight,
         EVICT_FIRST=config.evict_first,
         KEEP_SUM=config.keep_sum,

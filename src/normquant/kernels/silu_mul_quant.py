@@ -20,19 +20,19 @@ from normquant.kernels._device import (
     quantize_groups,
     reciprocal_approximate,
     release_dependents,
-    row_offset,
     scale_by_weight,
     wait_for_predecessor,
 )
 from normquant.kernels.configs import Config
 from normquant.kernels.group_quant import plan_groups
 from normquant.kernels.launch import Outputs, Plan, launch
+from normquant.kernels.partial_rows import PartialRows, load_rows, row_dtype
 from normquant.spec import QuantSpec
 
 
 @triton.jit(do_not_specialize=["m", "stride_xm", "scale_rows"])
 def silu_mul_quant_kernel(
-    x_ptr,  # [M, 2K] bf16 or fp16, gate then up, any row stride
+    x_ptr,  # [M, 2K] bf16 or fp16, gate then up, any row stride, or partial sums of such rows
     data_ptr,  # [M, K] fp8, contiguous
     scale_ptr,  # [M, K/group] or [M, ceil(K/group/4)]
     m,
@@ -40,18 +40,18 @@ def silu_mul_quant_kernel(
     scale_rows,
     K: tl.constexpr,
     SPEC: tl.constexpr,
+    PARTIAL: tl.constexpr,
     BLOCK_G: tl.constexpr,  # groups that a program quantizes, a power of two
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
     row, column, mask = own_groups(m, K, SPEC, BLOCK_G)
-    at = row_offset(row, stride_xm, STRIDE_UNIT) + column  # [BLOCK_G, group]
     wait_for_predecessor(PDL)
-    gate = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + K + at, mask=mask, other=0.0).to(tl.float32)
+    gate = load_rows(x_ptr, row, column, mask, m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA)  # [BLOCK_G, group]
+    up = load_rows(x_ptr, row, K + column, mask, m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA)
     release_dependents(PDL)
-    y = scale_by_weight(silu(gate, ON_CUDA), up, SPEC, x_ptr.dtype.element_ty, ON_CUDA)
+    y = scale_by_weight(silu(gate, ON_CUDA), up, SPEC, row_dtype(PARTIAL, x_ptr.dtype.element_ty), ON_CUDA)
     quantize_groups(y, data_ptr, scale_ptr, m, scale_rows, K=K, SPEC=SPEC, BLOCK_G=BLOCK_G, ON_CUDA=ON_CUDA)
 
 
@@ -78,7 +78,7 @@ def divide(g, d):
     return tl.where((d > 1.0) & (d < float("inf")), q * 0.25, g * (approximate * 0.25))
 
 
-def plan_silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Plan:
+def plan_silu_mul_quant(x: torch.Tensor | PartialRows, spec: QuantSpec, config: Config | None = None) -> Plan:
     """The launch of `silu_mul_quant` on checked inputs like these."""
     return plan_groups(silu_mul_quant_kernel, "silu_mul_quant", x, x.shape[1] // 2, spec, config)
 

@@ -1,7 +1,9 @@
 """A linear layer on block-quantized activations: its product, its weights, the module, and models made of it."""
 
+from normquant.linear.choice import ProductChoice, choose
 from normquant.linear.convert import SKIP, ConversionReport, block_fp8, convert_linears
 from normquant.linear.module import LINEAR_SPEC, BlockFP8Linear
+from normquant.linear.pairs import PAIRS, Pair
 from normquant.linear.product import HOPPER, block_fp8_linear, dequantized_linear
 from normquant.linear.weights import BLOCK, DequantizedWeight, dequantize_weight, pad_weight_scale, quantize_weight
 
@@ -9,12 +11,16 @@ __all__ = [
     "BLOCK",
     "HOPPER",
     "LINEAR_SPEC",
+    "PAIRS",
     "SKIP",
     "BlockFP8Linear",
     "ConversionReport",
     "DequantizedWeight",
+    "Pair",
+    "ProductChoice",
     "block_fp8",
     "block_fp8_linear",
+    "choose",
     "convert_linears",
     "dequantize_weight",
     "dequantized_linear",

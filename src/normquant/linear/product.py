@@ -1,19 +1,24 @@
 """The product of block-quantized activations and weights: [M, K] fp8, 1x128 scales, times [N, K] fp8, 128x128 scales.
 
-On Hopper, with N a multiple of 16, it is `torch.nn.functional.scaled_mm` (cuBLASLt); elsewhere both operands are
-dequantized to fp32 and multiplied, which is right and slow.
+Where a measured table says that it is the fastest, K is split (`split_product`). Else, on Hopper and with N a multiple
+of 16, it is `torch.nn.functional.scaled_mm` (cuBLASLt); elsewhere both operands are dequantized to fp32 and multiplied,
+which is right and slow.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from normquant.linear import _sharding
+from normquant.linear.choice import PRODUCT, choose
+from normquant.linear.split_product import Launcher, launch_product
 from normquant.linear.weights import BLOCK, check_bias, check_weight, dequantize_weight, pad_weight_scale
 from normquant.ops import LIBRARY
 from normquant.ops._gradients import refuse_gradients
-from normquant.ops._op import without_gradient
+from normquant.ops._op import cached, without_gradient
 from normquant.ops._sharding import add_rules
 from normquant.spec import TMA_ALIGN, QuantizedActivation, QuantSpec
 
@@ -59,9 +64,10 @@ def check_spec(spec: QuantSpec) -> None:
         )
 
 
-def _check(
+def check_product(
     data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
 ) -> None:
+    """Raise ValueError for arguments that the op does not accept, RuntimeError where a gradient would be lost."""
     refuse_gradients("block_fp8_linear", (data, scale, weight, weight_scale))
     check_weight(weight, weight_scale)
     m, k = data.shape
@@ -81,23 +87,37 @@ def _check(
 
 @torch.library.register_fake("normquant::block_fp8_linear", lib=LIBRARY)
 def _(data, scale, weight, weight_scale, out_dtype):
-    _check(data, scale, weight, weight_scale, out_dtype)
+    check_product(data, scale, weight, weight_scale, out_dtype)
     return data.new_empty((data.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
 def dequantized_linear(data, scale, weight, weight_scale, out_dtype):
     """The product in fp32 on any device: data [M, K] fp8, scale [M, K/128], weight [N, K] fp8 -> [M, N]."""
-    _check(data, scale, weight, weight_scale, out_dtype)
+    check_product(data, scale, weight, weight_scale, out_dtype)
     x = (data.float().unflatten(1, (-1, BLOCK)) * scale.unsqueeze(-1)).flatten(1)  # [M, K] fp32
     with torch.autocast(data.device.type, enabled=False):  # which would multiply in bf16
         return (x @ dequantize_weight(weight, weight_scale).t()).to(out_dtype)
 
 
-def _scaled_mm(data, scale, weight, weight_scale, out_dtype):
+def _launch_split(*args: Any) -> Launcher:
+    check_product(*args)
+    return launch_product(*args)
+
+
+_split = cached("block_fp8_linear", _launch_split)
+
+
+def _on_cuda(data, scale, weight, weight_scale, out_dtype):
+    (m, k), n = data.shape, weight.shape[0]
+    run = _split if choose(PRODUCT, k, n, m, data.device).split else scaled_product
+    return run(data, scale, weight, weight_scale, out_dtype)
+
+
+def scaled_product(data, scale, weight, weight_scale, out_dtype):
     takes = torch.cuda.get_device_capability(data.device) == HOPPER and weight.shape[0] % CUBLASLT_COLUMNS == 0
     if not takes or data.shape[0] == 0:
         return dequantized_linear(data, scale, weight, weight_scale, out_dtype)
-    _check(data, scale, weight, weight_scale, out_dtype)
+    check_product(data, scale, weight, weight_scale, out_dtype)
     from torch.nn.functional import ScalingType, scaled_mm
 
     m, groups = scale.shape
@@ -123,6 +143,6 @@ def _holds(t: torch.Tensor, elements: int) -> bool:
 
 
 LIBRARY.impl("block_fp8_linear", dequantized_linear, "CPU")
-LIBRARY.impl("block_fp8_linear", _scaled_mm, "CUDA")
+LIBRARY.impl("block_fp8_linear", _on_cuda, "CUDA")
 without_gradient("block_fp8_linear")
 add_rules(torch.ops.normquant.block_fp8_linear.default, _sharding.rules)

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from normquant.compile.edit.build import Builder, Rewrite
 from normquant.compile.fusion_report import Site
 from normquant.compile.measured import Strategy
-from normquant.compile.policy import Facts
+from normquant.compile.policy import Decision, Facts
 from normquant.distributed.group_facts import GroupFacts
 from normquant.ops import OPS
 from normquant.spec import QuantSpec
@@ -44,7 +44,7 @@ class Candidate:
     name, where: as its record has them. op, spec: what would take its place, on rows of k values like x.
     fuse, native: how to rewrite it; None where the fusion has no such strategy. traffic: bytes and launches for the
     record.
-    opaque_norm, extra_kernel, group: as in `Facts`.
+    opaque_norm, extra_kernel, group, own: as in `Facts`.
     stays: its record where it stays, if that is another one; a reason is put behind the one that it has.
     remark: said of the site in front of every other reason, and alone where the policy leaves it as it is.
     lone: its quantization, where no norm is in front of that, or its all-reduce. listed: whether another fusion has
@@ -68,12 +68,13 @@ class Candidate:
     remark: str = ""
     lone: Node | None = None
     listed: bool = False
+    own: Decision | None = None
 
     @property
     def facts(self) -> Facts:
         """What the policy decides by."""
         m = self.rows if isinstance(self.rows, int) else None
-        return Facts(self.x.device, self.op, m, self.k, self.opaque_norm, self.extra_kernel, self.group)
+        return Facts(self.x.device, self.op, m, self.k, self.opaque_norm, self.extra_kernel, self.group, self.own)
 
     def rewrite(self, strategy: Strategy) -> Edit | None:
         """How to rewrite the site by a strategy, None where it stays."""

@@ -1,0 +1,88 @@
+"""Which kernels a product of few rows gets: what was measured, and nothing else."""
+
+import json
+
+import pytest
+import torch
+
+from normquant.linear import choice
+from normquant.linear.choice import PRODUCT, choose, parse, pays
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+TABLE = {
+    "capability": "9.0",
+    "source": "normquant tune --linear",
+    "entries": [
+        {"part": PRODUCT, "k": 7168, "n": 2112, "m": [1, 16], "us": {"normquant": 7.9, "deepgemm": 14.2}},
+        {"part": PRODUCT, "k": 7168, "n": 2112, "m": [17, 64], "us": {"normquant": 9.9, "deepgemm": 9.7}},
+        {"part": "silu_mul_quant", "k": 7168, "n": 4608, "m": [1, 32], "us": {"normquant": 14.1, "scaled_mm": 17.0}},
+    ],
+}
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    choice._choose.cache_clear()
+    yield monkeypatch
+    choice._choose.cache_clear()
+
+
+@pytest.fixture
+def measured(on_hopper):
+    table = parse(json.dumps(TABLE), "table")
+    on_hopper.setattr(choice, "measured", lambda capability: table if capability == (9, 0) else None)
+
+
+def test_nothing_is_chosen_that_was_not_measured(on_hopper):
+    for part in (PRODUCT, "add_rms_norm_quant"):
+        for device, where in ((GPU, "sm_90"), (CPU, "a CPU")):
+            found = choose(part, 7168, 2112, 1, device)
+            assert not found.split and "no measurements" in found.reason and where in found.reason
+            assert not pays(part, 7168, 2112, device).split
+
+
+@pytest.mark.parametrize(("m", "split"), [(1, True), (16, True), (17, False), (64, False), (65, False)])
+def test_the_fastest_for_each_number_of_rows(measured, m, split):
+    found = choose(PRODUCT, 7168, 2112, m, GPU)
+    assert found.split == split
+    assert ("normquant 7.9 us" in found.reason) == (m <= 16)
+    assert ("measured were 1 to 64" in found.reason) == (m > 64)
+
+
+def test_a_pair_has_measurements_of_its_own(measured):
+    assert choose("silu_mul_quant", 7168, 4608, 8, GPU).split
+    assert not choose(PRODUCT, 7168, 4608, 8, GPU).split
+    assert not choose("silu_mul_quant", 7168, 2112, 8, GPU).split
+    assert pays(PRODUCT, 7168, 2112, GPU).split and "7.9 us" in pays(PRODUCT, 7168, 2112, GPU).reason
+    assert not pays("silu_mul_quant", 7168, 2112, GPU).split
+
+
+def test_always_is_for_few_rows():
+    assert choose(PRODUCT, 512, 512, 64, CPU, "always").split
+    found = choose(PRODUCT, 512, 512, 65, CPU, "always")
+    assert not found.split and "65 rows" in found.reason
+
+
+def test_an_unknown_wish_is_refused():
+    with pytest.raises(ValueError, match="'never'; accepted: 'auto', 'always'"):
+        choose(PRODUCT, 512, 512, 1, CPU, "never")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"capability": "9"}, "not enough values"),
+        ({"entries": [{"part": "product"}]}, "'us'"),
+        ({"entries": [TABLE["entries"][0] | {"us": {"deepgemm": 1.0}}]}, "'normquant' and at least one other"),
+        ({"entries": [TABLE["entries"][0] | {"us": {"normquant": 1.0}}]}, "at least one other"),
+    ],
+)
+def test_what_is_no_table(change, said):
+    with pytest.raises(ValueError, match=said):
+        parse(json.dumps(TABLE | change), "table")
+
+
+def test_committed_tables_can_be_read():
+    for capability in ((9, 0), (10, 0)):
+        choice.measured(capability)
