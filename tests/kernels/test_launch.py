@@ -18,6 +18,7 @@ from normquant.kernels import group_quant, latent_norm_quant, launch, rms_norm_q
 from normquant.kernels.capability import LaunchTarget
 from normquant.kernels.configs import Config
 from normquant.kernels.launch import Launch, Plan, kernel_spec
+from normquant.kernels.partial_rows import WHOLE
 from normquant.ops import _op
 from normquant.ops._op import cached
 
@@ -244,7 +245,7 @@ def test_another_device_is_made_the_current_one():
 
 def test_constants_out_of_order_are_refused(launched):
     kernel, x = group_quant.group_quant_kernel, rows()
-    values = dict(K=K, SPEC=kernel_spec(SPEC), BLOCK_G=4, STRIDE_UNIT=8, PDL="loaded", ON_CUDA=True)
+    values = dict(K=K, SPEC=kernel_spec(SPEC), PARTIAL=WHOLE, BLOCK_G=4, STRIDE_UNIT=8, PDL="loaded", ON_CUDA=True)
     assert list(values) == kernel.arg_names[6:]
     rest = dict(
         grid=(4, 1, 1),

@@ -22,8 +22,8 @@ def test_a_suite_says_what_is_in_it(cases: list[JUnitCase]) -> None:
     assert (root.tag, suite.tag) == ("testsuites", "testsuite")
     assert suite.get("name") == "normquant audit" and suite.get("timestamp") == "2026-11-26T16:00:00"
     assert int(suite.get("tests", "")) == len(suite.findall("testcase")) == len(cases)
-    assert {"hostname", "time", "errors", "failures"} <= suite.keys()
-    assert all({"classname", "name", "time"} <= case.keys() for case in suite.findall("testcase"))
+    assert {"hostname", "time", "errors", "failures"} <= set(suite.keys())
+    assert all({"classname", "name", "time"} <= set(case.keys()) for case in suite.findall("testcase"))
 
 
 def test_a_check_that_does_not_hold_is_a_failed_test() -> None:

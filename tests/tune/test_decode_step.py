@@ -332,7 +332,7 @@ def test_the_command_writes_what_was_chosen(tmp_path, capsys, monkeypatch, extra
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: H100)
     monkeypatch.setattr(decode_step, "find_gemm", lambda capability: GEMM)
-    monkeypatch.setattr(by_decode_step, "precompile", lambda ms, capability: None)
+    monkeypatch.setattr(by_decode_step, "precompile", lambda ms, capability, told: None)
     monkeypatch.setattr(by_decode_step, "tune", measured)
     path = tmp_path / "sm90.json"
     assert cli.main(["tune", "--decode", "--output", str(path), *extra]) == 0

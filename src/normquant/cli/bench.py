@@ -111,7 +111,7 @@ def need_gpu(count: int = 1) -> None:
 
     if not torch.cuda.is_available():
         raise ValueError("there is no CUDA GPU here; everything is measured on one")
-    if (there := torch.cuda.device_count()) < count:
+    if count > 1 and (there := torch.cuda.device_count()) < count:
         raise ValueError(f"{count} GPUs are asked for, and here are {there}")
 
 

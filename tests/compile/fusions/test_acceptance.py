@@ -62,10 +62,14 @@ def test_a_convolution_beside_the_residual() -> None:
     assert site.op == "rms_norm_quant", "the sum is made in front of the op"
 
 
-@pytest.mark.parametrize("column", [lambda w: w[:, 0], lambda w: w[:1, 0].expand(K)], ids=["a column", "expanded"])
-def test_a_weight_with_a_stride(column) -> None:
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [(lambda w: w[:, 0], "weight has stride"), (lambda w: w[:1, 0].expand(K), "weight has shape (1,)")],
+    ids=["a column", "expanded"],
+)
+def test_a_weight_that_the_op_does_not_read(column, words) -> None:
     (site,) = compiled(lambda x, w: quant(norm(x, column(w))), exact(M, K), exact(K, 2, seed=1) + 0.5)
-    assert not site.fused and "weight has stride" in site.reason and "contiguous" in site.reason
+    assert not site.fused and words in site.reason
 
 
 def test_a_norm_of_parts_of_the_rows_that_are_quantized() -> None:
