@@ -35,9 +35,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class StrategyTable:
+    """torch: the version whose stock and native code was measured, "" where the file does not say."""
+
     capability: tuple[int, int]
     source: str
     entries: tuple[Entry, ...]
+    torch: str = ""
 
     @staticmethod
     def load(path: str) -> StrategyTable:
@@ -58,8 +61,12 @@ class StrategyTable:
         choices = {entry.fastest[0] for entry in entries}
         times = "; ".join(f"M {e.first}..{e.last}: {', '.join(f'{s} {us:g} us' for s, us in e.us)}" for e in entries)
         if len(choices) > 1:
-            return "stock", f"measured: no strategy is the fastest for every number of rows ({times})"
-        return choices.pop(), f"measured: {times}"
+            return "stock", f"{self._measured}: no strategy is the fastest for every number of rows ({times})"
+        return choices.pop(), f"{self._measured}: {times}"
+
+    @property
+    def _measured(self) -> str:
+        return f"measured with torch {self.torch}" if self.torch else "measured"
 
 
 def parse(text: str, name: str) -> StrategyTable:
@@ -68,7 +75,7 @@ def parse(text: str, name: str) -> StrategyTable:
         record = json.loads(text)
         major, minor = record["capability"].split(".")
         entries = tuple(_entry(entry) for entry in record["entries"])
-        return StrategyTable((int(major), int(minor)), str(record["source"]), entries)
+        return StrategyTable((int(major), int(minor)), str(record["source"]), entries, str(record.get("torch", "")))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{name} is not a table of measurements: {type(error).__name__}: {error}") from None
 
