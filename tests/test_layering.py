@@ -55,6 +55,7 @@ TOGETHER = (
     *("cli/test_audit_model", "integrations/test_documented_paths", "compile/find/test_reasons", "compile/test_zoo"),
     *("test_screenshots", "vllm_plugin/test_on_call"),
     *("compile/test_inductor", "compile/test_models", "compile/test_nested_graphs", "compile/test_random_graphs"),
+    "compile/test_unusual_graphs",
     *("compile/test_vllm_graphs", "compile/fusions/test_vllm_cases", "kernels/test_machine_code", "ops/test_ops"),
     *("cli/test_completion", "cli/test_exit_codes"),
     "report/page/test_browser",
