@@ -78,7 +78,7 @@ def free_port() -> int:
 
 
 class OtherRanks:
-    """The processes of all ranks but the first. If one of them fails, so does this process: the others would
+    """The processes of all ranks but the first. If one of them fails, all others end, this process too: they would
     wait in a collective for ever."""
 
     def __init__(self, commands: Sequence[Sequence[str]]) -> None:
@@ -94,6 +94,8 @@ class OtherRanks:
             for rank, process in enumerate(self._processes, 1):
                 if (code := process.poll()) not in (None, 0) and not self._stopped.is_set():
                     print(f"rank {rank} ended with exit code {code}", file=sys.stderr, flush=True)
+                    for other in self._processes:
+                        other.kill()
                     os._exit(FAILED)
 
     def go(self) -> None:
