@@ -181,10 +181,11 @@ def _line(text: str, words: str) -> str:
 def test_the_example_serves_a_request_and_reports(tmp_path: Path, environment: Environment) -> None:
     (tmp_path / "model").mkdir()
     command = ["bash", str(ROOT / "examples" / "vllm_server.sh"), str(write_model(tmp_path / "model")), *OPTIONS]
-    serve = tmp_path / "vllm"
+    serve = tmp_path / "bin" / "vllm"
+    serve.parent.mkdir()
     serve.write_text(f"#!{sys.executable}\n{VLLM}")
     serve.chmod(0o755)
-    tools = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    tools = os.pathsep.join([str(serve.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
     environ = environment(tmp_path) | {"PORT": str(free_port()), "PATH": tools}
     process = subprocess.Popen(
         command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
