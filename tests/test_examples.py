@@ -46,6 +46,7 @@ def test_a_block_of_pytorch() -> None:
     assert fused < stock
 
 
+@pytest.mark.exhaustive
 def test_a_model_of_transformers() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     out = run(str(EXAMPLES / "transformers_model.py"))

@@ -213,6 +213,7 @@ CACHED = """
 """
 
 
+@pytest.mark.exhaustive
 def test_a_second_process_hits_both_caches_and_another_option_misses(tmp_path) -> None:
     def process(policy: str) -> str:
         source = textwrap.dedent(CACHED.format(tests=str(ROOT / "tests"), policy=policy))
