@@ -77,11 +77,11 @@ class CompiledExperts(Taking):
 
 def _shared_linears(model: nn.Module) -> Iterator[Reader]:
     """The linears of shared experts that are within an opaque operation."""
+    names = {id(each): name for name, each in model.named_modules()}
     for module in model.modules():
         shared = getattr(module, "_shared_experts", None)
         inside = getattr(shared, "_layer", shared)
         if isinstance(inside, nn.Module):
-            names = {id(each): name for name, each in model.named_modules()}
             for reader in linears(inside):
                 if isinstance(reader, Reader):
                     reader.name = names.get(id(reader.layer), reader.name)
