@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import pwd
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -293,3 +295,10 @@ def test_differences_at_several_sizes_are_one_json(tmp_path: Path) -> None:
     path = tmp_path / "diff.json"
     assert run("--diff", OFF, ON, "--m", "1,64", "--json", str(path)) == 0
     assert [sorted(one) for one in json.loads(path.read_text())] == [["changes", "findings"]] * 2
+
+
+def test_generated_code_is_audited_without_torch() -> None:
+    run = f"import sys; from normquant.cli.entry import main; main(['audit', {ON!r}, '--m', '64'])"
+    code = f"{run}; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

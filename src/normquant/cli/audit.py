@@ -143,7 +143,8 @@ def _print(args: argparse.Namespace, data: Sequence[Mapping[str, Any]]) -> None:
         write_json(args.json, data)
     if not args.github and args.json != "-":
         print(audit_text.render(data, title, terminal.columns() or audit_text.WIDTH), end="")
-        _print_fused()
+        if kind(args.what) in (MODEL, CONFIG):  # generated code and stored audits need no torch
+            _print_fused()
 
 
 def _print_fused() -> None:
