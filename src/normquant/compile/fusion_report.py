@@ -150,6 +150,7 @@ def explain() -> str:
     found = [r for r in reports() if r.sites or r.others or r.error]
     if not found:
         return (
-            "normquant: no graph with a quantization was compiled in this process (graphs from a cache are not listed)"
+            "normquant: no graph with a quantization was compiled in this process. A graph from the compile cache has "
+            "no report; TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 compiles it anew"
         )
     return "\n".join(str(report) for report in found)
