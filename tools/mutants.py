@@ -25,7 +25,7 @@ LEAST = 0.95
 # module -> the tests that have to notice a change of it
 TESTS: dict[str, tuple[str, ...]] = {
     "compile/policy": ("compile/test_policy.py",),
-    "compile/measured": ("compile/test_policy.py",),
+    "compile/measured": ("compile/test_measured.py",),
     "compile/edit/build": ("compile/test_driver.py", "compile/edit"),
     "compile/edit/cleanup": ("compile/edit", "compile/test_driver.py"),
     "compile/edit/decompose": ("compile/edit", "compile/test_models.py"),

@@ -10,7 +10,6 @@ import torch
 
 from normquant.compile import inductor_options
 from normquant.compile.driver import VLLM_FUSIONS, NormQuantPass
-from normquant.compile.measured import measured, parse
 from normquant.compile.policy import Decision, Facts, Rules
 from normquant.tune import strategies
 
@@ -110,27 +109,6 @@ def test_auto_takes_the_fastest_that_was_measured(tmp_path) -> None:
         assert rules.decide("a", facts(m=64)).strategy == "stock"
 
 
-def one(entry: str) -> str:
-    return f'{{"capability": "9.0", "source": "", "entries": [{{"op": "a", "k": 1, {entry}}}]}}'
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"capability": "9", "source": "", "entries": []}',
-        one('"m": [1, 2], "us": {"fused": 1}'),
-        one('"m": [1], "us": {"fused": 1, "stock": 2}'),
-        one('"m": [1, 2], "us": {"quick": 1, "stock": 2}'),
-    ],
-)
-def test_what_is_no_table_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"t\.json is not a table of measurements"):
-        parse(text, "t.json")
-
-
 def test_auto_goes_by_the_tables_of_the_package() -> None:
     with on((9, 0)):
         decision = Rules().decide("a", facts())
@@ -139,11 +117,6 @@ def test_auto_goes_by_the_tables_of_the_package() -> None:
 
 def test_rules_are_spread_over_the_buckets_of_a_dict() -> None:
     assert len({hash(Rules("never", {f"layers.{i}.*": "always"})) for i in range(100)}) > 90
-
-
-def test_the_tables_of_the_package_can_be_read() -> None:
-    assert measured((9, 0)) is not None and measured((9, 0)).capability == (9, 0)  # type: ignore[union-attr]
-    assert measured((3, 5)) is None
 
 
 def test_wrong_options_are_refused() -> None:

@@ -39,6 +39,7 @@ ROW_COUNTS = {ROWS: 6, UPPER: 2, LOWER: 3}
         ((1, 7, 512), ((), (ROWS,), (G, L))),
         ((7, 1, 4, 1, 128), ((ROWS,), (), (G,), (), (L,))),
         ((2, 3, 512), ((UPPER,), (LOWER,), (G, L))),
+        ((2, 1, 3, 512), ((UPPER,), (), (LOWER,), (G, L))),
     ],
 )
 def test_the_form_of_a_shape(shape: tuple[int, ...], form: tuple) -> None:
@@ -56,6 +57,17 @@ def test_axes_cut_where_a_shape_cuts_them() -> None:
     assert [(a.name, a.size) for a in axes.data()] == [("m", None), ("g", 4), ("g", 4), ("l", 32)]
     assert axes.of_shape((7, 4, 128)) is not None and axes.of_shape((7, 16, 32)) is not None
     assert order(axes.of_shape((7, 512)) or ()) == ["m", "g", "l"]
+
+
+def test_the_pieces_of_an_axis_are_whole_numbers_outermost_first() -> None:
+    pieces = Axes(1024, 32, False, (8, 32, 128, 1024)).data()[1:]
+    assert [(axis.name, axis.size, axis.part) for axis in pieces] == [
+        ("g", 8, (0, 2)),
+        ("g", 4, (1, 2)),
+        ("l", 4, (0, 2)),
+        ("l", 8, (1, 2)),
+    ]
+    assert {type(axis.size) for axis in pieces} == {int}
 
 
 def test_one_row_and_one_group_have_no_axis() -> None:
@@ -183,6 +195,9 @@ def test_a_size_that_is_not_known_is_no_row_that_is_repeated() -> None:
     exported = torch.export.export(Expanding(), (torch.zeros(1, 4), torch.zeros(6)), dynamic_shapes=(None, {0: rows}))
     (node,) = [n for n in exported.graph.nodes if n.target is aten.expand.default]
     assert through(node, ((), (G,))) is None and through(node, ((ROWS,), (G,))) == ((ROWS,), (G,))
+    unknown, four = node.meta["val"].shape
+    assert distribute((ROWS, G), (unknown, four)) == ((ROWS,), (G,))
+    assert distribute((G, ROWS), (four, unknown)) == ((G,), (ROWS,))
 
 
 class Expanding(torch.nn.Module):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
+import pytest
 import torch
+from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from normquant.compile.find.duplicates import equal_nodes
+from normquant.compile.find.duplicates import Values, equal_nodes
 from normquant.compile.find.graph import mutation_regions
 
 aten = torch.ops.aten
@@ -19,6 +23,13 @@ def equal(fn, *args):
     return [node.target for node, nodes in found.items() if len(nodes) > 1]
 
 
+def traced(fn, *args):
+    """fn's graph, its calls by the names of their operations."""
+    graph = make_fx(fn, tracing_mode="fake")(*args).graph
+    return graph, {name: graph.find_nodes(op="call_function", target=target) for name, target in TARGETS.items()}
+
+
+TARGETS = {"exp": aten.exp.default, "log": aten.log.default, "view": aten.view.default}
 X = torch.randn(4, 8)
 
 
@@ -32,6 +43,65 @@ def test_other_arguments_make_other_values() -> None:
         return x * 2, x * 2.0, x.add(x, alpha=2), x.add(x), x.sum(0), x.sum(1), x.exp() * 3, x.log() * 3
 
     assert equal(fn, X) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        (({"a": 1}, {"a": 2}), ({}, {})),
+        (((2,), (2.0,)), ({}, {})),
+        (((1,), (True,)), ({}, {})),
+        (((), ()), ({"scale": 1.0}, {"scale": 2.0})),
+        (((), ()), ({"scale": 1}, {"scale": 1.0})),
+        (((), ()), ({"scale": [1]}, {"scale": [2]})),
+        (((), ()), ({"scale": None}, {"scale": "None"})),
+    ],
+    ids=str,
+)
+def test_arguments_of_other_values_types_or_names_are_others(args, kwargs) -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    for arg, named in zip(args, kwargs, strict=True):
+        for _ in range(2):
+            graph.call_function(aten.exp.default, (x, arg), named)
+    regions = dict.fromkeys(graph.nodes, 0)
+    _, a, same_as_a, b, same_as_b = graph.nodes
+    found = equal_nodes(graph, regions)
+    assert found[a] == [a, same_as_a] and found[b] == [b, same_as_b]
+
+
+def test_arguments_by_name_are_compared_by_their_values() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    first, second, other = (graph.call_function(op, (x,)) for op in (aten.exp.default,) * 2 + (aten.log.default,))
+    readers = [graph.call_function(aten.neg.default, (), {"input": node}) for node in (first, second, other)]
+    found = equal_nodes(graph, dict.fromkeys(graph.nodes, 0))
+    assert found[readers[0]] == readers[:2] and found[readers[2]] == readers[2:]
+
+
+def test_what_is_no_operation_of_torch_is_equal_to_nothing() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    calls = [graph.call_function(torch.exp, (x,)) for _ in range(2)] + [graph.call_method("exp", (x,))]
+    parameters = [graph.get_attr("weight"), graph.get_attr("weight")]
+    items = [graph.call_function(operator.getitem, (x, 0)) for _ in range(2)]
+    found = equal_nodes(graph, dict.fromkeys(graph.nodes, 0))
+    assert not found.keys() & {x, *calls, *parameters} and found[items[0]] == items
+
+
+def test_values_are_those_of_the_graph() -> None:
+    def fn(x):
+        y, z = x.exp(), x.exp()
+        return y.log(), z.log(), x.log(), y.view(-1), x.mul_(2)
+
+    graph, nodes = traced(fn, X.clone())
+    values = Values(graph)
+    (y, z), (log_y, log_z, log_x), (view,) = nodes["exp"], nodes["log"], nodes["view"]
+    assert values.graph is graph and values.regions == mutation_regions(graph)
+    assert values.same(y, z) and values.same(z, y) and values.same(y, y) and values.same(log_y, log_z)
+    (x,) = graph.find_nodes(op="placeholder")
+    assert values.same(x, x), "also what no operation makes"
+    assert not any(values.same(*pair) for pair in ((y, log_y), (log_y, log_x), (y, view), (view, y), (x, y), (y, x)))
 
 
 def test_what_is_random_or_undefined_is_equal_to_nothing() -> None:
@@ -49,7 +119,27 @@ def test_what_is_changed_in_place_is_equal_to_nothing() -> None:
         first.view(-1).mul_(2)
         return first, second
 
-    assert equal(between, X) == [] and equal(through_a_view, X) == []
+    def through_two_views(x):
+        first, second = x.exp(), x.exp()
+        first.view(-1).view(2, 16).mul_(second.view(2, 16))
+        return first, second
+
+    def in_a_list(x):
+        first, second = x.exp(), x.exp()
+        torch._foreach_mul_([x, first], 2)
+        return first, second
+
+    for fn in (between, through_a_view, through_two_views, in_a_list):
+        assert equal(fn, X.clone()) == [], fn
+
+
+def test_what_a_changed_tensor_was_made_of_keeps_its_equals() -> None:
+    def fn(x):
+        first, second = x.exp(), x.exp()
+        first.log().mul_(2)
+        return first, second
+
+    assert equal(fn, X) == [aten.exp.default] * 2
 
 
 def test_a_copy_into_an_input_leaves_its_source_alone() -> None:
