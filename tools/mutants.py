@@ -31,14 +31,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compile/edit/decompose": ("compile/edit", "compile/test_models.py"),
     "compile/find/axes": ("compile/find/test_axes.py",),
     "compile/find/duplicates": ("compile/find/test_duplicates.py",),
-    "compile/find/norms": ("compile/find/test_norms.py",),
+    "compile/find/norms": ("compile/find/test_norms.py", "compile/find/test_reasons.py"),
     "compile/find/quants": ("compile/find/test_quants.py", "compile/find/test_scale_arithmetic.py"),
     "compile/find/scale_arithmetic": ("compile/find/test_scale_arithmetic.py",),
-    "compile/find/sites": ("compile/find/test_sites.py",),
+    "compile/find/sites": ("compile/find/test_sites.py", "compile/find/test_reasons.py"),
     "ops/_tensors": ("ops/test__tensors.py",),
     "ops/_op": ("ops/test__op.py", "ops/test_ops.py"),
     "spec": ("test_spec.py",),
-    "specs": ("test_specs.py",),
 }
 # Without tests that compile: mutmut's switch between the mutants of a function is nothing that Dynamo can trace.
 SETTINGS = """[mutmut]

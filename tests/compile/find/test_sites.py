@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from shared.pass_harness import assert_same, exact, run_with_pass
 
 import normquant as nq
-from normquant.compile.find.sites import find
+from normquant.compile.find.sites import Found, find, is_anchor, is_opaque_quant
 from normquant.compile.policy import Rules
 from normquant.spec import QuantSpec
 
@@ -33,6 +33,23 @@ def run(fn, *args, **options):
     outcome = run_with_pass(fn, *(t.clone() for t in given), **options)
     assert_same(outcome.result, expected)
     return outcome
+
+
+def unchanged(fn, *args, **options) -> torch.fx.Graph:
+    """The graph of fn before the pass."""
+    outcome = run_with_pass(fn, *(args or ARGS), rules=Rules("never"), **options)
+    return outcome.graphs[0].graph
+
+
+def found_in(fn, *args) -> Found:
+    return find(unchanged(fn, *args))
+
+
+def written_out(y, least=-448.0):
+    """A quantization in aten operations."""
+    g = y.reshape(y.shape[0], -1, 128).float()
+    s = g.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+    return (g / s).clamp(least, 448).to(torch.float8_e4m3fn)
 
 
 def test_a_norm_that_several_quantizations_read_is_one_op() -> None:
@@ -312,3 +329,144 @@ def test_shapes_are_asked_of_the_input() -> None:
     outcome = run_with_pass(fn, x, *ARGS[1:])
     assert outcome.ops() == ["normquant.rms_norm_quant.default"] and outcome.ops("aten.rsqrt") == []
     assert_same(outcome.result, fn(x, *ARGS[1:]))
+
+
+OPERATIONS = [torch.library.Library(name, "FRAGMENT") for name in ("normquant_sites", "normquant_vllm")]
+for library in OPERATIONS:
+    library.define("to_fp8(Tensor x) -> Tensor")
+    library.define("to_fp8_and_scales(Tensor x) -> (Tensor, Tensor?)")
+    library.define("to_half(Tensor x) -> Tensor")
+
+
+def calls(*targets, dtype=BF16):
+    """A call of each operation on one tensor of a dtype; what they make is fp8, but for `to_half`."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(M, K, dtype=dtype)
+    for target in targets:
+        node = graph.call_function(target, (x,))
+        made = torch.empty(M, K, dtype=BF16 if "half" in str(target) else torch.float8_e4m3fn)
+        node.meta["val"] = (made, None) if "scales" in str(target) else made
+        yield node
+
+
+def test_operations_that_quantize_inside_are_of_somebody_else_and_make_fp8_of_other_values() -> None:
+    foreign, vllm = torch.ops.normquant_sites, torch.ops.normquant_vllm
+    ours, aten, prims = torch.ops.normquant.group_quant, torch.ops.aten, torch.ops.prims
+    makes = [foreign.to_fp8.default, foreign.to_fp8_and_scales.default]
+    known = [vllm.to_fp8.default, ours.default, aten.neg.default, prims.neg.default, torch.neg]
+    assert [is_opaque_quant(node) for node in calls(*makes, foreign.to_half.default)] == [True, True, False]
+    assert [is_opaque_quant(node) for node in calls(*known)] == [False] * len(known)
+    assert [is_opaque_quant(node) for node in calls(*makes, dtype=torch.float8_e4m3fn)] == [False, False]
+    (node,) = calls(makes[0])
+    assert not is_opaque_quant(node.args[0])
+    node.meta = {}
+    assert not is_opaque_quant(node), "nothing is known of what it makes"
+    (node,) = calls(makes[0])
+    found = find(node.graph)
+    ((anchor, reason),) = [(other.anchor, other.reason) for other in found.others]
+    assert anchor is node and reason.startswith("it is made inside of normquant_sites.to_fp8; expected aten")
+
+
+def test_anchors_are_quantizations_and_casts_to_fp8() -> None:
+    def fn(x, r, w):
+        data = written_out(x)
+        return data, data.to(torch.float8_e5m2), x.float(), quant(x)
+
+    anchors = [node for node in unchanged(fn).nodes if is_anchor(node)]
+    assert [str(node.target).split(".")[0] for node in anchors] == ["prims", "normquant"]
+    assert anchors[0].meta["val"].dtype == torch.float8_e4m3fn
+
+
+def test_a_quantization_that_is_not_read_is_a_site_where_a_norm_is_near() -> None:
+    reason = "the data is clamped to (-240.0, None); the kernels clamp to +-448"
+
+    def behind(x, r, w):
+        return written_out(norm(x, w), least=-240.0)
+
+    def alone(x, r, w):
+        return written_out(x * r, least=-240.0)
+
+    def far_behind(x, r, w):
+        y = norm(x, w)
+        for i in range(70):
+            y = (y + i).sin()
+        return written_out(y, least=-240.0)
+
+    for fn in (behind, alone, far_behind):
+        graph = unchanged(fn)
+        found = find(graph)
+        (anchor,) = [node for node in graph.nodes if is_anchor(node)]
+        (near, far) = (found.rejected, found.others) if fn is behind else (found.others, found.rejected)
+        ((site,), nothing) = near, far
+        assert nothing == [] and found.matches == []
+        assert site.anchor is anchor and site.norm is None and site.reason == reason, fn
+
+
+@pytest.mark.parametrize("root", [torch.rsqrt, torch.sqrt])
+def test_a_norm_is_near_where_a_root_is(root) -> None:
+    def fn(x, r, w):
+        return written_out((x.float() * root(r.float())).to(BF16), least=-240.0)
+
+    assert len(found_in(fn).rejected) == 1
+
+
+def test_a_norm_whose_quantization_cannot_be_is_named() -> None:
+    """What was read of the norm comes along: a fusion of its own may still take it."""
+
+    def narrow(x, r, w):
+        return quant(F.rms_norm(x.view(-1, 128), (128,), w[:128], 1e-6).view(M, K))
+
+    (site,) = found_in(narrow).rejected
+    assert site.norm is not None and site.norm.k == 128
+    assert site.reason == "the quantization reads rows of 256 values, the norm makes rows of 128"
+
+
+def test_of_what_changes_in_place_anchor_and_norm_are_named() -> None:
+    graph = unchanged(lambda x, r, w: (quant(norm(x, w)), quant(norm(r, w))))
+    first, second = [node for node in graph.nodes if is_anchor(node)]
+    x, *_ = graph.find_nodes(op="placeholder")
+    with graph.inserting_before(first):
+        graph.call_function(torch.ops.aten.copy_.default, (x, x)).meta["val"] = x.meta["val"]
+    found = find(graph)
+    assert [node for match in found.matches for node in match.ys] == [second.args[0]]
+    (site,) = found.rejected
+    assert site.norm is not None and site.norm.y is first.args[0]
+    assert site.anchor in (first, *first.users)
+
+
+def unrounded_weight(x, r, w):
+    h = x.float() + r.float()
+    rstd = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return quant((h * rstd * (w.float() + 1).view(1, K)).to(BF16)), h.to(BF16)
+
+
+def test_a_change_anywhere_between_what_the_op_reads_and_the_quantization_keeps_the_site() -> None:
+    """Also between the casts and views of its inputs: the op would read the inputs after the change."""
+    calls = [node.name for node in unchanged(unrounded_weight).nodes if node.op == "call_function"]
+    anchor = next(i for i, name in enumerate(calls) if "group_quant" in name)
+    for i in range(anchor + 1):
+        graph = unchanged(unrounded_weight)
+        x, *_ = graph.find_nodes(op="placeholder")
+        with graph.inserting_before(next(node for node in graph.nodes if node.name == calls[i])):
+            graph.call_function(torch.ops.aten.copy_.default, (x, x)).meta["val"] = x.meta["val"]
+        found = find(graph)
+        assert (len(found.matches), len(found.rejected)) == ((1, 0) if i == 0 else (0, 1)), calls[i]
+
+
+def test_the_arithmetic_of_a_site_has_the_norms_rounding_and_sum() -> None:
+    def fn(x, r, w):
+        h = x.float() + r.float()
+        return quant(rounded_twice(h, w).to(BF16)), quant(norm(x, w)), quant(norm(x + r, w)), h.to(BF16)
+
+    specs = [(match.spec.rounding, match.spec.sum) for match in found_in(fn).matches]
+    assert specs == [("twice", "fp32"), ("once", "fp32"), ("once", "rounded")]
+
+
+def test_packed_scales_keep_a_site_of_their_own() -> None:
+    def fn(x, r, w):
+        y = norm(x, w)
+        return quant(y), quant(y, scale="ue8m0"), quant(y, scale="ue8m0_packed", layout="col_tma")
+
+    sites = [(match.spec.scale, match.spec.layout) for match in found_in(fn).matches]
+    assert sites == [("fp32", "row"), ("ue8m0", "row"), ("ue8m0_packed", "col_tma")]
