@@ -1,5 +1,6 @@
 """The reference against float64 with derived bounds, and to the bit against other people's norms."""
 
+import math
 from itertools import product
 
 import numpy as np
@@ -228,6 +229,15 @@ def test_silu_mul_against_float64(rounding):
     # a second `part` for values that it moves past a power of two, where the step doubles
     bound = half_step(expected / wide) * wide + (2 * part + 3 * U) * expected.abs()
     assert (error <= bound * CLOSE).all()
+
+
+def test_silu_mul_with_a_limit_by_hand():
+    x = torch.tensor([9.0, -9.0, 1.0, 9.0, -9.0, 1.0]).bfloat16().repeat_interleave(128).view(1, -1)  # gate, then up
+    data, scale = reference.silu_mul_quant(x, QuantSpec(), 2.0)
+    silu = lambda g: g / (1 + math.exp(-g))  # noqa: E731
+    products = silu(2.0) * 2.0, silu(-9.0) * -2.0, silu(1.0) * 1.0  # no lower limit for the gate
+    assert scale[0].tolist() == pytest.approx([abs(y) / 448 for y in products], rel=1e-6)
+    assert data.float()[0, ::128].tolist() == [448.0, 448.0, 448.0]
 
 
 @pytest.mark.parametrize("rope", ["interleaved", "half", "interleaved_to_half"])

@@ -236,10 +236,16 @@ def group_quant(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.T
     return data, store_scale(scale, x.shape[-1], spec)
 
 
-def silu_mul_quant(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, 2K], gate then up -> data [M, K] fp8 of silu(gate) * up, scale."""
-    gate, up = x.float().chunk(2, dim=-1)  # [M, K] each
-    silu = gate / (1.0 + torch.exp(-gate))
+def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, limit: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, 2K], gate then up -> data [M, K] fp8 of silu(gate) * up, scale.
+
+    With a limit, gate is at most that and up within plus and minus that, in x's dtype; NaN stays NaN.
+    """
+    gate, up = x.chunk(2, dim=-1)  # [M, K] each
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    wide = gate.float()
+    silu = wide / (1.0 + torch.exp(-wide))
     return group_quant(scale_by_weight(silu, up, spec, x.dtype), spec)
 
 

@@ -11,7 +11,8 @@ from normquant.linear import PAIRS
 from normquant.ops import OPS, Examples
 
 SPEC = QuantSpec(layout="col_tma")
-EXAMPLES = Examples(4, 1536, "cpu", weight_dtype=torch.float32, weight_offset=1.0, latent=(256, 32), rope="half")
+FP32 = torch.float32
+EXAMPLES = Examples(4, 1536, "cpu", weight_dtype=FP32, weight_offset=1.0, latent=(256, 32), rope="half", limit=7.0)
 
 
 def graph_of(*ops) -> Graph:
@@ -40,9 +41,11 @@ def test_each_op_says_its_width_and_spec():
         names = op.argument_names
         expected = {"op": op.name, "k": 1536, "spec": SPEC, "dtype": torch.bfloat16, "device": torch.device("cpu")}
         if "weight" in names:
-            expected |= {"weight_dtype": torch.float32, "weight_offset": 1.0}
+            expected |= {"weight_dtype": FP32, "weight_offset": 1.0}
+        if "limit" in names:
+            expected |= {"limit": 7.0}
         if "kv_weight" in names:
-            expected |= {"weight_dtype": torch.float32, "latent": (256, 32), "rope": "half"}
+            expected |= {"weight_dtype": FP32, "latent": (256, 32), "rope": "half"}
         assert settings == expected
 
 
@@ -53,8 +56,9 @@ def test_a_pair_says_its_product_too():
     nodes = [graph.placeholder("x") for _ in given]
     for node, tensor in zip(nodes, given, strict=True):
         node.meta["val"] = tensor
-    graph.call_function(pair.overload, (*nodes, torch.bfloat16, "auto", "", SPEC.encode()))
+    graph.call_function(pair.overload, (*nodes, torch.bfloat16, "auto", "", 7.0, SPEC.encode()))
     own = {"op": "silu_mul_quant", "k": 384, "spec": SPEC, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+    own |= {"limit": 7.0}
     assert list(kernels(graph)) == [own | {"product": (512, 768)}, own]
 
 

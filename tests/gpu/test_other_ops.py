@@ -1,5 +1,7 @@
 """group_quant, silu_mul_quant, latent_norm_quant and rope_last on a GPU, against the reference there."""
 
+import itertools
+
 import pytest
 import torch
 import triton
@@ -83,6 +85,13 @@ def test_silu_mul_quant(spec):
     for m in (0, 1, 9, 257):
         x = awkward(m, 2 * 2304).cuda()
         assert_bitwise(silu_mul_quant(x, spec, Config(4)), reference.silu_mul_quant(x, spec))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_silu_mul_quant_with_a_limit(dtype):
+    x = awkward(9, 2 * 2304, dtype).cuda() * 4
+    for spec, limit in itertools.product((QuantSpec(), QuantSpec(rounding="twice")), (0.01, 7.3, 10.0)):
+        assert_bitwise(silu_mul_quant(x, spec, Config(4), limit), reference.silu_mul_quant(x, spec, limit))
 
 
 @pytest.mark.parametrize("config", [Config(8, 2), Config(16)], ids=str)

@@ -343,6 +343,19 @@ def test_no_multiply_add_of_the_compilers_choice(name, capability):
         assert free.search(compiled(name, 7168, Config(8), capability).ptx)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_limit_is_three_operations_a_value(capability):
+    launch = lambda limit: silu_mul_quant.silu_mul_quant(empty(4, 2 * 2304), specs.HF, Config(4), limit)  # noqa: E731
+    plain, limited = (machine_code(lambda at=at: launch(at), capability) for at in (None, 10.0))
+    assert_clean(limited)
+    assert_pdl_in_place(limited)
+    for opcode in ("LDG", "STG"):
+        assert Counter(limited.widths(opcode)) == Counter(plain.widths(opcode))
+    values = tiles(2304, 1)[0] // limited.threads  # of gate, and as many of up
+    assert limited.ptx.count("min.NaN.f32") == 2 * values and "min.NaN.f32" not in plain.ptx
+    assert instructions(limited) - instructions(plain) == 3 * values
+
+
 def test_no_pdl_before_hopper():
     code = compiled("add_norm", 7168, Config(8, prefetch=True), (8, 9))
     assert not code.places("CCTL")  # without the wait there is nothing to stand before

@@ -11,8 +11,9 @@ from normquant import QuantSpec, reference, specs
 from normquant.kernels.configs import Config
 
 
-def check(x, spec, split=1):
-    assert_bitwise(interpreter.run("silu_mul_quant", x, spec, Config(4, split)), reference.silu_mul_quant(x, spec))
+def check(x, spec, split=1, limit=None):
+    kernel = interpreter.run("silu_mul_quant", x, spec, Config(4, split), limit)
+    assert_bitwise(kernel, reference.silu_mul_quant(x, spec, limit))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -31,6 +32,25 @@ def test_every_named_spec(name):
 @pytest.mark.parametrize("group", [128, 64, 32])
 def test_every_format(group, scale):
     check(awkward(9, 4608), QuantSpec(group=group, scale=scale, layout="col_tma"), split=3)
+
+
+@pytest.mark.parametrize("limit", [0.01, 7.3, 10.0, 3e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_limits(dtype, limit):
+    # 0.01 and 7.3 are no values of these dtypes; awkward rows have NaN, inf and values far beyond each limit
+    for spec in (QuantSpec(layout="col_tma"), specs.HF, specs.VLLM_UE8M0):
+        check(awkward(9, 1536, dtype, strided=True) * 4, spec, limit=limit)
+
+
+def test_a_limit_is_that_of_torch_clamp():
+    x = awkward(9, 1024) * 4
+    gate, up = x.chunk(2, -1)
+    clamped = torch.cat([gate.clamp(max=7.3), up.clamp(-7.3, 7.3)], 1)
+    spec = QuantSpec(rounding="twice")
+    assert_bitwise(reference.silu_mul_quant(x, spec, 7.3), reference.silu_mul_quant(clamped, spec))
+    nan = torch.full_like(x, float("nan"))
+    for data in interpreter.run("silu_mul_quant", nan, spec, None, 7.3):
+        assert data.float().isnan().all()
 
 
 def test_the_reference_is_the_eager_model():

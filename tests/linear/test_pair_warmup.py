@@ -32,14 +32,17 @@ def test_a_rule_for_fewer_rows_counts() -> None:
 @pytest.mark.parametrize("op", ["silu_mul_quant", "latent_norm_quant", "add_rms_norm_quant"])
 def test_all_of_them_are_launched(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
+    limits: set[Any] = set()
 
     def launch_pair(of: Any, product: Any, rest: Any) -> Any:
         x = torch.empty(product[0].shape[0], product[2].shape[0], dtype=product[4])
         of.check(x, *rest)
+        limits.add(rest[0])
         return lambda *tensors: seen.append(tensors[0].shape[0])
 
     monkeypatch.setattr(pair_warmup, "launch_pair", launch_pair)
     widths = {"silu_mul_quant": (768, 384), "latent_norm_quant": (1536 + 576, 1536), "add_rms_norm_quant": (768, 768)}
     n, k = widths[op]
-    count = warm_pair(op, (512, n), k, SPEC, dtype=torch.bfloat16, device=CPU)
+    count = warm_pair(op, (512, n), k, SPEC, dtype=torch.bfloat16, device=CPU, limit=7.0)
+    assert op != "silu_mul_quant" or limits == {7.0}
     assert count == len(seen) and {rows_of_program(m) for m in seen} == {16, 32, 64}

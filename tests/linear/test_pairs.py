@@ -17,10 +17,10 @@ NARROW = {"latent_norm_quant": 128, "latent_norm_quant_with_kv": 128}
 SPEC = QuantSpec(layout="col_tma")
 
 
-def arguments(name, m, *, wanted="always", spec=SPEC, dtype=torch.bfloat16, x=None):
+def arguments(name, m, *, wanted="always", spec=SPEC, dtype=torch.bfloat16, x=None, limit=None):
     """Arguments of a pair, the spec decoded: the op's own, with a product of as many columns as x has in place of x."""
     k = NARROW.get(name, 384)
-    example = OPS[name].example(Examples(m, k, "cpu", dtype, torch.bfloat16, latent=(128, 64)))
+    example = OPS[name].example(Examples(m, k, "cpu", dtype, torch.bfloat16, latent=(128, 64), limit=limit))
     n = example.pop("x").shape[1]
     return (*factors(m, n, K, x=x), dtype, wanted, "", *example.values(), spec)
 
@@ -55,6 +55,15 @@ def test_the_kernels_give_the_reference(name, m):
 def test_awkward_rows_in_both_dtypes(name, dtype):
     args = arguments(name, 9, dtype=dtype, x=awkward(9, K))
     assert_bitwise(interpreter.call(pair_of, name, *args), by_hand(name, args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_sum_is_rounded_before_it_is_clamped(dtype):
+    args = arguments("silu_mul_quant", 9, dtype=dtype, x=awkward(9, K), limit=7.3)
+    assert_bitwise(interpreter.call(pair_of, "silu_mul_quant", *args), by_hand("silu_mul_quant", args))
+    assert_bitwise(called("silu_mul_quant", args), by_hand("silu_mul_quant", args))
+    plain = by_hand("silu_mul_quant", arguments("silu_mul_quant", 9, dtype=dtype, x=awkward(9, K)))
+    assert not torch.equal(bits(plain[0]), bits(by_hand("silu_mul_quant", args)[0]))
 
 
 @pytest.mark.parametrize("spec", [specs.HF, specs.VLLM_UE8M0, specs.DEEPGEMM_PACKED, specs.AITER], ids=str)
@@ -115,6 +124,7 @@ BAD = {
     "scale of other N": ((DATA, SCALE, WEIGHT, WEIGHT_SCALE[:2], *REST), "(2, 10)", "(6, 10)"),
     "fp32 rows": ((DATA, SCALE, WEIGHT, WEIGHT_SCALE, torch.float32, *REST[1:]), "float32", "bfloat16, float16"),
     "unknown choice": ((DATA, SCALE, WEIGHT, WEIGHT_SCALE, REST[0], "never", *REST[2:]), "'never'", "'auto', 'always'"),
+    "limit = 0": ((DATA, SCALE, WEIGHT, WEIGHT_SCALE, *REST[:3], 0.0, REST[4]), "limit is 0.0", "positive"),
     "odd halves": ((DATA, SCALE, WEIGHT[:640], WEIGHT_SCALE[:5], *REST), "640 columns", "128"),
 }
 

@@ -83,6 +83,11 @@ CASES = {
         "finite in fp32",
     ),
     "half a gate": (lambda: silu_mul_quant(x(M, 3 * 128)), "384", "multiple of the group, 128"),
+    "limit = 0": (lambda: silu_mul_quant(x(M, 256), limit=0.0), "limit is 0.0", "positive normal bfloat16"),
+    "limit = -7": (lambda: silu_mul_quant(x(M, 256), limit=-7), "limit is -7", "positive normal bfloat16"),
+    "limit = inf": (lambda: silu_mul_quant(x(M, 256), limit=float("inf")), "limit is inf", "3.38"),
+    "limit = nan": (lambda: silu_mul_quant(x(M, 256), limit=float("nan")), "limit is nan", "3.38"),
+    "limit beyond fp16": (lambda: silu_mul_quant(x(M, 256, dtype=torch.float16), limit=7e4), "70000.0", "65504"),
     "empty gate": (lambda: silu_mul_quant(x(M, 0)), "0", "multiple of the group, 128"),
     "no k_pe": (lambda: latent(x(M, Q + C)), "384", "even number"),
     "odd k_pe": (lambda: latent(x(M, Q + C + 31)), "415", "even number"),
@@ -180,7 +185,7 @@ def rope(x, heads, r, rows=M):
 
 OP_CASES = {
     "3-D x": (lambda: torch.ops.normquant.group_quant(x(2, 3, K), QuantSpec().encode()), "3 dimensions", "[M, K]"),
-    "1-D x": (lambda: torch.ops.normquant.silu_mul_quant(x(K), QuantSpec().encode()), "1 dimensions", "[M, K]"),
+    "1-D x": (lambda: torch.ops.normquant.silu_mul_quant(x(K), None, QuantSpec().encode()), "1 dimensions", "[M, K]"),
     "1-D x to be turned": (lambda: rope(x(K), 4, 32), "(384,)", "[M, H * D]"),
     "fp32 to be turned": (lambda: rope(x(dtype=torch.float32), 4, 32), "float32", "bfloat16, float16"),
     "heads of several widths": (lambda: rope(x(), 7, 32), "384 columns", "7 heads of one width"),

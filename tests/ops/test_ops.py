@@ -31,7 +31,8 @@ def x_of(m: int, width: int = K, *, seed: int = 0, strided: bool = False) -> tor
 def example(op: Op, m: int, strided: bool) -> dict:
     """Arguments of an op for m rows, by name, with what may differ between them: strides, positions, the embedding."""
     rope = "interleaved_to_half" if strided else "half"
-    args = op.example(Examples(m, K, "cpu", weight_offset=1.0, latent=(C, R), rope=rope, gap=K + 16 if strided else 0))
+    gap, limit = (K + 16, 1.3) if strided else (0, None)
+    args = op.example(Examples(m, K, "cpu", weight_offset=1.0, latent=(C, R), rope=rope, gap=gap, limit=limit))
     if "residual" in args and m:  # opcheck cannot clone an empty tensor with gaps between its rows
         args["residual"] = x_of(m, seed=1, strided=not strided)
     if "positions" in args and not strided:
@@ -105,6 +106,7 @@ FUNCTIONS = {
     "add_rms_norm_quant normed": (lambda x, spec: nq.add_rms_norm_quant(x, x * 2, W, spec=spec, return_norm=True), K),
     "group_quant": (lambda x, spec: nq.group_quant(x, spec=spec), K),
     "silu_mul_quant": (lambda x, spec: silu_mul_quant(x, spec=spec), 2 * K),
+    "silu_mul_quant limit": (lambda x, spec: silu_mul_quant(x, spec=spec, limit=1.3), 2 * K),
     "latent_norm_quant": (lambda x, spec: latent(x, spec), Q + C + R),
     "latent_norm_quant kv": (lambda x, spec: latent(x, spec, quantize_kv=True), Q + C + R),
 }
@@ -161,6 +163,7 @@ def test_values_are_those_of_the_reference(name):
         "add_rms_norm_quant normed": lambda: reference.add_rms_norm_quant(x, x * 2, W, 1e-6, spec),
         "group_quant": lambda: reference.group_quant(x, spec),
         "silu_mul_quant": lambda: reference.silu_mul_quant(x, spec),
+        "silu_mul_quant limit": lambda: reference.silu_mul_quant(x, spec, 1.3),
         "latent_norm_quant": lambda: latent_reference(x, spec)[:4],
         "latent_norm_quant kv": lambda: latent_reference(x, spec),
     }[name]()

@@ -50,9 +50,12 @@ def group_quant_kernel(
 
 
 def plan_groups(
-    kernel: Any, op: str, x: torch.Tensor | PartialRows, k: int, spec: QuantSpec, config: Config | None
+    kernel: Any, op: str, x: torch.Tensor | PartialRows, k: int, spec: QuantSpec, config: Config | None, **own: Any
 ) -> Plan:
-    """The launch of a kernel with the arguments of `group_quant_kernel`, which writes [M, k] from rows of x."""
+    """The launch of a kernel with the arguments of `group_quant_kernel`, which writes [M, k] from rows of x.
+
+    own: constants that the kernel has behind those.
+    """
     m = x.shape[0]
     spec = spec.at(m)
     where = target(x.device)
@@ -74,6 +77,7 @@ def plan_groups(
         STRIDE_UNIT=unit,
         PDL=where.release(config),
         ON_CUDA=where.on_cuda,
+        **own,
     )
 
 

@@ -1,6 +1,7 @@
 """SiLU-gated product of the two halves of a row, quantized in groups: what stands between the two GEMMs of an MLP.
 
     y = silu(gate) * up,  silu(g) = g / (1 + exp(-g))     rounded where SPEC.rounding says, silu being the inner value
+    with a limit L: min(gate, L) in place of gate, max(min(up, L), -L) in place of up
     s_g = max(amax_g(y), floor) / 448,  q = y / s_g
 
 Bytes moved per row of 2K bf16 values, group 128, fp32 scales: read 4K, written K + K/32.
@@ -9,6 +10,8 @@ Grid: groups / BLOCK_G, numbered through all rows.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -45,12 +48,17 @@ def silu_mul_quant_kernel(
     STRIDE_UNIT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
+    LIMIT: tl.constexpr,  # None, or a value of x's dtype
 ):
     row, column, mask = own_groups(m, K, SPEC, BLOCK_G)
     wait_for_predecessor(PDL)
     gate = load_rows(x_ptr, row, column, mask, m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA)  # [BLOCK_G, group]
     up = load_rows(x_ptr, row, K + column, mask, m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA)
     release_dependents(PDL)
+    if LIMIT is not None:  # NaN stays NaN, as in torch.clamp
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     y = scale_by_weight(silu(gate, ON_CUDA), up, SPEC, row_dtype(PARTIAL, x_ptr.dtype.element_ty), ON_CUDA)
     quantize_groups(y, data_ptr, scale_ptr, m, scale_rows, K=K, SPEC=SPEC, BLOCK_G=BLOCK_G, ON_CUDA=ON_CUDA)
 
@@ -78,11 +86,22 @@ def divide(g, d):
     return tl.where((d > 1.0) & (d < float("inf")), q * 0.25, g * (approximate * 0.25))
 
 
-def plan_silu_mul_quant(x: torch.Tensor | PartialRows, spec: QuantSpec, config: Config | None = None) -> Plan:
+@cache
+def rounded(limit: float, dtype: torch.dtype) -> float:
+    """A limit as torch's clamp has it, in the dtype of what is clamped."""
+    return torch.tensor(limit, dtype=dtype, device="cpu").item()
+
+
+def plan_silu_mul_quant(
+    x: torch.Tensor | PartialRows, spec: QuantSpec, config: Config | None = None, limit: float | None = None
+) -> Plan:
     """The launch of `silu_mul_quant` on checked inputs like these."""
-    return plan_groups(silu_mul_quant_kernel, "silu_mul_quant", x, x.shape[1] // 2, spec, config)
+    in_dtype = None if limit is None else rounded(limit, x.dtype)
+    return plan_groups(silu_mul_quant_kernel, "silu_mul_quant", x, x.shape[1] // 2, spec, config, LIMIT=in_dtype)
 
 
-def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, config: Config | None = None) -> Outputs:
+def silu_mul_quant(
+    x: torch.Tensor, spec: QuantSpec, config: Config | None = None, limit: float | None = None
+) -> Outputs:
     """Launch on checked inputs: x [M, 2K] -> data [M, K], scale."""
-    return launch(plan_silu_mul_quant(x, spec, config), x)
+    return launch(plan_silu_mul_quant(x, spec, config, limit), x)

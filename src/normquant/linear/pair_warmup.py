@@ -44,6 +44,7 @@ def warm_pair(
     weight_offset: float = 0.0,
     latent: tuple[int, int] = LATENT,
     rope: Rope = "interleaved",
+    limit: float | None = None,
 ) -> int:
     """Launch once every kernel that the pair of an op may choose for few rows; how many numbers of rows that took.
 
@@ -56,7 +57,8 @@ def warm_pair(
         torch.ones(-(-n // BLOCK), inner // BLOCK, device=device),
     )
     for m in wanted.values():
-        example = OPS[op].example(Examples(m, k, device, dtype, weight_dtype or dtype, weight_offset, latent, rope))
+        of_m = Examples(m, k, device, dtype, weight_dtype or dtype, weight_offset, latent, rope, limit=limit)
+        example = OPS[op].example(of_m)
         rest = (*(value for name, value in example.items() if name != "x"), spec)
         data, scale = torch.empty(m, inner, dtype=FP8, device=device), torch.ones(m, inner // BLOCK, device=device)
         launch = launch_pair(OPS[op], (data, scale, weight, weight_scale, dtype), rest)

@@ -3,7 +3,8 @@
 Each op of ours that takes rows has its pair. The pair takes the product's arguments in place of x, and gives what the
 op gives for x = block_fp8_linear(...) in `dtype`:
 
-    block_fp8_linear_silu_mul_quant(data, scale, weight, weight_scale, dtype, wanted, otherwise, spec) -> (data, scale)
+    block_fp8_linear_silu_mul_quant(data, scale, weight, weight_scale, dtype, wanted, otherwise, limit, spec)
+        -> (data, scale)
 
 Which kernels run is decided at the call, for its number of rows (`choice`): the split product and a kernel that reads
 partial sums, or the product of today and the op. A compiled graph holds one op for any number of rows. `otherwise` is

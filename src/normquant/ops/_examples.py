@@ -19,6 +19,7 @@ class Examples:
     """Random tensors for m rows of k quantized values, always the same ones for a seed.
 
     latent: widths of kv_a and k_pe beside a q_a of k values. gap: values between one row of an activation and the next.
+    limit: of a gated product.
     """
 
     m: int
@@ -31,6 +32,7 @@ class Examples:
     rope: Rope = "interleaved"
     gap: int = 0
     seed: int = 0
+    limit: float | None = None
 
     @cached_property
     def generator(self) -> torch.Generator:

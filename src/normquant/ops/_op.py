@@ -200,6 +200,7 @@ def warmup(
     weight_offset: float = 0.0,
     latent: tuple[int, int] = LATENT,
     rope: Rope = "interleaved",
+    limit: float | None = None,
     device: torch.device | str = "cuda",
 ) -> int:
     """Launch once every kernel that an op may choose for rows of k values, and return how many there are.
@@ -210,7 +211,8 @@ def warmup(
 
     op: a name in `torch.ops.normquant`, such as "add_rms_norm_quant" or "add_rms_norm_quant_with_norm".
     k: values of a row that are quantized; of the latents those of q_a, `latent` being the other two widths.
-    weight_dtype: of the norm's weight, `dtype` unless given. Raises ValueError for an unknown op, or on a CPU.
+    weight_dtype: of the norm's weight, `dtype` unless given. limit: of `silu_mul_quant`. Raises ValueError for an
+    unknown op, or on a CPU.
     """
     from normquant.kernels import configs
 
@@ -222,7 +224,7 @@ def warmup(
         raise ValueError(f"there is nothing to compile for {device}; warmup needs a CUDA device")
     if op not in OPS or not OPS[op].configs:
         raise ValueError(f"op is {op!r}; accepted: the ops of torch.ops.normquant, such as 'add_rms_norm_quant'")
-    examples = Examples(2, k, device, dtype, weight_dtype or dtype, weight_offset, latent, rope)
+    examples = Examples(2, k, device, dtype, weight_dtype or dtype, weight_offset, latent, rope, limit=limit)
     args = OPS[op].example(examples).values()
     specs = {spec.at(0), spec.at(spec.few_rows)}  # the rules for few rows and for many
     choices = list(product(specs, configs.configs(OPS[op].configs, k, found)))

@@ -89,6 +89,15 @@ def check_weight_offset(weight_offset: float) -> None:
         raise ValueError(f"weight_offset is {weight_offset}; it must be finite in fp32")
 
 
+def check_limit(limit: float | None, dtype: torch.dtype) -> None:
+    """limit must be None, or positive, normal and finite in `dtype`. Symbols of a compile are let pass."""
+    known = torch.finfo(dtype)
+    if isinstance(limit, int | float) and not known.tiny <= limit <= known.max:
+        raise ValueError(
+            f"limit is {limit}; it must be a positive normal {names((dtype,))}, from {known.tiny} to {known.max}"
+        )
+
+
 def check_weight(weight: torch.Tensor, x: torch.Tensor, name: str) -> None:
     """weight [K] must be on x's device, contiguous, bf16, fp16 or fp32."""
     if weight.dtype not in WEIGHT_DTYPES:

@@ -39,9 +39,9 @@ def add_rms_norm_quant(
     return _to_vllm(quantized, x.dtype), total
 
 
-def silu_mul_quant(x: torch.Tensor, *, spec: QuantSpec = VLLM) -> QuantizedActivation:
-    """silu(gate) * up of x [..., 2K], gate first, quantized."""
-    return _to_vllm(ops.silu_mul_quant(x, spec=spec), x.dtype)
+def silu_mul_quant(x: torch.Tensor, *, spec: QuantSpec = VLLM, limit: float | None = None) -> QuantizedActivation:
+    """silu(gate) * up of x [..., 2K], gate first, quantized. limit: of gate and up, vLLM's `swiglu_limit`."""
+    return _to_vllm(ops.silu_mul_quant(x, spec=spec, limit=limit), x.dtype)
 
 
 def group_quant(x: torch.Tensor, *, spec: QuantSpec = VLLM) -> QuantizedActivation:

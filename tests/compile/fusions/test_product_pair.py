@@ -27,8 +27,8 @@ def product(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return nq.block_fp8_linear(nq.group_quant(x, spec=SPEC), WEIGHT, SCALE, bias)
 
 
-def gated(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    q = nq.silu_mul_quant(product(x), spec=SPEC)
+def gated(x: torch.Tensor, limit: float | None = None) -> tuple[torch.Tensor, ...]:
+    q = nq.silu_mul_quant(product(x), spec=SPEC, limit=limit)
     return q.data, q.scale
 
 
@@ -52,12 +52,13 @@ def pairs(outcome: Outcome) -> list[str]:
     return [name for name in outcome.ops() if name.startswith("normquant.block_fp8_linear_")]
 
 
-def test_a_gated_product() -> None:
+@pytest.mark.parametrize("limit", [None, 0.3])
+def test_a_gated_product(limit: float | None) -> None:
     x = activations(5, K)
-    outcome = run(gated, x)
+    outcome = run(lambda x: gated(x, limit), x)
     assert pairs(outcome) == ["normquant.block_fp8_linear_silu_mul_quant.default"]
     assert outcome.site.fused and "products always" in outcome.site.reason and outcome.site.k == K
-    q = nq.silu_mul_quant(split(x), spec=SPEC)
+    q = nq.silu_mul_quant(split(x), spec=SPEC, limit=limit)
     assert_bitwise(outcome.result, (q.data, q.scale))
 
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from shared import traced_graphs, vllm_ops
+from shared.compare import assert_bitwise
+from shared.inputs import awkward
+from shared.pass_harness import keeps_roundings
 from shared.traced_graphs import assert_equal, rewrite
 
 from normquant.compile.fusions import silu_mul_quant
@@ -79,6 +82,100 @@ def test_other_activations_are_no_site(act: Any) -> None:
     result, sites, _ = run(fn, gate_up())
     assert sites == []
     assert_equal(result, fn(gate_up()))
+
+
+def clamped(x: torch.Tensor, limit: float, up: tuple[float | None, float | None] | None = None) -> torch.Tensor:
+    """The product of DeepSeek-V4's MLP."""
+    gate, second = x.chunk(2, dim=-1)
+    low, high = (-limit, limit) if up is None else up
+    return F.silu(gate.clamp(max=limit)) * second.clamp(low, high)
+
+
+def op_of(left: list[str]) -> list[str]:
+    return [name for name in left if name.startswith("normquant")]
+
+
+@keeps_roundings
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limit", [10.0, 0.3])
+def test_clamps_go_into_the_op(limit: float, dtype: Any, dynamic: bool) -> None:
+    def fn(x):
+        return vllm_ops.per_token_group_fp8_quant(clamped(x, limit))
+
+    x = awkward(9, 2 * K, dtype)  # NaN, inf and values beyond the limit among them
+    result, (site,), left = run(fn, x, dynamic=dynamic)
+    assert site.fused, site.reason
+    assert op_of(left) == ["normquant.silu_mul_quant.default"] and not [name for name in left if "clamp" in name]
+    assert_bitwise(result, fn(x))
+
+
+@keeps_roundings
+def test_transformers_deepseek_v4() -> None:
+    models = pytest.importorskip("transformers.models.deepseek_v4")
+    mlp = models.modeling_deepseek_v4.DeepseekV4MLP(models.DeepseekV4Config(hidden_size=K, intermediate_size=K))
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = Part(slice(0, K)), Part(slice(K, 2 * K)), torch.nn.Identity()
+
+    def fn(x):
+        return vllm_ops.per_token_group_fp8_quant(mlp(x))
+
+    x = gate_up() * 20
+    result, (site,), left = run(fn, x)
+    assert mlp.limit == 10.0 and site.fused, site.reason
+    assert op_of(left) == ["normquant.silu_mul_quant.default"]
+    assert_equal(result, fn(x))
+
+
+class Part(torch.nn.Module):
+    """Columns of a projection that has been merged with another one."""
+
+    def __init__(self, columns: slice) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., self.columns]
+
+
+@keeps_roundings
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (lambda x: clamped(x, 7.0, (-7.0, 8.0)), "clamped to [, 7.0] and up to [-7.0, 8.0]; the kernel has [, L]"),
+        (lambda x: clamped(x, 7.0, (None, 7.0)), "up to [, 7.0]"),
+        (lambda x: F.silu(x[..., :K]) * x[..., K:].clamp(-7, 7), "gate is clamped to [, ] and up to [-7.0, 7.0]"),
+        (lambda x: F.silu(x[..., :K].clamp(max=7)) * x[..., K:], "gate is clamped to [, 7.0] and up to [, ]"),
+        (lambda x: F.silu(x[..., :K].clamp(-7, 7)) * x[..., K:].clamp(-7, 7), "gate is clamped to [-7.0, 7.0]"),
+        (lambda x: clamped(x, -7.0, (7.0, -7.0)), "limit is -7.0"),
+        # vLLM's SiluAndMulWithClamp in torch, and that of gpt-oss
+        (lambda x: sigmoid_product(x, 1.0, 0.0), "silu is g * sigmoid(g), whose sigmoid is rounded to bfloat16"),
+        (lambda x: sigmoid_product(x, 1.702, 1.0), "its gate is g * sigmoid(1.702 * g)"),
+    ],
+)
+def test_other_clamps_and_gates_stay(act: Any, words: str) -> None:
+    def fn(x):
+        return vllm_ops.per_token_group_fp8_quant(act(x))
+
+    result, (site,), left = run(fn, gate_up())
+    assert words in site.reason and op_of(left) == []
+    assert_equal(result, fn(gate_up()))
+
+
+def sigmoid_product(x: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
+    gate, up = x[..., :K].clamp(max=7.0), x[..., K:].clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(alpha * gate) * (up + beta)
+
+
+@keeps_roundings
+def test_a_limit_that_is_computed_stays() -> None:
+    def fn(x, limit):
+        gate, up = x[..., :K], x[..., K:]
+        return vllm_ops.per_token_group_fp8_quant(F.silu(torch.minimum(gate, limit)) * up)
+
+    x, limit = gate_up(), torch.tensor(7.0, dtype=torch.bfloat16)
+    result, (site,), _ = traced_graphs.run(lambda graph: rewrite(graph, silu_mul_quant.find, "always"), fn, x, limit)
+    assert "not the two halves" in site.reason
+    assert_equal(result, fn(x, limit))
 
 
 def test_a_product_that_is_read_elsewhere_stays() -> None:

@@ -1,7 +1,8 @@
 """Fuse silu(gate) * up with the opaque quantization that reads it, as vLLM's MLP has them.
 
     x = [gate, up]                              [M, 2K] bf16 or fp16
-    y = round(round(silu(gate)) * up)           aten operations
+    gate, up = min(gate, L), clamp(up, -L, L)   where the model has a limit: aten operations, as what follows
+    y = round(round(silu(gate)) * up)
     data, scale = quantization of y             one opaque operation
 
 A gated product that Inductor generates and a quantization in aten operations need no help: they become one kernel.
@@ -9,6 +10,7 @@ A gated product that Inductor generates and a quantization in aten operations ne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.edit.build import Builder, Rewrite, call_in_place_of
+from normquant.compile.find.gates import Clamped, clamped, scaled_sigmoid, silu
 from normquant.compile.find.graph import (
     Unsupported,
     arguments,
@@ -27,7 +30,6 @@ from normquant.compile.find.graph import (
     is_tensor,
     is_widening,
     mutation_regions,
-    number,
     part,
     same_size,
     value,
@@ -48,10 +50,11 @@ from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 @dataclass(frozen=True)
 class GatedProduct:
-    """One site. x: [..., 2K], gate first. k: K."""
+    """One site. x: [..., 2K], gate first. k: K. limit: of gate and up, None where they are not clamped."""
 
     x: Node
     k: int
+    limit: float | None
     quant: Quant
 
     @property
@@ -64,10 +67,13 @@ def find(graph: Graph) -> Findings:
     regions = mutation_regions(graph)
     for anchor in [node for node in graph.nodes if is_quant(node)]:
         product = quantized(anchor)
-        split = _split_product(product)
-        if split is None:
+        split, other = _split_product(product), _other_silu(product)
+        if split is None and not other:
             continue
         name, where = site_name(product), source_line(product, anchor)
+        if split is None:
+            yield rejected(name, where, other)
+            continue
         try:
             gated = _read(anchor, product, *split, regions)
         except Unsupported as reason:
@@ -82,42 +88,37 @@ def find(graph: Graph) -> Findings:
 
 def _fuse(anchor: Node, gated: GatedProduct, new: Builder) -> Rewrite:
     op, results = torch.ops.normquant.silu_mul_quant.default, (gated.quant.data, gated.quant.scale)
-    replaced = call_in_place_of(new, anchor, results, op, gated.x, 2 * gated.k, gated.spec.encode())
+    replaced = call_in_place_of(new, anchor, results, op, gated.x, 2 * gated.k, gated.limit, gated.spec.encode())
     return Rewrite(replaced, like=anchor)
 
 
 def _split_product(product: Node) -> tuple[Node, Node, set[Node]] | None:
     """gate, up and the nodes between them and a product silu(gate) * up; None for any other node."""
-    if not is_call(product, aten.mul.Tensor):
-        return None
-    a, b = arguments(product)[:2]
-    for silu, up in ((a, b), (b, a)):
-        if is_tensor(silu) and is_tensor(up):
-            inner = {product}
-            gate = _gate(silu, inner)
-            if gate is not None:
-                return gate, up, inner
+    for narrow, up in _factors(product):
+        if is_narrowing(narrow) and (found := silu(first_arg(narrow))) and is_widening(found.wide):
+            gate = first_arg(found.wide)
+            if dtype(gate) == dtype(narrow):
+                return gate, up, {product, narrow, found.wide, *found.inner}
     return None
 
 
-def _gate(silu: Node, inner: set[Node]) -> Node | None:
-    """g of g / (1 + exp(-g)), computed in fp32 and rounded to g's dtype; the nodes on the way go into `inner`."""
-    quotient = first_arg(silu) if is_narrowing(silu) else silu
-    if not is_call(quotient, aten.div.Tensor):
-        return None
-    wide, total = arguments(quotient)[:2]
-    if not (is_call(total, aten.add.Tensor) and sorted(map(str, map(number, arguments(total)))) == ["1.0", "None"]):
-        return None
-    power = next(arg for arg in arguments(total) if number(arg) is None)
-    if not is_call(power, aten.exp.default) or not is_call(first_arg(power), aten.neg.default):
-        return None
-    if first_arg(first_arg(power)) is not wide or not is_widening(wide) or not is_narrowing(silu):
-        return None
-    gate = first_arg(wide)
-    if dtype(gate) != dtype(silu):
-        return None
-    inner.update((silu, quotient, total, power, first_arg(power), wide))
-    return gate
+def _other_silu(product: Node) -> str:
+    """What keeps a product gate * sigmoid(gate) * up from being a site, "" for any other node."""
+    for activated, _ in _factors(product):
+        scale = scaled_sigmoid(activated)
+        if scale is not None and scale != 1:
+            return f"its gate is g * sigmoid({scale} * g); the kernel has silu, g / (1 + exp(-g))"
+        if scale is not None:
+            rounded = str(dtype(activated)).removeprefix("torch.")
+            return f"silu is g * sigmoid(g), whose sigmoid is rounded to {rounded}; the kernel rounds g / (1 + exp(-g))"
+    return ""
+
+
+def _factors(product: Node) -> Iterator[tuple[Node, Node]]:
+    """Both tensors of a product, in either order."""
+    if is_call(product, aten.mul.Tensor) and all(map(is_tensor, arguments(product)[:2])):
+        a, b = arguments(product)[:2]
+        yield from ((a, b), (b, a))
 
 
 def _read(anchor: Node, product: Node, gate: Node, up: Node, inner: set[Node], regions: dict) -> GatedProduct:
@@ -128,18 +129,31 @@ def _read(anchor: Node, product: Node, gate: Node, up: Node, inner: set[Node], r
     if dtype(product) not in ACTIVATION_DTYPES or dtype(up) != dtype(product):
         raise Unsupported(f"silu(gate) * up is computed in {dtype(product)}")
     quant = read(anchor, k)
-    x = _halves(gate, up, k)
-    inner |= {gate, up, *quant.inner}
-    results = {quant.data, quant.scale}
-    for node in inner - {gate, up}:
+    first, second = clamped(gate), clamped(up)
+    limit, x = _limit(first, second), _halves(first.x, second.x, k)
+    inner |= quant.inner | first.inner | second.inner
+    ends, results = {first.x, second.x}, {quant.data, quant.scale}
+    for node in inner - ends:
         outside = [user for user in node.users if user not in inner and user not in results and user.users]
         if outside:
             raise Unsupported(f"{node.name}, between gate and quantization, is also read by {outside[0].name}")
-    if len({regions[node] for node in inner}) > 1:
+    if len({regions[node] for node in inner | ends}) > 1:
         raise Unsupported("a tensor is changed in place between the gate and the quantization")
-    gated = GatedProduct(x, k, quant)
-    check_op("silu_mul_quant", rows_of(x, 2 * k), gated.spec)
+    gated = GatedProduct(x, k, limit, quant)
+    check_op("silu_mul_quant", rows_of(x, 2 * k), limit, gated.spec)
     return gated
+
+
+def _limit(gate: Clamped, up: Clamped) -> float | None:
+    """The limit of both, None where nothing is clamped. Raises Unsupported for other clamps than the kernel's."""
+    given = (gate.low, gate.high), (up.low, up.high)
+    if given == ((None, None), (None, None)):
+        return None
+    limit = gate.high
+    if limit is None or given != ((None, limit), (-limit, limit)):
+        within = [f"[{low}, {high}]".replace("None", "") for low, high in given]
+        raise Unsupported(f"gate is clamped to {within[0]} and up to {within[1]}; the kernel has [, L] and [-L, L]")
+    return limit
 
 
 def _halves(gate: Node, up: Node, k: int) -> Node:

@@ -142,16 +142,15 @@ def _read_quant(
 def _check_inputs(found: FusedOp) -> None:
     """Raise Unsupported where our op does not accept what it would get."""
     rows = [rows_of(node, value(found.x).shape[-1]) for node in (found.x, found.residual) if node is not None]
-    norm = (value(found.arguments[0]), found.arguments[1], 0.0) if found.arguments else ()
-    check_op(found.name, *rows, *norm, found.spec)
+    own = (value(found.arguments[0]), found.arguments[1], 0.0) if found.arguments else (None,)
+    check_op(found.name, *rows, *own, found.spec)
 
 
 def _replace(anchor: Node, found: FusedOp, new: Builder) -> Rewrite:
     """Our op, whose outputs go to the readers of those of vLLM's."""
     op = getattr(torch.ops.normquant, found.name).default
-    args: tuple[Any, ...] = (found.spec.encode(),)
-    if found.arguments:
-        args = (*found.arguments, 0.0, *args)
+    own = (*found.arguments, 0.0) if found.arguments else (None,)  # a norm's, or the limit of a gated product
+    args: tuple[Any, ...] = (*own, found.spec.encode())
     if found.residual is not None:
         with new.before(anchor):
             args = (as_rows(new, found.residual, found.k), *args)
