@@ -14,6 +14,7 @@ from normquant import specs
 from normquant.compile import clear, explain, inductor_options, last_report
 from normquant.compile.edit.build import Builder
 from normquant.compile.edit.decompose import decompose
+from normquant.compile.find.graph import Unsupported
 from normquant.compile.policy import Rules
 from normquant.spec import QuantSpec
 
@@ -159,13 +160,87 @@ def test_nan_and_inf_as_in_the_opaque_operation(spec: QuantSpec) -> None:
         q = nq.group_quant(x * w, spec=spec)
         return q.data, q.scale
 
-    graph = make_fx(fn, tracing_mode="fake")(exact(8, 512), exact(512, seed=2)).graph
-    (op,) = graph.find_nodes(op="call_function", target=torch.ops.normquant.group_quant.default)
-    new = Builder(graph)
-    for old, made in decompose(new, [op]):
-        old.replace_all_uses_with(made)
-    graph.eliminate_dead_code()
-    assert not graph.find_nodes(op="call_function", target=torch.ops.normquant.group_quant.default)
     x, w = exact(8, 512), exact(512, seed=2)
+    graph = decomposed(fn, x, w)
     x[0, 3], x[1, 130], x[2], x[3, 7], x[3, 9] = float("nan"), float("inf"), float("nan"), float("nan"), float("inf")
-    assert_bitwise(GraphModule(torch.nn.Module(), graph)(x, w), fn(x, w))
+    assert_bitwise(graph(x, w), fn(x, w))
+
+
+def decomposed(fn, *args) -> GraphModule:
+    """The graph of fn, its opaque quantizations in aten operations."""
+    gm = make_fx(fn, tracing_mode="fake")(*args)
+    quant = torch.ops.normquant.group_quant.default
+    new = Builder(gm.graph)
+    for old, made in decompose(new, gm.graph.find_nodes(op="call_function", target=quant)):
+        old.replace_all_uses_with(made)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    assert not gm.graph.find_nodes(op="call_function", target=quant)
+    return GraphModule(torch.nn.Module(), gm.graph)
+
+
+def spread(m: int, k: int) -> torch.Tensor:
+    """Values of many magnitudes, each group with another amax, one of zeros and one whose amax is below any floor."""
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)) * torch.logspace(-6, 3, m)[:, None]
+    x[0, :128], x[1, :128] = 0.0, 1e-30
+    return x.to(BF16)
+
+
+ARITHMETIC = [
+    QuantSpec(),
+    QuantSpec(group=64),
+    QuantSpec(floor=0.5),
+    QuantSpec(floor=0.0, scale_floor=1e-3),
+    QuantSpec(floor=1e-4, scale_floor=1e-12),
+    *(QuantSpec(scale_by=by) for by in ("multiply", "divide", "scalar")),
+    *(QuantSpec(divide=divide) for divide in ("reciprocal", "amax", "factor")),
+    *(QuantSpec(scale="ue8m0", divide=divide) for divide in ("scale", "reciprocal")),
+    QuantSpec(scale="ue8m0", scale_by="multiply", nan="ignore"),
+    *(QuantSpec(layout=layout) for layout in LAYOUTS),
+]
+
+
+@pytest.mark.parametrize("shape", [(8, 512), (2, 4, 512)], ids=str)
+@pytest.mark.parametrize("spec", ARITHMETIC, ids=str)
+def test_the_arithmetic_of_the_opaque_operation(spec: QuantSpec, shape: tuple[int, ...]) -> None:
+    def fn(x):
+        q = nq.group_quant(x, spec=spec)
+        return q.data, q.scale
+
+    x = spread(8, 512).view(shape)
+    given, expected = decomposed(fn, x)(x), fn(x)
+    assert_bitwise(given, expected)
+    assert [t.stride() for t in given] == [t.stride() for t in expected]
+
+
+@pytest.mark.parametrize("unread", [0, 1], ids=["data", "scales"])
+def test_what_nobody_reads_is_not_made(unread: int) -> None:
+    def fn(x):
+        return [(q := nq.group_quant(x)).data, q.scale][1 - unread]
+
+    x = spread(8, 512)
+    gm = decomposed(fn, x)
+    assert torch.equal(gm(x).float(), fn(x).float())
+    casts_to_fp8 = [node for node in gm.graph.nodes if torch.float8_e4m3fn in node.args]
+    assert len(casts_to_fp8) == unread
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (QuantSpec(scale="ue8m0_packed", layout="col_tma"), "packed scales are not made by aten operations"),
+        (QuantSpec(few_rows=32), "the rule of FlashInfer's linear kernel is not made of aten operations"),
+        (QuantSpec(divide="fast_factor", floor=0.0), "the rule of FlashInfer's linear kernel is not made"),
+        (QuantSpec(divide="fast_amax"), "the approximate reciprocal is not made by aten operations"),
+        (QuantSpec(layout="col_tma"), "TMA-aligned scales take a copy where the rows are not a multiple of 4"),
+    ],
+    ids=str,
+)
+def test_what_aten_operations_do_not_make_is_refused(spec: QuantSpec, reason: str) -> None:
+    def fn(x):
+        q = nq.group_quant(x, spec=spec)
+        return q.data, q.scale
+
+    with pytest.raises(Unsupported) as caught:
+        decomposed(fn, spread(6, 512))
+    assert str(caught.value).startswith(reason)
