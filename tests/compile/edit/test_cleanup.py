@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from normquant.compile.edit.cleanup import CleanupPass, clean
+from normquant.compile.edit.cleanup import CleanupPass, clean, keep_outputs_apart, output_owners
 
 BF16 = torch.bfloat16
 aten = torch.ops.aten
@@ -74,9 +74,101 @@ def test_a_layout_copy_goes_where_its_readers_take_any_layout() -> None:
     assert both.count(aten.clone.default) == 1
 
 
-def test_outputs_do_not_become_inputs() -> None:
+@pytest.mark.parametrize(
+    ("reader", "any_layout"),
+    [
+        (lambda y: y.amax(0), True),
+        (lambda y: y.sum(0), True),
+        (lambda y: y.mean(0), True),
+        (lambda y: y * 2, True),
+        (lambda y: ops.any_layout(y), True),
+        (lambda y: ops.any_layout(y.view(2, 4, 4)), True),
+        (lambda y: (y.view(32) + 1, y.view(2, 16) + 1), True),
+        (lambda y: ops.fixed_layout(y), False),
+        (lambda y: ops.fixed_layout(y.view(2, 4, 4)), False),
+        (lambda y: (y.view(32) + 1, ops.fixed_layout(y.view(2, 16))), False),
+        (lambda y: (ops.fixed_layout(y.view(2, 16)), y.view(32) + 1), False),
+        (lambda y: y.cumsum(0), False),
+    ],
+)
+def test_who_reads_any_layout(reader, any_layout) -> None:
+    def fn(x):
+        found = reader(x.t().contiguous())
+        return found if isinstance(found, tuple) else (found,)
+
+    gm = make_fx(fn, tracing_mode="fake")(torch.arange(32.0).view(4, 8))
+    (copy,) = gm.graph.find_nodes(op="call_function", target=aten.clone.default)
+    clean(gm.graph)
+    assert (copy not in list(gm.graph.nodes)) == any_layout
+
+
+def test_a_copy_that_is_returned_or_that_changes_no_layout_stays() -> None:
+    x = torch.arange(32.0).view(4, 8)
+    assert aten.clone.default in cleaned(lambda x: (x.t().contiguous(), x + 1), x)
+    assert aten.clone.default in cleaned(lambda x: (x.t().contiguous().view(32), x + 1), x)
+    gm = make_fx(lambda x: (ops.fixed_layout(x.clone(memory_format=torch.contiguous_format)),), tracing_mode="fake")(x)
+    assert clean(gm.graph) == 1, "which Inductor's own clean-up knows"
+
+
+def test_outputs_do_not_become_inputs_or_views_of_them_or_one_tensor() -> None:
     x = torch.randn(4, 8, dtype=BF16)
+
+    def trip(x):
+        return x.float().to(BF16)
+
+    def kept(fn):
+        return sum("cast" in str(t) or "_to_copy" in str(t) for t in cleaned(fn, x))
+
     assert len(cleaned(lambda x: (x.float().to(BF16), x.clone()), x)) >= 2
+    assert kept(lambda x: (trip(x),)) == 2
+    assert kept(lambda x: (trip(x.view(8, 4)),)) == 2, "a view of an input"
+    assert kept(lambda x: (trip(x.view(8, 4).view(2, 16)),)) == 2
+    assert kept(lambda x: (trip(ops.norm(x)),)) == 0, "a tensor that the graph makes, and returns once"
+    assert kept(lambda x: (trip(y := ops.norm(x)), y)) == 2, "returned already"
+    assert kept(lambda x: (trip(ops.norm(x)).view(-1),)) == 0
+    assert kept(lambda x: (trip(x) * 2,)) == 0
+
+
+def test_how_many_nodes_went() -> None:
+    gm = make_fx(lambda x: (ops.norm(x.float().to(BF16)),), tracing_mode="fake")(torch.randn(4, 8, dtype=BF16))
+    assert clean(gm.graph) == 2 and clean(gm.graph) == 0
+
+
+def outputs(fn, merged=()):
+    """The graph of fn, the owners of its outputs, and the outputs after nodes became one and were kept apart."""
+    gm = make_fx(fn, tracing_mode="fake")(torch.randn(4, 8))
+    owners = output_owners(gm.graph)
+    calls = {node.name: node for node in gm.graph.nodes}
+    for old, new in merged:
+        calls[old].replace_all_uses_with(calls[new])
+    keep_outputs_apart(gm.graph, owners)
+    gm.graph.lint()
+    gm.recompile()
+    return gm, owners, gm(torch.ones(4, 8))
+
+
+def test_what_was_two_tensors_is_returned_as_two() -> None:
+    def fn(x):
+        return x.exp(), x.exp().view(8, 4), x.log(), 3
+
+    gm, owners, (first, second, third, number) = outputs(fn, merged=[("exp_1", "exp")])
+    assert [owner and owner.name for owner in owners] == ["exp", "exp_1", "log", None]
+    assert number == 3 and torch.equal(first.view(8, 4), second) and torch.equal(third, torch.zeros(4, 8))
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    (copy,) = gm.graph.find_nodes(op="call_function", target=aten.clone.default)
+    assert copy.next.op == "output", "made where it is returned"
+
+
+def test_what_was_one_tensor_stays_one() -> None:
+    gm, _, (first, second, third) = outputs(lambda x: (y := x.exp(), y.view(8, 4), y))
+    assert gm.graph.find_nodes(op="call_function", target=aten.clone.default) == []
+    assert first.data_ptr() == second.data_ptr() == third.data_ptr()
+
+
+def test_a_graph_that_returns_one_tensor() -> None:
+    gm, owners, out = outputs(lambda x: x.exp())
+    assert [owner.name for owner in owners] == ["exp"] and torch.equal(out, torch.ones(4, 8).exp())
+    assert gm.graph.find_nodes(op="call_function", target=aten.clone.default) == []
 
 
 def test_the_pass_alone_takes_the_round_trip_out_of_a_compiled_graph() -> None:
