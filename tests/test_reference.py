@@ -221,7 +221,7 @@ def test_silu_mul_against_float64(rounding):
     gate, up = x.double().chunk(2, 1)
     expected = gate / (1 + (-gate).exp()) * up
     spec = QuantSpec(rounding=rounding)
-    data, scale = reference.silu_mul_quant(x, spec)
+    data, scale, product = reference.silu_mul_quant(x, spec)
     wide = scale.double().repeat_interleave(128, 1)
     # exp (one ulp, two units), the sum, the division, the product: five; then the roundings to bf16, then to fp8
     part = 5 * U + {"none": 0, "inner": 1, "once": 1, "twice": 2}[rounding] * UNIT[torch.bfloat16]
@@ -229,6 +229,8 @@ def test_silu_mul_against_float64(rounding):
     # a second `part` for values that it moves past a power of two, where the step doubles
     bound = half_step(expected / wide) * wide + (2 * part + 3 * U) * expected.abs()
     assert (error <= bound * CLOSE).all()
+    error = (product.double() - expected).abs()
+    assert (error <= (part + UNIT[torch.bfloat16]) * expected.abs() * CLOSE).all()
 
 
 def test_silu_mul_with_a_limit_by_hand():

@@ -236,8 +236,10 @@ def group_quant(x: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.T
     return data, store_scale(scale, x.shape[-1], spec)
 
 
-def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, limit: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, 2K], gate then up -> data [M, K] fp8 of silu(gate) * up, scale.
+def silu_mul_quant(
+    x: torch.Tensor, spec: QuantSpec, limit: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [M, 2K], gate then up -> data [M, K] fp8 of silu(gate) * up, scale, that product [M, K] in x's dtype.
 
     With a limit, gate is at most that and up within plus and minus that, in x's dtype; NaN stays NaN.
     """
@@ -246,7 +248,8 @@ def silu_mul_quant(x: torch.Tensor, spec: QuantSpec, limit: float | None = None)
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     wide = gate.float()
     silu = wide / (1.0 + torch.exp(-wide))
-    return group_quant(scale_by_weight(silu, up, spec, x.dtype), spec)
+    y = scale_by_weight(silu, up, spec, x.dtype)
+    return *group_quant(y, spec), y.to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope, spec: QuantSpec) -> torch.Tensor:

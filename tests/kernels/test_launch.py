@@ -107,6 +107,7 @@ LAUNCHES = {
     "cluster": lambda: norm(config=Config(4, 4, cluster=True)),
     "group_quant": lambda: GROUP_QUANT(rows(), SPEC),
     "silu": lambda: SILU(rows(), SPEC),
+    "product as an output": lambda: SILU(rows(), SPEC, None, True),
     "latent": latent,
     "narrow angles": lambda: latent(angles=68),
     "rope": rope,

@@ -40,8 +40,8 @@ def quant(x, config, *, spec=specs.HF):
     return group_quant.group_quant(x, spec, config)
 
 
-def silu(x, config, *, spec=specs.HF):
-    return silu_mul_quant.silu_mul_quant(torch.cat((x, x), dim=1), spec, config)
+def silu(x, config, *, spec=specs.HF, return_product=False):
+    return silu_mul_quant.silu_mul_quant(torch.cat((x, x), dim=1), spec, config, return_product)
 
 
 # A new kernel needs a line in each of these three.
@@ -51,6 +51,7 @@ LAUNCHES = {
     "add_norm_normed": lambda x, config: add_norm(x, config, normed=True),
     "quant": quant,
     "silu": silu,
+    "silu_stored": lambda x, config, **kwargs: silu(x, config, return_product=True, **kwargs),
 }
 
 # name -> tiles of 16-bit values that a program loads and stores: (whole row, its own part of it). With a split row a
@@ -61,8 +62,10 @@ LOADS = {
     "add_norm_normed": lambda whole, own: LOADS["add_norm"](whole, own),
     "quant": lambda whole, own: [own],
     "silu": lambda whole, own: [own, own],
+    "silu_stored": lambda whole, own: [own, own],
 }
-STORES = {"norm": 0, "add_norm": 1, "add_norm_normed": 2, "quant": 0, "silu": 0}  # 16-bit tiles, beside the fp8 data
+# 16-bit tiles, beside the fp8 data
+STORES = {"norm": 0, "add_norm": 1, "add_norm_normed": 2, "quant": 0, "silu": 0, "silu_stored": 1}
 
 
 def power_of_two(n: int) -> int:
@@ -173,7 +176,7 @@ def test_programs_of_a_cluster_exchange_their_sums(split, programs, capability):
     assert f"expect_tx.shared::cta.b64 _, [mailbox + 32], {4 * programs};" in code.ptx
 
 
-@pytest.mark.parametrize("name", ["quant", "silu"])
+@pytest.mark.parametrize("name", ["quant", "silu", "silu_stored"])
 @pytest.mark.parametrize("spec", [specs.VLLM, specs.DEEPGEMM_UE8M0], ids=lambda spec: spec.scale)
 def test_groups_are_quantized_without_a_barrier(name, spec):
     code = machine_code(lambda: LAUNCHES[name](empty(4, 7168), Config(8, 4), spec=spec), SM_90)
@@ -258,7 +261,7 @@ def test_a_prefetch_stands_before_the_wait_and_reads_nothing(name, weight_dtype)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", ["norm", "add_norm", "silu"])
+@pytest.mark.parametrize("name", ["norm", "add_norm", "silu", "silu_stored"])
 def test_what_is_not_asked_for_is_not_moved(name, capability):
     code = compiled(name, 7168, Config(8), capability)
     assert_clean(code)

@@ -107,6 +107,7 @@ FUNCTIONS = {
     "group_quant": (lambda x, spec: nq.group_quant(x, spec=spec), K),
     "silu_mul_quant": (lambda x, spec: silu_mul_quant(x, spec=spec), 2 * K),
     "silu_mul_quant limit": (lambda x, spec: silu_mul_quant(x, spec=spec, limit=1.3), 2 * K),
+    "silu_mul_quant product": (lambda x, spec: silu_mul_quant(x, spec=spec, return_product=True), 2 * K),
     "latent_norm_quant": (lambda x, spec: latent(x, spec), Q + C + R),
     "latent_norm_quant kv": (lambda x, spec: latent(x, spec, quantize_kv=True), Q + C + R),
 }
@@ -162,8 +163,9 @@ def test_values_are_those_of_the_reference(name):
         "add_rms_norm_quant": lambda: reference.add_rms_norm_quant(x, x * 2, W, 1e-6, spec)[:3],
         "add_rms_norm_quant normed": lambda: reference.add_rms_norm_quant(x, x * 2, W, 1e-6, spec),
         "group_quant": lambda: reference.group_quant(x, spec),
-        "silu_mul_quant": lambda: reference.silu_mul_quant(x, spec),
-        "silu_mul_quant limit": lambda: reference.silu_mul_quant(x, spec, 1.3),
+        "silu_mul_quant": lambda: reference.silu_mul_quant(x, spec)[:2],
+        "silu_mul_quant limit": lambda: reference.silu_mul_quant(x, spec, 1.3)[:2],
+        "silu_mul_quant product": lambda: reference.silu_mul_quant(x, spec),
         "latent_norm_quant": lambda: latent_reference(x, spec)[:4],
         "latent_norm_quant kv": lambda: latent_reference(x, spec),
     }[name]()

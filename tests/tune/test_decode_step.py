@@ -60,7 +60,7 @@ def by_hand(layer: decode_step.Layer, inputs: decode_step.StepInputs, x: torch.T
     x = product(reference.group_quant(heads, SPEC), layer.o)
     *quantized, residual, _ = reference.add_rms_norm_quant(x, residual, layer.mlp_norm, 1e-6, SPEC)
     both = product(quantized, layer.gate_up)
-    return product(reference.silu_mul_quant(both, SPEC), layer.down), residual
+    return product(reference.silu_mul_quant(both, SPEC)[:2], layer.down), residual
 
 
 def test_a_step_of_interpreted_kernels_is_that_of_the_reference():

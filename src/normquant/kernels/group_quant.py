@@ -20,7 +20,7 @@ from normquant.kernels._device import own_groups, quantize_groups, release_depen
 from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
 from normquant.kernels.configs import config as choose_config
-from normquant.kernels.launch import Outputs, Plan, kernel_spec, launch, plan, quantized
+from normquant.kernels.launch import Output, Outputs, Plan, kernel_spec, launch, plan, quantized
 from normquant.kernels.partial_rows import PartialRows, load_rows, partial
 from normquant.kernels.tiling import group_blocks, stride_unit
 from normquant.spec import QuantSpec
@@ -50,11 +50,19 @@ def group_quant_kernel(
 
 
 def plan_groups(
-    kernel: Any, op: str, x: torch.Tensor | PartialRows, k: int, spec: QuantSpec, config: Config | None, **own: Any
+    kernel: Any,
+    op: str,
+    x: torch.Tensor | PartialRows,
+    k: int,
+    spec: QuantSpec,
+    config: Config | None,
+    *more: Output | None,
+    **own: Any,
 ) -> Plan:
     """The launch of a kernel with the arguments of `group_quant_kernel`, which writes [M, k] from rows of x.
 
-    own: constants that the kernel has behind those.
+    more: what it writes beside data and scale, after them among its arguments; None for what is not asked for.
+    own: constants that the kernel has behind those of `group_quant_kernel`.
     """
     m = x.shape[0]
     spec = spec.at(m)
@@ -66,7 +74,7 @@ def plan_groups(
         kernel,
         grid=(programs, 1, 1),
         inputs=(x,),
-        outputs=quantized(m, k, spec),
+        outputs=(*quantized(m, k, spec), *more),
         numbers=(m, x.stride(0) // unit, spec.scale_rows(m)),
         where=where,
         config=config,

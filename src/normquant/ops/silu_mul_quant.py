@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -16,7 +16,21 @@ from normquant.spec import QuantizedActivation, QuantSpec
 WIDTHS = (2304, 18432, 2048)  # DeepSeek-R1's dense MLP at TP8 and whole, and its expert
 
 
-def silu_mul_quant(x: torch.Tensor, *, spec: QuantSpec = DEFAULT, limit: float | None = None) -> QuantizedActivation:
+@overload
+def silu_mul_quant(
+    x: torch.Tensor, *, spec: QuantSpec = ..., limit: float | None = ..., return_product: Literal[False] = ...
+) -> QuantizedActivation: ...
+
+
+@overload
+def silu_mul_quant(
+    x: torch.Tensor, *, spec: QuantSpec = ..., limit: float | None = ..., return_product: Literal[True]
+) -> tuple[QuantizedActivation, torch.Tensor]: ...
+
+
+def silu_mul_quant(
+    x: torch.Tensor, *, spec: QuantSpec = DEFAULT, limit: float | None = None, return_product: bool = False
+) -> QuantizedActivation | tuple[QuantizedActivation, torch.Tensor]:
     """silu(gate) * up, quantized in groups, in one kernel.
 
     silu(g) = g / (1 + exp(-g)) in fp32; `spec.rounding` "twice" rounds it and the product to x's dtype, as an eager
@@ -25,11 +39,18 @@ def silu_mul_quant(x: torch.Tensor, *, spec: QuantSpec = DEFAULT, limit: float |
     limit: clamps first, as `swiglu_limit` of DeepSeek-V4 does: min(gate, limit), and up to [-limit, limit], both in x's
     dtype, in which it must be positive and finite. NaN stays NaN. None clamps nothing.
     x: [..., 2K] bfloat16 or float16, gate in the first K values and up in the others; the last stride is 1, rows may be
-    any distance apart; K a multiple of the group. Returns [..., K]. Raises ValueError for anything else.
+    any distance apart; K a multiple of the group. Returns [..., K].
+    return_product: also return the product as [..., K] in x's dtype.
+
+    Raises ValueError for anything else.
     """
     if torch.is_grad_enabled():  # DTensor hides from the op what requires grad
         refuse_gradients("silu_mul_quant", (x,))
-    return activation(x.shape[:-1], torch.ops.normquant.silu_mul_quant(rows("x", x), limit, spec.encode()), spec)
+    args = rows("x", x), limit, spec.encode()
+    if not return_product:
+        return activation(x.shape[:-1], torch.ops.normquant.silu_mul_quant(*args), spec)
+    data, scale, product = torch.ops.normquant.silu_mul_quant_with_product(*args)
+    return activation(x.shape[:-1], (data, scale), spec), product.view(*x.shape[:-1], product.shape[-1])
 
 
 def _check(x: torch.Tensor, limit: float | None, spec: QuantSpec) -> None:
@@ -42,24 +63,6 @@ def _check(x: torch.Tensor, limit: float | None, spec: QuantSpec) -> None:
         )
 
 
-def _fake(x, limit, spec):
-    return fake_quant(x, x.shape[0], x.shape[1] // 2, spec)
-
-
-def _reference(x, limit, spec):
-    return reference.silu_mul_quant(x, spec, limit)
-
-
-def _plan(x, limit, spec, config=None):
-    from normquant.kernels.silu_mul_quant import plan_silu_mul_quant
-
-    return plan_silu_mul_quant(x, spec, config, limit)
-
-
-def _traffic(m: int, k: int, spec: QuantSpec) -> Traffic:
-    return 2 * m * k * ACTIVATION_BYTES, spec.bytes(m, k)
-
-
 def _example(e: Examples) -> dict[str, Any]:
     return {"x": e.rows(2 * e.k), "limit": e.limit}
 
@@ -68,18 +71,42 @@ def _sizes(x: torch.Tensor, limit: float | None) -> dict[str, Any]:
     return {"k": x.shape[-1] // 2, "limit": limit}
 
 
-register(
-    Op(
-        name="silu_mul_quant",
-        schema="(Tensor x, float? limit, str spec) -> (Tensor data, Tensor scale)",
-        check=_check,
-        fake=_fake,
-        reference=_reference,
-        plan=_plan,
-        traffic=_traffic,
-        example=_example,
-        sizes=_sizes,
-        configs="silu_mul_quant",
-        widths=WIDTHS,
+def _register(with_product: bool) -> None:
+    """Define the op, with the product as an output or without."""
+
+    def fake(x, limit, spec):
+        m, k = x.shape[0], x.shape[1] // 2
+        return *fake_quant(x, m, k, spec), *[x.new_empty((m, k))] * with_product
+
+    def of_reference(x, limit, spec):
+        return reference.silu_mul_quant(x, spec, limit)[: 2 + with_product]
+
+    def plan(x, limit, spec, config=None):
+        from normquant.kernels.silu_mul_quant import plan_silu_mul_quant
+
+        return plan_silu_mul_quant(x, spec, config, limit, with_product)
+
+    def traffic(m: int, k: int, spec: QuantSpec) -> Traffic:
+        row = m * k * ACTIVATION_BYTES
+        return 2 * row, spec.bytes(m, k) + row * with_product
+
+    register(
+        Op(
+            name="silu_mul_quant" + "_with_product" * with_product,
+            schema=f"(Tensor x, float? limit, str spec) -> (Tensor data, Tensor scale{', Tensor product' * with_product})",
+            check=_check,
+            fake=fake,
+            reference=of_reference,
+            plan=plan,
+            traffic=traffic,
+            example=_example,
+            sizes=_sizes,
+            configs="silu_mul_quant",
+            stem="silu_mul_quant",
+            widths=WIDTHS,
+        )
     )
-)
+
+
+for _with_product in (False, True):
+    _register(_with_product)
