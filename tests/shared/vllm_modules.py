@@ -1,4 +1,5 @@
-"""Stand-ins for vLLM's modules outside of compiled graphs: norms, block-FP8 linears, experts, and a layer of them.
+"""Stand-ins for vLLM's modules outside of compiled graphs: norms, gated products, block-FP8 linears, experts, and a
+layer of them.
 
 They have the names, methods and signatures that normquant knows vLLM's by; the arithmetic is vLLM's in plain torch.
 """
@@ -53,6 +54,22 @@ class GemmaRMSNorm(RMSNorm):
 
 for _norm in (RMSNorm, GemmaRMSNorm):
     _norm.__module__ = "vllm.model_executor.layers.layernorm"
+
+
+class SiluAndMul(nn.Module):
+    """roundings: 2 as in CUDA and plain torch, 1 where a compiler generates it."""
+
+    def __init__(self, roundings: int = 2) -> None:
+        super().__init__()
+        self.roundings = roundings
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        silu = gate / (1 + torch.exp(-gate))
+        return ((silu.to(x.dtype).float() if self.roundings == 2 else silu) * up).to(x.dtype)
+
+
+SiluAndMul.__module__ = "vllm.model_executor.layers.activation"
 
 
 class Fp8BlockScaledMMLinearKernel:
@@ -149,22 +166,25 @@ class RoutedExperts(nn.Module):
 
 
 class Layer(nn.Module):
-    """A norm, a linear that reads it, a norm of a residual sum, and experts and a shared linear that read that.
+    """A norm, a linear that reads it, a norm of a residual sum, and experts and a shared linear that read that, the
+    latter with a gated product and a linear behind it.
 
-    between: called with the first norm's result before the linear reads it.
+    between: called with the first norm's result before the linear reads it; gated: with the gated product.
     """
 
     def __init__(
-        self, spec: QuantSpec = VLLM, shared: QuantSpec = VLLM, roundings: int = 2, between: Any = None
+        self, spec: QuantSpec = VLLM, shared: QuantSpec = VLLM, roundings: int = 2, between: Any = None, gated: Any = None
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(roundings=roundings)
         self.qkv_proj = BlockLinear(n=K, spec=spec)
         self.post_attention_layernorm = RMSNorm(seed=2, roundings=roundings)
-        self.shared = BlockLinear(n=K, seed=4, spec=shared)
+        self.shared = BlockLinear(n=2 * K, seed=4, spec=shared)
+        self.act_fn = SiluAndMul(roundings)
+        self.down_proj = BlockLinear(n=K, seed=7, spec=spec)
         self.experts = RoutedExperts()
         self.o_proj = BlockLinear(n=K, seed=6, spec=spec)
-        self.between = between or (lambda y: None)
+        self.between, self.gated = between or (lambda y: None), gated or (lambda y: None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.input_layernorm(x)
@@ -172,7 +192,9 @@ class Layer(nn.Module):
         attention = self.o_proj(torch.tanh(self.qkv_proj(y)))
         y, x = self.post_attention_layernorm(attention, x.clone())
         y = y.view(-1, y.shape[-1])
-        return x + self.shared(y) + self.experts(y)
+        product = self.act_fn(self.shared(y))
+        self.gated(product)
+        return x + self.down_proj(product) + self.experts(y)
 
 
 class Model(nn.Module):

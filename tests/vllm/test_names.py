@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from normquant import ops
 from normquant.specs import VLLM
-from normquant.vllm import experts_op, first_forward, linear_inputs, norm_modules, quantizing_readers
+from normquant.vllm import (
+    activation_modules,
+    experts_op,
+    first_forward,
+    linear_inputs,
+    norm_modules,
+    quantizing_readers,
+)
 from normquant.vllm.handover import take
 from normquant.vllm.quantizing_readers import ExpertsReader
 
@@ -23,7 +31,7 @@ def vllm() -> Any:
     """vLLM's modules; importing them takes seconds."""
     import vllm  # noqa: F401  first, as its parts import each other
     from vllm.model_executor.kernels.linear.scaled_mm import BlockScaledMMLinearKernel, flashinfer
-    from vllm.model_executor.layers import layernorm
+    from vllm.model_executor.layers import activation, layernorm
     from vllm.model_executor.layers.fused_moe import config
     from vllm.model_executor.layers.fused_moe.prepare_finalize import no_dp_ep
     from vllm.model_executor.layers.fused_moe.runner import moe_runner
@@ -32,6 +40,7 @@ def vllm() -> Any:
         block=BlockScaledMMLinearKernel,
         flashinfer=flashinfer,
         layernorm=layernorm,
+        activation=activation,
         config=config,
         no_dp_ep=no_dp_ep,
         moe_runner=moe_runner,
@@ -42,13 +51,15 @@ def rows(seed: int = 0) -> torch.Tensor:
     return torch.randn(M, K, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def test_norms_and_kernels_have_the_names_that_they_are_known_by(vllm: Any) -> None:
+def test_modules_and_kernels_have_the_names_that_they_are_known_by(vllm: Any) -> None:
     for name in norm_modules.WEIGHT_OFFSETS:
         assert list(inspect.signature(getattr(vllm.layernorm, name).forward_native).parameters)[:3] == [
             "self",
             "x",
             "residual",
         ]
+    gated = getattr(vllm.activation, activation_modules.GATED)
+    assert list(inspect.signature(gated.forward_native).parameters)[-1:] == ["x"]
     base = getattr(vllm.block, linear_inputs.BASE)
     assert "apply_weights" in base.__dict__
     for name in (linear_inputs.FLASHINFER, linear_inputs.FLASHINFER_OR_DEEPGEMM):
@@ -100,7 +111,7 @@ def test_vllms_operation_of_experts_gets_a_tensor_that_carries_the_form(vllm: An
     experts_op.define_ops()
     layer_name = vllm.moe_runner.LayerName("layers.0") if vllm.moe_runner._USE_LAYERNAME else "layers.0"
     op = getattr(torch.ops.normquant_vllm, name)
-    with torch.inference_mode(), first_forward.FirstForward((), ()):  # which watches all operations
+    with torch.inference_mode(), first_forward.FirstForward(nn.Module(), (), ()):  # which watches all operations
         x = rows() + 0
         form = ops.group_quant(x, spec=VLLM)
         out = op(x, form.data, form.scale, VLLM.encode(), torch.ones(M, 4), x, None, layer_name, 0)

@@ -67,14 +67,17 @@ def test_a_model_that_is_not_compiled_hands_over_and_says_so(loader: Loader, cap
     warning, settled = caplog.records
     assert warning.levelno == logging.WARNING and settled.levelno == logging.INFO
     said = "vLLM does not compile deep/seek (DeepseekV32) (compilation mode 0, by --enforce-eager), so that no graph is"
-    assert said in warning.message and "gated products" in warning.message
-    assert "4 of 4 norms hand over their quantized form; `normquant vllm-report " in settled.message
+    assert said in warning.message and "kv latents" in warning.message
+    said = "6 of 6 norms and gated products hand over their quantized form; `normquant vllm-report "
+    assert said in settled.message
     (path,) = find(tmp_path / "torch_compile_cache")
     report = text(read(path))
-    assert "4 of 4 sites fused in a model that is not compiled (compilation mode 0, by --enforce-eager)" in report
+    assert "6 of 6 sites fused in a model that is not compiled (compilation mode 0, by --enforce-eager)" in report
     assert "layers.*.post_attention_layernorm K=256 bfloat16 add_rms_norm_quant" in report
     assert "handed to shared, experts (layer 0, 1)" in report
-    assert "linear kernel: Kernel, 6 calls" in report
+    assert "layers.*.act_fn K=256 bfloat16 silu_mul_quant" in report and "handed to down_proj (layer 0, 1)" in report
+    assert "stock  layers.*.o_proj: its input is what aten.tanh.default gives (layer 0, 1)" in report
+    assert "linear kernel: Kernel, 8 calls" in report
 
 
 def test_the_report_of_the_last_start_is_the_only_one(loader: Loader, tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_what_torch_compiles_alone_is_only_warned_of(loader: Loader, caplog: Any
     with caplog.at_level(logging.WARNING), torch.inference_mode():
         loader.load(config(mode), ALWAYS)(values(5, K))
     (message,) = caplog.messages
-    assert message.endswith("of norm and quantization, nothing is fused")
+    assert message.endswith("so that no graph is rewritten: nothing is fused")
 
 
 def test_models_that_nobody_expects_are_left_alone(loader: Loader, caplog: Any) -> None:

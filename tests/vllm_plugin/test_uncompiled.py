@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from shared.vllm_modules import GemmaRMSNorm, K, Model, RMSNorm, values
+from shared.vllm_modules import BlockLinear, GemmaRMSNorm, K, Model, RMSNorm, SiluAndMul, values
 
 from normquant.compile import Site
 from normquant.compile.policy import Rules
@@ -20,6 +20,7 @@ from normquant.vllm.switches import Switches
 from normquant.vllm.uncompiled import HandOver, watch
 
 ALWAYS = Switches(True, Rules("always"))
+TANH = "its input is what aten.tanh.default gives"
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def run(model: Model, m: int = 5, seed: int = 0) -> torch.Tensor:
 
 
 def watched(switches: Switches = ALWAYS, m: int = 40, **kwargs: Any) -> tuple[Model, HandOver]:
-    """A model whose norms hand over as far as they may, after one forward pass."""
+    """A model whose norms and gated products hand over as far as they may, after one forward pass."""
     model, settled = Model(**kwargs), []
     hand_over = watch(model, switches, settled.append)
     run(model, m)
@@ -51,6 +52,12 @@ def sites(hand_over: HandOver) -> dict[str, Site]:
     return {site.name: site for site in hand_over.report.sites}
 
 
+def others(hand_over: HandOver) -> dict[str, str]:
+    """Why what is no site stays as it is, by name."""
+    assert hand_over.report is not None
+    return {site.name: site.reason for site in hand_over.report.others}
+
+
 def quantized_in(model: Model, call: Callable[[], Any]) -> dict[str, int]:
     """How often each reader quantizes its own input while something runs."""
     before = model.quantized()
@@ -59,18 +66,19 @@ def quantized_in(model: Model, call: Callable[[], Any]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("m", [1, 5, 33])
-def test_norms_hand_over_and_nothing_else_changes(m: int) -> None:
+def test_norms_and_products_hand_over_and_nothing_else_changes(m: int) -> None:
     model, hand_over = watched()
     expected = run(Model(), m)
     counts = quantized_in(model, lambda: torch.testing.assert_close(run(model, m), expected, rtol=0, atol=0))
     own = {name: int(name.endswith("o_proj")) for name in counts}  # read a tanh
     assert counts == own
     found = sites(hand_over)
-    assert [site.op for site in found.values()] == ["rms_norm_quant", "add_rms_norm_quant"] * 2
+    ops = ["rms_norm_quant", "add_rms_norm_quant"] * 2 + ["silu_mul_quant"] * 2
+    assert [site.op for site in found.values()] == ops
     assert found["layers.0.input_layernorm"].reason == "policy always; handed to qkv_proj"
     assert found["layers.1.post_attention_layernorm"].reason == "policy always; handed to shared, experts"
-    assert hand_over.report is not None
-    assert [site.name for site in hand_over.report.others] == ["layers.0.o_proj", "layers.1.o_proj"]
+    assert found["layers.1.act_fn"].reason == "policy always; handed to down_proj"
+    assert others(hand_over) == dict.fromkeys(("layers.0.o_proj", "layers.1.o_proj"), TANH)
 
 
 def test_the_first_pass_gives_what_the_model_gives() -> None:
@@ -79,11 +87,13 @@ def test_the_first_pass_gives_what_the_model_gives() -> None:
     torch.testing.assert_close(run(model), run(Model()), rtol=0, atol=0)
 
 
-def test_a_norm_that_rounds_once_is_handed_over_with_its_own_arithmetic() -> None:
+def test_a_module_that_rounds_once_is_handed_over_with_its_own_arithmetic() -> None:
     model, hand_over = watched(roundings=1)
     torch.testing.assert_close(run(model), run(Model(roundings=1)), rtol=0, atol=0)
     (spec,) = {site.spec for site in sites(hand_over).values() if "add" in site.op}
     assert "once" in spec and "rounded" in spec
+    (spec,) = {site.spec for site in sites(hand_over).values() if "silu" in site.op}
+    assert "once" in spec
 
 
 def test_readers_of_two_layouts_share_the_form_and_those_of_two_rules_do_not() -> None:
@@ -96,17 +106,18 @@ def test_readers_of_two_layouts_share_the_form_and_those_of_two_rules_do_not() -
     assert reason == "policy always; handed to shared; not to experts: it quantizes by another rule"
 
 
-def test_a_tensor_written_after_the_norm_is_not_handed_over() -> None:
+def test_a_tensor_that_is_written_before_it_is_read_is_not_handed_over() -> None:
     for between, reason in (
         (lambda y: y.mul_(2), "aten.mul_.Tensor writes to it before"),
         (lambda y: y.view(-1)[:3].zero_(), "aten.zero_.default writes to it before"),
         (lambda y: y.data.mul_(3), "aten.mul_.Tensor writes to it before"),
         (write_unseen, "something writes to it before"),
     ):
-        model, hand_over = watched(between=between)
-        found = sites(hand_over)["layers.0.input_layernorm"]
-        assert (found.strategy, found.reason) == ("stock", f"qkv_proj: {reason}")
-        torch.testing.assert_close(run(model), run(Model(between=between)), rtol=0, atol=0)
+        model, hand_over = watched(between=between, gated=between)
+        for producer, reader in (("input_layernorm", "qkv_proj"), ("act_fn", "down_proj")):
+            found = sites(hand_over)[f"layers.0.{producer}"]
+            assert (found.strategy, found.reason) == ("stock", f"{reader}: {reason}")
+        torch.testing.assert_close(run(model), run(Model(between=between, gated=between)), rtol=0, atol=0)
         assert sites(hand_over)["layers.0.post_attention_layernorm"].fused
 
 
@@ -135,14 +146,16 @@ def test_a_write_that_only_a_later_pass_has_is_noticed_by_its_version() -> None:
 def test_the_check_names_a_stale_form_and_does_not_use_it(caplog: Any) -> None:
     active = []
     between = lambda y: write_unseen(y) if active else None  # noqa: E731
-    model, _ = watched(Switches(True, Rules("always"), check=True), between=between)
+    writing = {"between": between, "gated": between}
+    model, _ = watched(Switches(True, Rules("always"), check=True), **writing)
     active.append(True)
     with caplog.at_level(logging.WARNING):
         given = run(model), run(model)
     for each in given:
-        torch.testing.assert_close(each, run(Model(between=between)), rtol=0, atol=0)
+        torch.testing.assert_close(each, run(Model(**writing)), rtol=0, atol=0)
     stale = [text for text in caplog.messages if "stale" in text]
     assert any("model.layers.0.qkv_proj is stale: " in text for text in stale) and len(stale) == len(set(stale))
+    assert any("model.layers.1.down_proj is stale: " in text for text in stale)
     with pytest.raises(RuntimeError, match=r"layers\.0\.qkv_proj is stale"):
         active.clear()
         model, _ = watched(Switches(True, Rules("always"), strict=True, check=True), between=between)
@@ -174,6 +187,55 @@ def test_a_norm_of_another_arithmetic_stays() -> None:
     hand_over = watch(model, ALWAYS, lambda hand_over: None)
     run(model, 40)
     assert "layers.0.input_layernorm" not in sites(hand_over)
+    assert others(hand_over)["layers.0.input_layernorm"].startswith("its arithmetic is another: ")
+    assert others(hand_over)["layers.0.qkv_proj"] == "its input is what input_layernorm gives"
+
+
+def test_a_gated_product_of_another_arithmetic_stays() -> None:
+    def model() -> Model:
+        made = Model()
+        act_fn = made.model["layers"][0].act_fn
+        act_fn.forward = lambda x: SiluAndMul.forward(act_fn, x.clamp(max=7))
+        return made
+
+    stays, expected = model(), run(model(), 40)
+    hand_over = watch(stays, ALWAYS, lambda hand_over: None)
+    torch.testing.assert_close(run(stays, 40), expected, rtol=0, atol=0)
+    torch.testing.assert_close(run(stays, 40), expected, rtol=0, atol=0)
+    assert "layers.0.act_fn" not in sites(hand_over) and sites(hand_over)["layers.1.act_fn"].fused
+    assert others(hand_over)["layers.0.act_fn"].startswith("its arithmetic is another: ")
+    assert others(hand_over)["layers.0.down_proj"] == "its input is what act_fn gives"
+
+
+def test_a_call_with_more_than_its_op_takes_is_vllms() -> None:
+    model = Model()
+    norm = model.model["layers"][0].input_layernorm
+    norm.forward = lambda x, residual=None, scale=1: RMSNorm.forward(norm, x) * scale
+    hand_over = watch(model, ALWAYS, lambda hand_over: None)
+    run(model, 40)
+    assert sites(hand_over)["layers.0.input_layernorm"].fused
+    x = values(5, K)
+    torch.testing.assert_close(norm(x, scale=2), RMSNorm.forward(norm, x) * 2, rtol=0, atol=0)
+
+
+def test_each_module_that_takes_no_part_has_its_reason() -> None:
+    model = Model()
+    first, second = model.model["layers"]
+    model.add_module("norm", RMSNorm())  # is not called
+    model.add_module("head", BlockLinear())
+    first.qkv_proj.forward = lambda x: BlockLinear.forward(first.qkv_proj, x.clone())
+    first.shared.forward = lambda x: BlockLinear.forward(first.shared, x.detach())
+    second.forward = lambda x: second.qkv_proj(second.input_layernorm(torch.cat((x, x)))[: len(x)])
+    hand_over = watch(model, ALWAYS, lambda hand_over: None)
+    run(model, 40)
+    found = others(hand_over)
+    assert found["norm"] == found["head"] == found["layers.1.experts"] == "the first forward pass did not call it"
+    unread = "in the first forward pass no block-FP8 linear and no experts read the tensor that it returned"
+    assert found["layers.0.input_layernorm"] == found["layers.1.input_layernorm"] == unread
+    assert found["layers.0.qkv_proj"] == "its input is what aten.clone.default gives"
+    assert found["layers.1.qkv_proj"] == "its input is a part of what input_layernorm gives"
+    assert found["layers.0.shared"] == "its input is what post_attention_layernorm gives, as another tensor"
+    assert found["layers.0.o_proj"] == TANH
 
 
 def test_gemmas_norm_adds_one_to_its_weight() -> None:
@@ -186,7 +248,7 @@ def test_gemmas_norm_adds_one_to_its_weight() -> None:
     handing = model()
     hand_over = watch(handing, ALWAYS, lambda hand_over: None)
     run(handing, 40)
-    assert all(site.fused for site in sites(hand_over).values()) and len(sites(hand_over)) == 4
+    assert all(site.fused for site in sites(hand_over).values()) and len(sites(hand_over)) == 6
     torch.testing.assert_close(run(handing), run(model()), rtol=0, atol=0)
 
 
@@ -200,7 +262,7 @@ def test_the_policy_decides(policy: Any) -> None:
 def test_a_setting_for_one_site_counts() -> None:
     _, hand_over = watched(Switches(True, Rules("always", {"layers.0.*": "never"})))
     fused = [name for name, site in sites(hand_over).items() if site.fused]
-    assert fused == ["layers.1.input_layernorm", "layers.1.post_attention_layernorm"]
+    assert fused == ["layers.1.input_layernorm", "layers.1.post_attention_layernorm", "layers.1.act_fn"]
 
 
 def test_a_failing_kernel_is_given_up_once_by_name(caplog: Any, monkeypatch: Any) -> None:
@@ -209,16 +271,31 @@ def test_a_failing_kernel_is_given_up_once_by_name(caplog: Any, monkeypatch: Any
     def fail(*args: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    norm = next(n for n in hand_over.norms if n.name == "model.layers.0.input_layernorm")
-    reader = next(r for r in hand_over.readers if r.name == "model.layers.1.qkv_proj")
-    norm.run, reader.read = fail, fail  # type: ignore[method-assign]
+    producers, readers = ({each.name: each for each in of} for of in (hand_over.producers, hand_over.readers))
+    for name in ("model.layers.0.input_layernorm", "model.layers.0.act_fn"):
+        producers[name].run = fail  # type: ignore[method-assign]
+    readers["model.layers.1.qkv_proj"].read = fail  # type: ignore[method-assign]
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             torch.testing.assert_close(run(model), run(Model()), rtol=0, atol=0)
     assert [text.split(":")[1].strip() for text in caplog.messages] == [
         "model.layers.0.input_layernorm goes on as vLLM has it",
+        "model.layers.0.act_fn goes on as vLLM has it",
         "model.layers.1.qkv_proj goes on as vLLM has it",
     ]
+
+
+def test_what_others_put_on_an_instance_is_put_back() -> None:
+    model = Model()
+    layer = model.model["layers"][0]
+    norm, kernel = layer.input_layernorm, layer.qkv_proj.kernel
+    norm.forward = forward = lambda x: RMSNorm.forward(norm, x)
+    kernel.apply_weights = apply = lambda layer, x, bias: type(kernel).apply_weights(kernel, layer, x, bias)
+    hand_over = watch(model, ALWAYS, lambda hand_over: None)
+    run(model)
+    assert sites(hand_over)["layers.0.input_layernorm"].fused and norm.forward is not forward
+    hand_over.undo()
+    assert norm.forward is forward and kernel.apply_weights is apply
 
 
 def test_a_pass_that_raises_is_not_the_one(caplog: Any) -> None:

@@ -109,7 +109,7 @@ class Rules:
         if choice == "opaque-norm":
             if facts.opaque_norm:
                 return Decision("fused", f"{reason}: the norm is one opaque operation")
-            return Decision("stock", f"{reason}: the compiler generates the norm itself")
+            return Decision("stock", f"{reason}: no norm in it is one opaque operation")
         return Decision(BY_POLICY[choice], reason)
 
     def _automatic(self, facts: Facts) -> Decision:

@@ -29,10 +29,10 @@ LOADERS = "vllm.model_executor.model_loader"
 READY = "process_weights_after_loading"
 WRAPS = "_normquant_wraps"
 COMPILED, BY_TORCH = 3, (1, 2)  # vLLM's modes: with its own passes, and by torch.compile alone
-SAYS_SELF = "vLLM does not compile {model} ({why}), so that no graph is rewritten: of norm and quantization, {what}"
+SAYS_SELF = "vLLM does not compile {model} ({why}), so that no graph is rewritten: {what}"
 WHAT = (
-    "a norm hands its quantized form to the block-FP8 products that read it, as the first forward pass shows; latents, "
-    "RoPE, gated products and quantizations without a norm stay as they are"
+    "norms and gated products hand their quantized form to the block-FP8 products that read them, as the first forward "
+    "pass shows; kv latents, RoPE and quantizations of anything else stay as they are"
 )
 
 
@@ -108,7 +108,8 @@ def _report(hand_over: HandOver, config: Any, why: str) -> None:
     assert report is not None
     directory = _directory(config)
     where = f"; `normquant vllm-report {directory}` says which, and why not the others"
-    log.info("normquant: %d of %d norms hand over their quantized form%s", len(report.fused), len(report.sites), where)
+    counts = len(report.fused), len(report.sites)
+    log.info("normquant: %d of %d norms and gated products hand over their quantized form%s", *counts, where)
     from vllm import __version__
 
     record = GraphRecord(VERSION, __version__, f"{NOT_COMPILED} ({why})", report.to_dict(), hand_over.kernels())

@@ -6,9 +6,10 @@ instance: by one that looks whether the quantized form comes with the tensor, an
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -26,29 +27,31 @@ Stock = Callable[..., Any]
 
 
 @dataclass
-class Reader:
+class Reader(ABC):
     """A reader. name: path of its module in the model. spec: how it quantizes.
 
     owner, method: the instance and the name of what is replaced; stock: what was there.
+    OTHERWISE: what there is to say of a call whose `input` is None.
     """
 
+    OTHERWISE: ClassVar[str]
     name: str
     spec: QuantSpec
     owner: Any = field(repr=False)
     method: str
     stock: Stock = field(repr=False)
 
+    @abstractmethod
     def input(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """The tensor that a call quantizes as it is; None for a call that does something else with it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, form: QuantizedActivation, *args: Any, **kwargs: Any) -> Any:
         """What the call returns, from the form of its input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unlike(self, *args: Any, **kwargs: Any) -> str:
         """Run the call on first rows of its input as vLLM does and by a form; how they differ, "" if they do not."""
-        raise NotImplementedError
 
     def replace(self, call: Callable[..., Any]) -> None:
         """Have this called, with the reader as its first argument, in place of vLLM's method."""
@@ -61,6 +64,8 @@ class Reader:
     def restore(self) -> None:
         """Put vLLM's method back."""
         self.owner.__dict__.pop(self.method, None)
+        if getattr(self.owner, self.method) != self.stock:  # which somebody else had put on the instance
+            setattr(self.owner, self.method, self.stock)
 
     def fresh(self, x: torch.Tensor) -> QuantizedActivation:
         """x [..., K] quantized now, as [M, K]."""
@@ -71,6 +76,7 @@ class Reader:
 class LinearReader(Reader):
     """A block-FP8 linear: `kernel.apply_weights(layer, x, bias)`."""
 
+    OTHERWISE: ClassVar[str] = "it is not called with a tensor to be quantized and a bias alone"
     layer: nn.Module = field(repr=False)
     given: LinearInput = field(repr=False)
 
@@ -98,6 +104,8 @@ class LinearReader(Reader):
 @dataclass
 class ExpertsReader(Reader):
     """Routed experts: `prepare(x, ..., quant_config, defer_input_quant)` gives x quantized and its scales first."""
+
+    OTHERWISE: ClassVar[str] = "they weight their input, or quantize it later or by another rule"
 
     def input(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         at = 6 if self.is_modular else 2  # of quant_config among the arguments

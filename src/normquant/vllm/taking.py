@@ -9,7 +9,7 @@ import torch
 
 from normquant.spec import QuantizedActivation
 from normquant.vllm.handover import differing, drop, take
-from normquant.vllm.norm_modules import NormModule
+from normquant.vllm.producers import Producer
 from normquant.vllm.quantizing_readers import Reader
 from normquant.vllm.switches import Switches
 
@@ -35,7 +35,7 @@ class Taking:
             self.give_up(reader, error)
             return reader.stock(*args, **kwargs)
 
-    def give_up(self, each: NormModule | Reader, error: Exception) -> None:
+    def give_up(self, each: Producer | Reader, error: Exception) -> None:
         """Give a module its own method back, for good."""
         if self.switches.strict:
             raise error
