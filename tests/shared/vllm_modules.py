@@ -173,7 +173,12 @@ class Layer(nn.Module):
     """
 
     def __init__(
-        self, spec: QuantSpec = VLLM, shared: QuantSpec = VLLM, roundings: int = 2, between: Any = None, gated: Any = None
+        self,
+        spec: QuantSpec = VLLM,
+        shared: QuantSpec = VLLM,
+        roundings: int = 2,
+        between: Any = None,
+        gated: Any = None,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(roundings=roundings)
