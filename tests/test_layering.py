@@ -109,7 +109,6 @@ COVERED = {
     "vllm/manual.py": "vllm/test_manual",
     "vllm/norm_modules.py": "vllm_plugin/test_uncompiled",
     "vllm/module_paths.py": "vllm_plugin/test_uncompiled",
-    "vllm/origins.py": "vllm_plugin/test_uncompiled",
     "vllm/producers.py": "vllm_plugin/test_uncompiled",
     "vllm/quantizing_readers.py": "vllm_plugin/test_uncompiled",
     "vllm/taking.py": "vllm_plugin/test_uncompiled",

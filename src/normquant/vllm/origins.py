@@ -11,6 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from normquant.vllm.module_paths import beside
 
+ALLOCATES = ("aten.empty", "aten.new_empty")  # operations that leave it to others to fill what they return
+UNSEEN = "a kernel that torch does not see"
+
 
 class Origins:
     """Watches a model's modules from `start` to `stop`, and the operations that `note` is told of.
@@ -32,8 +35,8 @@ class Origins:
 
     def note(self, operation: object, given: Any, written: Any, result: Any) -> None:
         """An operation ran. given, written, result: trees with the tensors that it got, wrote to and returned."""
-        for storage in _storages(result) - _storages(given) | _storages(written):
-            self._made[storage] = str(operation)
+        origin = UNSEEN if str(operation).startswith(ALLOCATES) else str(operation)
+        self._made.update(dict.fromkeys(_storages(result) - _storages(given) | _storages(written), origin))
 
     def of(self, x: torch.Tensor, reader: str) -> str:
         """Where a reader's input comes from, in words."""
