@@ -90,10 +90,11 @@ def _register(with_product: bool) -> None:
         row = m * k * ACTIVATION_BYTES
         return 2 * row, spec.bytes(m, k) + row * with_product
 
+    more = ", Tensor product" if with_product else ""
     register(
         Op(
             name="silu_mul_quant" + "_with_product" * with_product,
-            schema=f"(Tensor x, float? limit, str spec) -> (Tensor data, Tensor scale{', Tensor product' * with_product})",
+            schema=f"(Tensor x, float? limit, str spec) -> (Tensor data, Tensor scale{more})",
             check=_check,
             fake=fake,
             reference=of_reference,

@@ -32,7 +32,7 @@ class ActivationModule(Producer):
         return None if others or named else (x,)
 
     def call(self, spec: QuantSpec, *inputs: torch.Tensor) -> tuple[str, tuple[Any, ...]]:
-        return "silu_mul_quant_with_product", (rows("x", inputs[0]), spec.encode())
+        return "silu_mul_quant_with_product", (rows("x", inputs[0]), None, spec.encode())
 
     def see(self, *inputs: torch.Tensor) -> str:
         every = every_gate(inputs[0])
