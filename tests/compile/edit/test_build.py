@@ -165,6 +165,23 @@ def test_a_rewrite_that_fails_changes_nothing(at: str) -> None:
         assert log.args == neg.args == (exp,) and told == []
 
 
+@pytest.mark.parametrize("what", ["replaced", "redirected", "free_strides"])
+def test_all_that_a_failing_rewrite_changed_is_put_back(what: str) -> None:
+    _, (exp, log, neg), doubled = rewrite_of(chain)
+    for node in (log, neg):
+        node.meta["eager_input_vals"] = ((), {})
+
+    def fails() -> None:
+        assert doubled in neg.args or "eager_input_vals" not in log.meta
+        raise RuntimeError("refused")
+
+    changes = {"replaced": ((exp, doubled),), "redirected": ((neg, exp, doubled),), "free_strides": (log, neg)}
+    with pytest.raises(RuntimeError, match="refused"):
+        Rewrite(**{what: changes[what]}, committed=fails).commit([doubled])
+    assert log.args == neg.args == (exp,) and set(exp.users) == {log, neg} and not doubled.users
+    assert all("eager_input_vals" in node.meta for node in (log, neg))
+
+
 def test_a_rewrite_that_holds_says_so() -> None:
     _, (exp, *_), doubled = rewrite_of(chain)
     readers: list[int] = []
@@ -246,6 +263,22 @@ def test_a_scale_is_copied_into_another_layout(layout) -> None:
     copied = result(graph, scale)
     assert torch.equal(copied, scale) and copied.stride() == ((4, 1) if layout == "row" else (1, 3))
     assert value(made).stride() == copied.stride()
+
+
+def test_shapes_of_several_symbols_are_read_off_the_graph() -> None:
+    """Of shapes that hold more than one symbol, none can be left to be inferred."""
+    graph, (exp, total) = traced(lambda x: (x.exp(), x.sum(-1)), X, mode="symbolic")
+    new = Builder(graph)
+    (x,) = [node for node in graph.find_nodes(op="placeholder") if isinstance(node.meta["val"], torch.Tensor)]
+    with new.before(exp):
+        rows = new(aten.reshape.default, x, [-1])
+        assert value(shaped(new, rows, exp)).shape == value(exp).shape
+        scale = new(aten.sum.dim_IntList, x, [-1])
+        form = ((ROWS,), (), (G,))
+        old = new(aten.unsqueeze.default, total.args[0], 1)
+        made = rebuild(new, scale, new(aten.sum.dim_IntList, old, [-1]), form)
+    assert value(made).shape == (value(x).shape[0], 1, value(x).shape[1])
+    assert [node.target for node in new.made].count(aten.sym_size.int) == 5
 
 
 def test_an_op_takes_the_place_of_what_several_nodes_made() -> None:

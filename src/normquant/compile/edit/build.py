@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,7 @@ class Builder:
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node with the fake value that it makes. An operation that refuses its arguments leaves no node."""
         values, named = map_arg((args, kwargs), lambda n: n.meta["val"])
-        fake = next((v.fake_mode for v in _tensors((values, named)) if hasattr(v, "fake_mode")), None)
-        with fake if fake is not None else nullcontext():
-            made = target(*values, **named)
+        made = target(*values, **named)
         node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = made
         self.made.append(node)
@@ -175,7 +173,3 @@ def call_in_place_of(
         outputs = [new(operator.getitem, made, i) for i in range(len(results))]
         pairs = zip(results, outputs, strict=True)
         return tuple((old, shaped(new, output, old)) for old, output in pairs if old is not None)
-
-
-def _tensors(values: Any) -> list[Any]:
-    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
