@@ -213,6 +213,24 @@ def test_the_arithmetic_of_the_opaque_operation(spec: QuantSpec, shape: tuple[in
     assert [t.stride() for t in given] == [t.stride() for t in expected]
 
 
+@pytest.mark.parametrize("layout", ["row", "col"])
+def test_any_number_of_rows_is_one_graph(layout: str) -> None:
+    def fn(x, w):
+        q = nq.group_quant(hf_norm(x, w), spec=QuantSpec(layout=layout))
+        return q.data, q.scale
+
+    w = exact(512, seed=2) + 0.5
+    for m in (8, 5):
+        x = exact(m, 512)
+        torch._dynamo.mark_dynamic(x, 0)
+        outcome = run_with_pass(fn, x, w, rules=Rules("native"))
+        assert outcome.site.strategy == "native" and outcome.ops() == [], outcome.reports
+        assert_bitwise(outcome.result, fn(x, w))
+        stored = torch.ops.prims.inductor_force_stride_order.default
+        targets = [node.target for gm in outcome.graphs for node in gm.graph.nodes]
+        assert (stored in targets) == (layout == "col")
+
+
 @pytest.mark.parametrize("unread", [0, 1], ids=["data", "scales"])
 def test_what_nobody_reads_is_not_made(unread: int) -> None:
     def fn(x):
