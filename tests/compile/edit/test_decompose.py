@@ -231,6 +231,23 @@ def test_any_number_of_rows_is_one_graph(layout: str) -> None:
         assert (stored in targets) == (layout == "col")
 
 
+def test_scales_by_column_of_any_number_of_rows_before_torch_2_13(monkeypatch) -> None:
+    def fn(x):
+        q = nq.group_quant(x, spec=QuantSpec(layout="col"))
+        return q.data, q.scale
+
+    x = exact(8, 512)
+    torch._dynamo.mark_dynamic(x, 0)
+    (gm,) = run_with_pass(fn, x, rules=Rules("never")).graphs
+    ops = gm.graph.find_nodes(op="call_function", target=torch.ops.normquant.group_quant.default)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.12.1"))
+    for old, made in decompose(Builder(gm.graph), ops):
+        assert made.meta["val"].stride() == old.meta["val"].stride()
+        old.replace_all_uses_with(made)
+    gm.graph.eliminate_dead_code()
+    assert_bitwise(GraphModule(torch.nn.Module(), gm.graph)(8, x), fn(x))
+
+
 @pytest.mark.parametrize("unread", [0, 1], ids=["data", "scales"])
 def test_what_nobody_reads_is_not_made(unread: int) -> None:
     def fn(x):
