@@ -242,6 +242,22 @@ def test_silu_mul_with_a_limit_by_hand():
     assert data.float()[0, ::128].tolist() == [448.0, 448.0, 448.0]
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_gated_norm_against_float64(rounding, d):
+    x, z, w = activations(64, 512), activations(64, 512, seed=1) * 4, weights(d)
+    gate = z.double()
+    expected = norm64(x.view(64, -1, d), w).flatten(1) * gate / (1 + (-gate).exp())
+    data, scale = reference.gated_norm_quant(x, z, w, EPS, QuantSpec(rounding=rounding))
+    wide = scale.double().repeat_interleave(128, 1)
+    # those of the norm and of silu times something, as above; and the product's own rounding to bf16
+    fp32 = ((d - 1).bit_length() + 3) / 2 + 4 + 5
+    part = fp32 * U + (1 + {"none": 0, "inner": 1, "once": 1, "twice": 2}[rounding]) * UNIT[torch.bfloat16]
+    error = (data.double() * wide - expected).abs()
+    bound = half_step(expected / wide) * wide + (2 * part + 3 * U) * expected.abs()
+    assert (error <= bound * CLOSE).all()
+
+
 @pytest.mark.parametrize("rope", ["interleaved", "half", "interleaved_to_half"])
 def test_rope_is_a_turn_of_complex_numbers(rope):
     x = activations(7, 64)

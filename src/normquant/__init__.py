@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from normquant.linear import BlockFP8Linear, block_fp8, block_fp8_linear, quantize_weight
     from normquant.ops import warmup
     from normquant.ops.add_rms_norm_quant import add_rms_norm_quant
+    from normquant.ops.gated_norm_quant import gated_norm_quant
     from normquant.ops.group_quant import group_quant
     from normquant.ops.latent_norm_quant import latent_norm_quant
     from normquant.ops.rms_norm_quant import rms_norm_quant
@@ -38,6 +39,7 @@ __all__ = [
     "block_fp8",
     "block_fp8_linear",
     "explain",
+    "gated_norm_quant",
     "group_quant",
     "inductor_options",
     "latent_norm_quant",

@@ -246,10 +246,25 @@ def silu_mul_quant(
     gate, up = x.chunk(2, dim=-1)  # [M, K] each
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    wide = gate.float()
-    silu = wide / (1.0 + torch.exp(-wide))
-    y = scale_by_weight(silu, up, spec, x.dtype)
+    y = scale_by_weight(silu(gate.float()), up, spec, x.dtype)
     return *group_quant(y, spec), y.to(x.dtype)
+
+
+def silu(g: torch.Tensor) -> torch.Tensor:
+    """g / (1 + exp(-g)) in fp32, any shape."""
+    return g / (1.0 + torch.exp(-g))
+
+
+def gated_norm_quant(
+    x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, spec: QuantSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, z [M, H * D], weight [D] -> data [M, H * D] fp8 of the norm of each head times silu(z), scale.
+
+    The norm is rounded as `spec.rounding` says, and what is quantized to x's dtype in any case.
+    """
+    heads = x.float().unflatten(1, (-1, weight.shape[0]))  # [M, H, D]
+    n = rms_norm(heads, weight, eps, spec, x.dtype).flatten(1)
+    return group_quant((n * silu(z.float())).to(x.dtype), spec)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope: Rope, spec: QuantSpec) -> torch.Tensor:

@@ -14,7 +14,7 @@ ROW = QuantSpec()
 
 def test_the_full_grid():
     cases = list(kernel_cases(BENCHMARKED))
-    assert len(cases) == len(set(cases)) == 15 * (2 * 2 * len(WIDTHS) + len(WIDTHS) + 3 + 1)
+    assert len(cases) == len(set(cases)) == 15 * (2 * 2 * len(WIDTHS) + len(WIDTHS) + 3 + 3 + 1)
     assert {c.m for c in cases} == set(MS)
 
 
@@ -25,6 +25,7 @@ BYTES = {
     "add_rms_norm_quant_with_norm": (2048 + 512, 512 + 16 + 2048),
     "group_quant": (1024, 528),
     "silu_mul_quant": (2048, 528),
+    "gated_norm_quant": (2048 + 256, 528),  # a weight of one head, 128
     "latent_norm_quant": (2 * 2 * (256 + 128 + 64) + 2 * (256 + 128) + 2 * 2 * 64, 528 + 2 * 2 * (128 + 64)),
     "rope_last": (1024 + 2 * 2 * 64, 1024),
 }

@@ -12,7 +12,9 @@ from normquant.ops import OPS, Examples
 
 SPEC = QuantSpec(layout="col_tma")
 FP32 = torch.float32
-EXAMPLES = Examples(4, 1536, "cpu", weight_dtype=FP32, weight_offset=1.0, latent=(256, 32), rope="half", limit=7.0)
+EXAMPLES = Examples(
+    4, 1536, "cpu", weight_dtype=FP32, weight_offset=1.0, latent=(256, 32), rope="half", limit=7.0, head_dim=256
+)
 
 
 def graph_of(*ops) -> Graph:
@@ -41,7 +43,11 @@ def test_each_op_says_its_width_and_spec():
         names = op.argument_names
         expected = {"op": op.name, "k": 1536, "spec": SPEC, "dtype": torch.bfloat16, "device": torch.device("cpu")}
         if "weight" in names:
-            expected |= {"weight_dtype": FP32, "weight_offset": 1.0}
+            expected |= {"weight_dtype": FP32}
+        if "weight_offset" in names:
+            expected |= {"weight_offset": 1.0}
+        if "z" in names:
+            expected |= {"head_dim": 256}
         if "limit" in names:
             expected |= {"limit": 7.0}
         if "kv_weight" in names:

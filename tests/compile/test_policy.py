@@ -75,6 +75,17 @@ def test_auto_on_sm90_without_an_entry_goes_by_the_rule() -> None:
         assert Rules().decide("a", facts(op="rope_last")).strategy == "fused"
 
 
+def test_auto_leaves_an_op_that_no_gpu_has_run(tmp_path) -> None:
+    for capability in ((9, 0), (10, 0)):
+        with on(capability):
+            decision = Rules().decide("a", facts(op="gated_norm_quant"))
+        assert decision.strategy == "stock" and "gated_norm_quant was measured on no GPU yet" in decision.reason
+    with on((9, 0)):
+        assert Rules("always").decide("a", facts(op="gated_norm_quant")).strategy == "fused"
+        path = table(tmp_path, entry([1, 64], op="gated_norm_quant", fused=1.5, stock=4.0))
+        assert Rules(table=path).decide("a", facts(op="gated_norm_quant", m=64)).strategy == "fused"
+
+
 def test_auto_goes_by_the_table_that_tune_wrote(tmp_path) -> None:
     """As `normquant tune --strategies` leaves it on hardware that had none: once for every number of rows."""
     path = tmp_path / "sm100.json"

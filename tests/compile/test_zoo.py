@@ -28,7 +28,7 @@ FUSED = {
     "glm4_moe": 4,
     "gpt_oss": 0,  # experts are no linear layers
     "gpt_neox": 0,  # LayerNorm
-    "qwen3_next": 4,  # gated delta nets
+    "qwen3_next": 11,  # gated delta nets, three with a gated norm
     "mamba2": 2,
     "bamba": 4,  # attention and state space layers
     "falcon_h1": 2,  # both in one layer

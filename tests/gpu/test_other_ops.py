@@ -1,4 +1,4 @@
-"""group_quant, silu_mul_quant, latent_norm_quant and rope_last on a GPU, against the reference there."""
+"""The ops but the norms on a GPU, against the reference there."""
 
 import itertools
 
@@ -14,6 +14,7 @@ from normquant import QuantSpec, reference, specs
 from normquant.approximate_reciprocal import approximate_reciprocal
 from normquant.kernels._device import fp8_max_over, reciprocal_approximate
 from normquant.kernels.configs import Config
+from normquant.kernels.gated_norm_quant import gated_norm_quant
 from normquant.kernels.latent_norm_quant import latent_norm_quant
 from normquant.kernels.rope_last import rope_last
 from normquant.kernels.silu_mul_quant import silu_mul_quant
@@ -102,6 +103,16 @@ def test_silu_mul_quant_of_every_gate(config):
     x = torch.cat([gate, activations(len(gate), 2048).cuda()], 1)
     for spec in (QuantSpec(), QuantSpec(rounding="twice")):
         assert_bitwise(silu_mul_quant(x, spec, config, return_product=True), reference.silu_mul_quant(x, spec))
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_gated_norm_quant(spec, d):
+    for m in (0, 1, 9, 257):
+        x, z, w = awkward(m, 2048).cuda(), awkward(m, 2048, seed=1).cuda(), weights(d).cuda()
+        for config in (Config(4), Config(8, 4)):
+            got = gated_norm_quant(x, z, w, 1e-6, spec, config)
+            assert_bitwise(got, reference.gated_norm_quant(x, z, w, 1e-6, spec))
 
 
 def angles(rows: int, dtype: torch.dtype) -> torch.Tensor:

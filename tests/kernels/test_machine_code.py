@@ -12,7 +12,14 @@ import triton
 from shared.machine_code import SM_90, SM_100, Code, compiling, machine_code
 
 from normquant import QuantSpec, specs
-from normquant.kernels import group_quant, latent_norm_quant, rms_norm_quant, rope_last, silu_mul_quant
+from normquant.kernels import (
+    gated_norm_quant,
+    group_quant,
+    latent_norm_quant,
+    rms_norm_quant,
+    rope_last,
+    silu_mul_quant,
+)
 from normquant.kernels.capability import LaunchTarget
 from normquant.kernels.configs import RELEASES, Config, _table, configs
 from normquant.kernels.launch import kernel_spec
@@ -41,7 +48,12 @@ def quant(x, config, *, spec=specs.HF):
 
 
 def silu(x, config, *, spec=specs.HF, return_product=False):
-    return silu_mul_quant.silu_mul_quant(torch.cat((x, x), dim=1), spec, config, return_product)
+    return silu_mul_quant.silu_mul_quant(torch.cat((x, x), dim=1), spec, config, return_product=return_product)
+
+
+def gated(x, config, *, spec=specs.HF, d=128, eps=1e-6):
+    weight = torch.empty(d, dtype=x.dtype)
+    return gated_norm_quant.gated_norm_quant(x, torch.empty_like(x), weight, eps, spec, config)
 
 
 # A new kernel needs a line in each of these three.
@@ -52,6 +64,7 @@ LAUNCHES = {
     "quant": quant,
     "silu": silu,
     "silu_stored": lambda x, config, **kwargs: silu(x, config, return_product=True, **kwargs),
+    "gated": gated,
 }
 
 # name -> tiles of 16-bit values that a program loads and stores: (whole row, its own part of it). With a split row a
@@ -63,9 +76,10 @@ LOADS = {
     "quant": lambda whole, own: [own],
     "silu": lambda whole, own: [own, own],
     "silu_stored": lambda whole, own: [own, own],
+    "gated": lambda whole, own: [own, own, own],  # the weight comes out of the L1 for all heads but one
 }
 # 16-bit tiles, beside the fp8 data
-STORES = {"norm": 0, "add_norm": 1, "add_norm_normed": 2, "quant": 0, "silu": 0, "silu_stored": 1}
+STORES = {"norm": 0, "add_norm": 1, "add_norm_normed": 2, "quant": 0, "silu": 0, "silu_stored": 1, "gated": 0}
 
 
 def power_of_two(n: int) -> int:
@@ -176,15 +190,31 @@ def test_programs_of_a_cluster_exchange_their_sums(split, programs, capability):
     assert f"expect_tx.shared::cta.b64 _, [mailbox + 32], {4 * programs};" in code.ptx
 
 
-@pytest.mark.parametrize("name", ["quant", "silu", "silu_stored"])
+@pytest.mark.parametrize("name", ["quant", "silu", "silu_stored", "gated"])
 @pytest.mark.parametrize("spec", [specs.VLLM, specs.DEEPGEMM_UE8M0], ids=lambda spec: spec.scale)
 def test_groups_are_quantized_without_a_barrier(name, spec):
     code = machine_code(lambda: LAUNCHES[name](empty(4, 7168), Config(8, 4), spec=spec), SM_90)
     assert not code.places("BAR"), "a group and its scale stay where they are"
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_heads_of_a_gated_norm_stay_in_their_warps(capability, d):
+    code = machine_code(lambda: gated(empty(4, 4096), Config(8), d=d), capability)
+    assert_clean(code)
+    assert_pdl_in_place(code)
+    assert not code.places("BAR") and not code.places("LDS") and not code.places("STS")
+    assert Counter(code.widths("LDG")) == Counter({128: 6})  # 16 values a thread of x, of z and of the weight
+
+
+@pytest.mark.parametrize("d", [16, 512, 1024])
+def test_other_heads_of_a_gated_norm_do_not_spill(d):
+    for choice in (Config(4), Config(8), Config(32)):
+        assert_clean(machine_code(lambda choice=choice: gated(empty(4, 8192), choice, d=d), SM_90))
+
+
 @pytest.mark.parametrize("rows", [4, 16])
-@pytest.mark.parametrize("name", ["norm", "add_norm_normed", "quant", "silu"])
+@pytest.mark.parametrize("name", ["norm", "add_norm_normed", "quant", "silu", "gated"])
 def test_several_rows_for_a_program(name, rows):
     code = compiled(name, 512, Config(rows // 2, rows=rows), SM_90)
     assert_clean(code)
@@ -261,7 +291,7 @@ def test_a_prefetch_stands_before_the_wait_and_reads_nothing(name, weight_dtype)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", ["norm", "add_norm", "silu", "silu_stored"])
+@pytest.mark.parametrize("name", ["norm", "add_norm", "silu", "silu_stored", "gated"])
 def test_what_is_not_asked_for_is_not_moved(name, capability):
     code = compiled(name, 7168, Config(8), capability)
     assert_clean(code)
@@ -280,7 +310,7 @@ def launch_example(op: Op, k: int, config: Config) -> None:
 
 @pytest.mark.parametrize(
     ("op", "k"),
-    [(op, int(k)) for op in OPS.values() if op.configs for k in _table(SM_90)[op.configs]],
+    [(op, int(k)) for op in OPS.values() if op.configs for k in _table(SM_90).get(op.configs, op.widths)],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_no_config_of_the_table_spills(op, k):
@@ -292,7 +322,7 @@ def test_no_config_of_the_table_spills(op, k):
 def test_every_named_spec_is_clean(name):
     spec = getattr(specs, name)
     capability = SM_100 if spec.scale == "ue8m0_packed" else SM_90
-    for run in (add_norm, quant, silu):
+    for run in (add_norm, quant, silu, gated):
         code = machine_code(lambda run=run: run(empty(4, 7168), Config(8), spec=spec), capability)
         assert_clean(code)
         assert_pdl_in_place(code)
@@ -332,7 +362,7 @@ def test_other_weights_are_read_wide(weight_dtype):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", ["add_norm", "quant", "silu"])
+@pytest.mark.parametrize("name", ["add_norm", "quant", "silu", "gated"])
 def test_no_multiply_add_of_the_compilers_choice(name, capability):
     # "mul.rn" and "add.rn" are what ptxas must not contract; without the suffix it may.
     free = re.compile(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32")
@@ -425,10 +455,11 @@ M_AND_WIDTH = ((1, 0), (2, 8), (16, 512), (17, 8192), (4096, 24))  # Triton tell
         (512, lambda x, i: norm(x, Config(4), eps=10.0**-i, residual=x, normed=True)),
         (512, lambda x, i: quant(x, Config(4), spec=QuantSpec(layout="col_tma"))),
         (1024, lambda x, i: silu_mul_quant.silu_mul_quant(x, QuantSpec(layout="col_tma"), Config(4))),
+        (1024, lambda x, i: gated(x, Config(4), eps=10.0**-i)),
         (2112, lambda x, i: latent(x, Config(4), eps=10.0**-i, angles=32 + 8 * i)),
         (768, lambda x, i: rope(x, heads=4, angles=32 + 8 * i)),
     ],
-    ids=["norm", "add_norm", "quant", "silu", "latent", "rope"],
+    ids=["norm", "add_norm", "quant", "silu", "gated", "latent", "rope"],
 )
 def test_one_binary_for_every_m_and_aligned_stride(k, launch):
     with compiling(SM_90) as kernels:

@@ -43,7 +43,7 @@ def rows() -> None:
     for op in OPS.values():
         for spec in SPECS:
             args = arguments(op)
-            check(op, args, spec, {name: Shard(0) for name in ("x", "residual", "positions") if name in args}, 0)
+            check(op, args, spec, {name: Shard(0) for name in ("x", "residual", "z", "positions") if name in args}, 0)
             check(op, args, spec, {"x": Shard(0)}, 0)  # the others follow
 
 

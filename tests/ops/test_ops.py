@@ -33,8 +33,9 @@ def example(op: Op, m: int, strided: bool) -> dict:
     rope = "interleaved_to_half" if strided else "half"
     gap, limit = (K + 16, 1.3) if strided else (0, None)
     args = op.example(Examples(m, K, "cpu", weight_offset=1.0, latent=(C, R), rope=rope, gap=gap, limit=limit))
-    if "residual" in args and m:  # opcheck cannot clone an empty tensor with gaps between its rows
-        args["residual"] = x_of(m, seed=1, strided=not strided)
+    for name in {"residual", "z"} & args.keys():  # strided as x is not
+        if m:  # opcheck cannot clone an empty tensor with gaps between its rows
+            args[name] = x_of(m, seed=1, strided=not strided)
     if "positions" in args and not strided:
         args["positions"] = None
     return args
@@ -108,6 +109,7 @@ FUNCTIONS = {
     "silu_mul_quant": (lambda x, spec: silu_mul_quant(x, spec=spec), 2 * K),
     "silu_mul_quant limit": (lambda x, spec: silu_mul_quant(x, spec=spec, limit=1.3), 2 * K),
     "silu_mul_quant product": (lambda x, spec: silu_mul_quant(x, spec=spec, return_product=True), 2 * K),
+    "gated_norm_quant": (lambda x, spec: nq.gated_norm_quant(x, x * 2, W[:128], spec=spec), K),
     "latent_norm_quant": (lambda x, spec: latent(x, spec), Q + C + R),
     "latent_norm_quant kv": (lambda x, spec: latent(x, spec, quantize_kv=True), Q + C + R),
 }
@@ -166,6 +168,7 @@ def test_values_are_those_of_the_reference(name):
         "silu_mul_quant": lambda: reference.silu_mul_quant(x, spec)[:2],
         "silu_mul_quant limit": lambda: reference.silu_mul_quant(x, spec, 1.3)[:2],
         "silu_mul_quant product": lambda: reference.silu_mul_quant(x, spec),
+        "gated_norm_quant": lambda: reference.gated_norm_quant(x, x * 2, W[:128], 1e-6, spec),
         "latent_norm_quant": lambda: latent_reference(x, spec)[:4],
         "latent_norm_quant kv": lambda: latent_reference(x, spec),
     }[name]()

@@ -11,10 +11,10 @@ from normquant.spec import QuantSpec
 
 # The ops that peers have, and that a layer is made of.
 NORM, ADD_NORM, QUANT = "rms_norm_quant", "add_rms_norm_quant", "group_quant"
-SILU, LATENTS, ROPE = "silu_mul_quant", "latent_norm_quant", "rope_last"
+SILU, GATED_NORM, LATENTS, ROPE = "silu_mul_quant", "gated_norm_quant", "latent_norm_quant", "rope_last"
 MS = tuple(2**i for i in range(15))
 SPEC = QuantSpec(layout="col_tma")
-PER_CALL = ("x", "residual", "positions")  # what differs between calls of one layer
+PER_CALL = ("x", "residual", "z", "positions")  # what differs between calls of one layer
 BENCHMARKED = tuple(op.stem for op in OPS.values() if op.widths and op.name == op.stem)
 
 CaseInputs = dict[str, Any]  # arguments of an op by name, the spec left out

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from normquant import specs
-from normquant.bench.cases import ADD_NORM, LATENTS, NORM, QUANT, SILU, SPEC, Case, CaseInputs
+from normquant.bench.cases import ADD_NORM, GATED_NORM, LATENTS, NORM, QUANT, SILU, SPEC, Case, CaseInputs
 from normquant.bench.timing import Call
 from normquant.ops import OPS
 from normquant.spec import QuantSpec, empty_scale
@@ -77,6 +77,7 @@ def eager(case: Case) -> Run | None:
         ADD_NORM: lambda i: _norm_quant(i["x"], i["residual"], i["weight"], case.normed)[:2],
         QUANT: lambda i: _aten_quant(i["x"]),
         SILU: lambda i: _aten_quant(F.silu(i["x"][:, : case.k]) * i["x"][:, case.k :]),
+        GATED_NORM: lambda i: _aten_quant(gated_norm(i["x"], i["z"], i["weight"])),
     }
     return runs.get(case.op)
 
@@ -139,6 +140,12 @@ def norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + EPS)).to(h.dtype)
 
 
+def gated_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """transformers' gated norm of Qwen3-Next, of heads side by side: x, z [M, H * D], weight [D] -> [M, H * D]."""
+    n = norm(x.unflatten(1, (-1, weight.shape[0])), weight).flatten(1)
+    return (n * F.silu(z.float())).to(x.dtype)
+
+
 def _aten_quant(y: torch.Tensor) -> Quantized:
     grouped = y.float().unflatten(-1, (-1, 128))
     scale = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
@@ -194,8 +201,6 @@ def vllm_unfused(case: Case) -> Run | None:
 
 def helion(case: Case) -> Run | None:
     """vLLM's kernels in Helion, with the configs that it brings, which are of widths 2048, 4096 and 5120."""
-    if case.normed or case.op == LATENTS:
-        return None
 
     def outputs(i: CaseInputs) -> Quantized:
         data = torch.empty(case.m, case.k, dtype=FP8, device=i["x"].device)
@@ -216,10 +221,14 @@ def helion(case: Case) -> Run | None:
         kernel(i["x"], data, scale, 128, 1e-10, -448.0, 448.0, False, True, True)
         return data, scale
 
-    name, run = {
+    kernels: dict[str, tuple[str, Run]] = {
         SILU: ("silu_and_mul_per_block_quant", silu),
         QUANT: ("per_token_group_fp8_quant", quant),
-    }.get(case.op, ("rms_norm_per_block_quant", norm))
+        **dict.fromkeys((NORM, ADD_NORM), ("rms_norm_per_block_quant", norm)),
+    }
+    if case.normed or case.op not in kernels:
+        return None
+    name, run = kernels[case.op]
     kernel = getattr(import_module(f"vllm.kernels.helion.ops.{name}"), name)
     return run
 

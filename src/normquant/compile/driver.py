@@ -19,6 +19,7 @@ from normquant.compile.edit.snapshot import restore, states
 from normquant.compile.find.graph import Unsupported
 from normquant.compile.fusion_report import FusionReport, Site
 from normquant.compile.fusions import (
+    gated_norm_quant,
     group_quant,
     latent_norm_quant,
     norm_quant,
@@ -31,12 +32,13 @@ from normquant.compile.fusions.all_reduce_norm_quant import AllReduceNormQuant
 from normquant.compile.fusions.candidate import Candidate, Fusion, Rejection
 from normquant.compile.policy import Rules
 
-FUSIONS: tuple[Fusion, ...] = (norm_quant.find, product_pair.find)
+FUSIONS: tuple[Fusion, ...] = (gated_norm_quant.find, norm_quant.find, product_pair.find)
 ALL_REDUCE_FUSIONS: tuple[Fusion, ...] = (AllReduceNormQuant(), *FUSIONS)
 # Gated products and latents first: what they take is not left over for a norm or a quantization alone.
 VLLM_FUSIONS: tuple[Fusion, ...] = (
     vllm_fused_ops.find,
     silu_mul_quant.find,
+    gated_norm_quant.find,
     latent_norm_quant.find,
     rope_last.find,
     norm_quant.find,
@@ -129,11 +131,12 @@ def _rewrite(graph: Graph, rules: Rules, fusions: Sequence[Fusion], done: _Recor
 @dataclass
 class _Record:
     """What was done so far. sites: each with the node that has to be left in the graph for it to count, or None.
-    lone: of each quantization without a norm. rewritten: how many sites."""
+    lone: of each quantization without a norm. told: quantizations of sites. rewritten: how many sites."""
 
     strict: bool
     sites: list[tuple[Site, Node | None]] = field(default_factory=list)
     lone: dict[Node, Site] = field(default_factory=dict)
+    told: set[Node] = field(default_factory=set)
     rewritten: int = 0
     errors: list[str] = field(default_factory=list)
 
@@ -156,6 +159,8 @@ class _Record:
 
     def add(self, found: Candidate | Rejection, site: Site, stands_for: Node | None = None) -> None:
         self.rewritten += site.strategy != "stock"
+        if found.told is not None:
+            self.told.add(found.told)
         if found.lone is not None and not site.fused:
             self.lone[found.lone] = site
             return
@@ -167,7 +172,7 @@ class _Record:
         """Everything that holds for the graph as it is now: a node that another fusion has taken in counts there."""
         nodes = set(graph.nodes)
         sites = tuple(site for site, node in self.sites if node is None or node in nodes)
-        told = {node for _, node in self.sites}
+        told = self.told.union(node for _, node in self.sites if node is not None)
         others = tuple(site for node, site in self.lone.items() if node not in told)
         return FusionReport(0, policy, sites, others, cleaned, "; ".join(dict.fromkeys(self.errors)))
 

@@ -23,6 +23,8 @@ BY_POLICY: dict[str, Strategy] = {
 }
 REMEDY = "`normquant tune --strategies` makes them, policy='always' fuses anyway"
 SM90_RULE = "no measurement of this shape; our kernel was the fastest in nearly all that were measured on sm_90"
+# Ops that no GPU has run yet: neither the rule nor the remedy is about them.
+UNMEASURED = frozenset({"gated_norm_quant"})
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ class Rules:
             if found is not None:
                 return Decision(*found)
             lacks = f"of {facts.op} with K={facts.k} {lacks}"
+        if facts.op in UNMEASURED:
+            return Decision(
+                "stock", f"policy auto: {facts.op} was measured on no GPU yet; policy='always' fuses anyway"
+            )
         if capability == (9, 0):
             return Decision("fused", f"policy auto: {SM90_RULE}")
         return Decision("stock", f"policy auto: no measurements {lacks}; {REMEDY}")

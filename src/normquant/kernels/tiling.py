@@ -56,9 +56,10 @@ def unsplit(config: Config) -> Config:
     return replace(config, split=1)
 
 
-def group_blocks(m: int, k: int, spec: QuantSpec, config: Config) -> tuple[int, int]:
-    """The same where a program takes neighbouring groups of any rows: its groups, and programs for all m rows."""
-    block = own_groups(k, spec, config)[0] * config.rows
+def group_blocks(m: int, k: int, spec: QuantSpec, config: Config, least: int = 1) -> tuple[int, int]:
+    """The same where a program takes neighbouring groups of any rows, `least` of them or more, a power of two: its
+    groups, and programs for all m rows."""
+    block = max(own_groups(k, spec, config)[0] * config.rows, least)
     per = spec.scales_per_element
     return block, -(-m * spec.scale_shape(m, k)[1] * per // block)
 
@@ -109,9 +110,11 @@ def _log_warps(tiles: tuple[int, ...], own: tuple[int, ...], spec: QuantSpec, co
     """
     width = 16 if tiles == own else 8
 
-    def of_tile(groups: int) -> int:
-        n = groups * spec.group
-        per_thread = max(1, min(width, config.rows * n // (32 * config.num_warps)))
-        return min(log2(n), log2(32 * power_of_two(per_thread)))
+    sizes = [groups * spec.group for groups in tiles]
+    return tuple(log_warp(n, config.rows * n, config.num_warps, width) for n in sizes)
 
-    return tuple(of_tile(groups) for groups in tiles)
+
+def log_warp(n: int, values: int, num_warps: int, width: int = 16) -> int:
+    """log2 of how many of n neighbours one warp holds, of a tile of `values` of which a thread has up to `width`."""
+    per_thread = max(1, min(width, values // (32 * num_warps)))
+    return min(log2(n), log2(32 * power_of_two(per_thread)))

@@ -10,7 +10,7 @@ from normquant.kernels import capability
 from normquant.kernels.product_configs import BLOCK, FEW_ROWS, product_config, rows_of_program
 from normquant.linear.split_product import launch_pair
 from normquant.ops import OPS, Examples
-from normquant.ops._examples import LATENT
+from normquant.ops._examples import HEAD_DIM, LATENT
 from normquant.spec import QuantSpec, Rope
 
 FP8 = torch.float8_e4m3fn
@@ -45,6 +45,7 @@ def warm_pair(
     latent: tuple[int, int] = LATENT,
     rope: Rope = "interleaved",
     limit: float | None = None,
+    head_dim: int = HEAD_DIM,
 ) -> int:
     """Launch once every kernel that the pair of an op may choose for few rows; how many numbers of rows that took.
 
@@ -57,8 +58,8 @@ def warm_pair(
         torch.ones(-(-n // BLOCK), inner // BLOCK, device=device),
     )
     for m in wanted.values():
-        of_m = Examples(m, k, device, dtype, weight_dtype or dtype, weight_offset, latent, rope, limit=limit)
-        example = OPS[op].example(of_m)
+        sizes = Examples(m, k, device, dtype, weight_dtype or dtype, weight_offset, latent, rope, 0, 0, limit, head_dim)
+        example = OPS[op].example(sizes)
         rest = (*(value for name, value in example.items() if name != "x"), spec)
         data, scale = torch.empty(m, inner, dtype=FP8, device=device), torch.ones(m, inner // BLOCK, device=device)
         launch = launch_pair(OPS[op], (data, scale, weight, weight_scale, dtype), rest)

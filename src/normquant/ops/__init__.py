@@ -9,6 +9,7 @@ from normquant.ops._op import LIBRARY, OPS, Op, warmup
 from normquant.ops._sharding import register_sharding
 from normquant.ops.add_rms_norm_quant import add_rms_norm_quant
 from normquant.ops.all_reduce_add_rms_norm_quant import all_reduce_add_rms_norm, all_reduce_add_rms_norm_quant
+from normquant.ops.gated_norm_quant import gated_norm_quant
 from normquant.ops.group_quant import group_quant
 from normquant.ops.latent_norm_quant import latent_norm_quant
 from normquant.ops.rms_norm_quant import rms_norm_quant
@@ -22,6 +23,7 @@ __all__ = [
     "add_rms_norm_quant",
     "all_reduce_add_rms_norm",
     "all_reduce_add_rms_norm_quant",
+    "gated_norm_quant",
     "group_quant",
     "latent_norm_quant",
     "register_sharding",

@@ -10,6 +10,7 @@ import torch
 from normquant.spec import Rope
 
 LATENT = (512, 64)  # kv_a and k_pe beside q_a, of DeepSeek-V3
+HEAD_DIM = 128  # values of a head of a gated delta net, of Qwen3-Next
 POSITIONS = 4096  # rows of cos and sin
 EPS = 1e-6
 
@@ -19,7 +20,7 @@ class Examples:
     """Random tensors for m rows of k quantized values, always the same ones for a seed.
 
     latent: widths of kv_a and k_pe beside a q_a of k values. gap: values between one row of an activation and the next.
-    limit: of a gated product.
+    limit: of a gated product. head_dim: values of a head that has a norm of its own.
     """
 
     m: int
@@ -33,6 +34,7 @@ class Examples:
     gap: int = 0
     seed: int = 0
     limit: float | None = None
+    head_dim: int = HEAD_DIM
 
     @cached_property
     def generator(self) -> torch.Generator:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from normquant.kernels import capability
-from normquant.ops._examples import LATENT, Examples
+from normquant.ops._examples import HEAD_DIM, LATENT, Examples
 from normquant.ops._gradients import refuse_gradients
 from normquant.spec import QuantSpec, Rope
 
@@ -201,6 +201,7 @@ def warmup(
     latent: tuple[int, int] = LATENT,
     rope: Rope = "interleaved",
     limit: float | None = None,
+    head_dim: int = HEAD_DIM,
     device: torch.device | str = "cuda",
 ) -> int:
     """Launch once every kernel that an op may choose for rows of k values, and return how many there are.
@@ -211,8 +212,8 @@ def warmup(
 
     op: a name in `torch.ops.normquant`, such as "add_rms_norm_quant" or "add_rms_norm_quant_with_norm".
     k: values of a row that are quantized; of the latents those of q_a, `latent` being the other two widths.
-    weight_dtype: of the norm's weight, `dtype` unless given. limit: of `silu_mul_quant`. Raises ValueError for an
-    unknown op, or on a CPU.
+    weight_dtype: of the norm's weight, `dtype` unless given. limit: of `silu_mul_quant`. head_dim: of
+    `gated_norm_quant`. Raises ValueError for an unknown op, or on a CPU.
     """
     from normquant.kernels import configs
 
@@ -224,7 +225,9 @@ def warmup(
         raise ValueError(f"there is nothing to compile for {device}; warmup needs a CUDA device")
     if op not in OPS or not OPS[op].configs:
         raise ValueError(f"op is {op!r}; accepted: the ops of torch.ops.normquant, such as 'add_rms_norm_quant'")
-    examples = Examples(2, k, device, dtype, weight_dtype or dtype, weight_offset, latent, rope, limit=limit)
+    examples = Examples(
+        2, k, device, dtype, weight_dtype or dtype, weight_offset, latent, rope, limit=limit, head_dim=head_dim
+    )
     args = OPS[op].example(examples).values()
     specs = {spec.at(0), spec.at(spec.few_rows)}  # the rules for few rows and for many
     choices = list(product(specs, configs.configs(OPS[op].configs, k, found)))

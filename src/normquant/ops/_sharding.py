@@ -16,7 +16,7 @@ from normquant.ops._op import OPS, Op
 from normquant.spec import GROUPS
 
 WHOLE_GROUPS = 4 * max(GROUPS)  # K in multiples of it: whole groups of any spec, and whole elements of packed scales
-ROWS = ("x", "residual", "positions")  # arguments that have a row for each of the outputs'
+ROWS = ("x", "residual", "z", "positions")  # arguments that have a row for each of the outputs'
 ANGLES = ("cos", "sin")
 
 Placements = list[Any]  # one for each output, or for each argument

@@ -68,13 +68,18 @@ def check_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Ten
     check_rows(x, "x")
     check_normed_width(x.shape[1], spec, "x")
     if residual is not None:
-        if residual.shape != x.shape or residual.dtype != x.dtype:
-            raise ValueError(f"residual is {describe(residual)}; it must have x's shape and dtype, {describe(x)}")
-        check_rows(residual, "residual")
-        _same_device("residual", residual, x)
+        check_like("residual", residual, x)
     if weight.dim() != 1 or weight.shape[0] != x.shape[1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [K] = [{x.shape[1]}]")
     check_weight(weight, x, "weight")
+
+
+def check_like(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
+    """t must have the shape, dtype and device of x [M, K], and last stride 1."""
+    if t.shape != x.shape or t.dtype != x.dtype:
+        raise ValueError(f"{name} is {describe(t)}; it must have x's shape and dtype, {describe(x)}")
+    check_rows(t, name)
+    _same_device(name, t, x)
 
 
 def check_eps(eps: float) -> None:

@@ -178,10 +178,11 @@ def test_a_limit_that_is_computed_stays() -> None:
     assert_equal(result, fn(x, limit))
 
 
-def test_a_product_that_is_read_elsewhere_stays() -> None:
+@pytest.mark.parametrize("reader", [lambda y: y.float().sum(), lambda y: y], ids=["sum", "output"])
+def test_a_product_that_is_read_elsewhere_stays(reader: Any) -> None:
     def fn(x):
         y = activation(x)
-        return *vllm_ops.per_token_group_fp8_quant(y), y.float().sum()
+        return *vllm_ops.per_token_group_fp8_quant(y), reader(y)
 
     result, (site,), _ = run(fn, gate_up())
     assert "is also read by" in site.reason

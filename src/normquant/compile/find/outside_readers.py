@@ -49,6 +49,17 @@ def check_inside(match: Match, known: Collection[Node]) -> None:
                 raise Unsupported(_read_by(node, "the quantization", readers[0]))
 
 
+def check_unread(inner: Collection[Node], results: Collection[Node | None], where: str) -> None:
+    """Raises Unsupported where a node inside of a site is read by one that is neither inside nor a result of it.
+
+    Dead code counts as nothing. where: what the nodes are, in words.
+    """
+    for node in sorted(inner):
+        for user in node.users:
+            if user not in inner and user not in results and (user.users or user.op == "output"):
+                raise Unsupported(f"{node.name}, {where}, is also read by {user.name}")
+
+
 def _read_by(node: Node, where: str, reader: Node) -> str:
     return f"{op_name(node)} inside of {where} is also read by {op_name(reader)} ({reader.name})"
 

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from normquant.compile.find.graph import Unsupported, arguments, dtype, is_call, keeps_order, overload_name, peel, value
+from normquant.compile.find.graph import (
+    Unsupported,
+    arguments,
+    dtype,
+    first_arg,
+    is_call,
+    keeps_order,
+    overload_name,
+    peel,
+    value,
+)
 from normquant.compile.find.quants import Quant, axes_of
 from normquant.spec import FP8_MAX, TMA_ALIGN, Layout, QuantSpec
 
@@ -32,10 +42,14 @@ def read(node: Node, k: int) -> Quant:
     return read_group_quant(node, k) if is_group_quant(node) else read_vllm_quant(node, k)
 
 
+def source(node: Node) -> Node:
+    """What the operation quantizes."""
+    return first_arg(node) if is_group_quant(node) else node.kwargs["input"]  # type: ignore[return-value]
+
+
 def quantized(node: Node) -> Node:
-    """What the operation quantizes, after views are taken off."""
-    source: Any = arguments(node)[0] if is_group_quant(node) else node.kwargs["input"]
-    return peel(source, keeps_order)
+    """The same, after views are taken off."""
+    return peel(source(node), keeps_order)
 
 
 def read_group_quant(node: Node, k: int) -> Quant:

@@ -31,10 +31,12 @@ FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 @dataclass(frozen=True)
 class Rejection:
-    """The record of a site that stays as it is. lone: its quantization, where no norm is in front of that."""
+    """The record of a site that stays as it is. lone: its quantization, where no norm is in front of that.
+    told: its quantization, of which nothing more has to be said."""
 
     site: Site
     lone: Node | None = None
+    told: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Candidate:
     opaque_norm, extra_kernel, group, own: as in `Facts`.
     stays: its record where it stays, if that is another one; a reason is put behind the one that it has.
     remark: said of the site in front of every other reason, and alone where the policy leaves it as it is.
-    lone: its quantization, where no norm is in front of that, or its all-reduce. listed: whether another fusion has
-    recorded the site, so that no record is due where the policy leaves it as it is.
+    lone: its quantization, where no norm is in front of that, or its all-reduce. told: as in `Rejection`.
+    listed: whether another fusion has recorded the site, so that no record is due where the policy leaves it as it is.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Candidate:
     stays: Site | None = None
     remark: str = ""
     lone: Node | None = None
+    told: Node | None = None
     listed: bool = False
     own: Decision | None = None
 
@@ -96,9 +99,11 @@ Findings = Iterator[Candidate | Rejection]
 Fusion = Callable[[Graph], Findings]
 
 
-def rejected(name: str, where: str, reason: str, lone: Node | None = None, **known: Any) -> Rejection:
+def rejected(
+    name: str, where: str, reason: str, lone: Node | None = None, told: Node | None = None, **known: Any
+) -> Rejection:
     """A site that stays. known: fields of its record."""
-    return Rejection(Site(name, where, "stock", reason, **known), lone)
+    return Rejection(Site(name, where, "stock", reason, **known), lone, told)
 
 
 def bytes_of(op: str, *args: Any, **kwargs: Any) -> int:

@@ -34,6 +34,7 @@ from normquant.compile.find.graph import (
     same_size,
     value,
 )
+from normquant.compile.find.outside_readers import check_unread
 from normquant.compile.find.quant_ops import is_quant, quantized, read
 from normquant.compile.find.quants import Quant
 from normquant.compile.fusions.acceptance import check_op, rows_of
@@ -132,12 +133,8 @@ def _read(anchor: Node, product: Node, gate: Node, up: Node, inner: set[Node], r
     first, second = clamped(gate), clamped(up)
     limit, x = _limit(first, second), _halves(first.x, second.x, k)
     inner |= quant.inner | first.inner | second.inner
-    ends, results = {first.x, second.x}, {quant.data, quant.scale}
-    for node in inner - ends:
-        outside = [user for user in node.users if user not in inner and user not in results and user.users]
-        if outside:
-            raise Unsupported(f"{node.name}, between gate and quantization, is also read by {outside[0].name}")
-    if len({regions[node] for node in inner | ends}) > 1:
+    check_unread(inner, {quant.data, quant.scale}, "between gate and quantization")
+    if len({regions[node] for node in inner | {first.x, second.x}}) > 1:
         raise Unsupported("a tensor is changed in place between the gate and the quantization")
     gated = GatedProduct(x, k, limit, quant)
     check_op("silu_mul_quant", rows_of(x, 2 * k), limit, gated.spec)
