@@ -197,7 +197,7 @@ def test_groups_are_quantized_without_a_barrier(name, spec):
     assert not code.places("BAR"), "a group and its scale stay where they are"
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [64, 128, 256, 512])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_heads_of_a_gated_norm_stay_in_their_warps(capability, d):
     code = machine_code(lambda: gated(empty(4, 4096), Config(8), d=d), capability)

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from normquant.compile.edit.build import Builder, shaped
 from normquant.compile.find.graph import Unsupported, aten, prims, value
-from normquant.compile.find.quant_ops import is_group_quant, read
+from normquant.compile.find.quant_ops import read, source
 from normquant.compile.find.quants import Quant
 from normquant.spec import FP8_MAX, MAX_POWER, TMA_ALIGN, QuantSpec
 
@@ -23,12 +23,12 @@ def decompose(new: Builder, ops: Sequence[Node]) -> tuple[tuple[Node, Node], ...
 
     Raises Unsupported for packed scales, and for TMA-aligned ones where the rows are not known to be a multiple of 4.
     """
-    source: Any = ops[0].args[0] if is_group_quant(ops[0]) else ops[0].kwargs["input"]
-    k = value(source).shape[-1]
+    y = source(ops[0])
+    k = value(y).shape[-1]
     quants = [read(op, k) for op in ops]
-    _check(quants, value(source).numel() // k)
+    _check(quants, value(y).numel() // k)
     with new.before(ops[0]):
-        data, scale = _quantize(new, source, quants[0].spec)
+        data, scale = _quantize(new, y, quants[0].spec)
         columns = _by_column(new, scale) if any(quant.spec.layout != "row" for quant in quants) else scale
         pairs = [(quant.data, data) for quant in quants]
         pairs += [(quant.scale, scale if quant.spec.layout == "row" else columns) for quant in quants]
