@@ -22,8 +22,8 @@ def rms(h: torch.Tensor) -> torch.Tensor:
 
 
 INPUTS: dict[str, tuple[Any, str]] = {
-    "vLLM's gated norm": (
-        lambda x, z: (rms(x.float()) * WEIGHT.float() * F.silu(z.float())).to(x.dtype),
+    "vLLM's gated norm, of a sigmoid": (
+        lambda x, z: (rms(x.float()) * WEIGHT.float() * torch.sigmoid(z.float())).to(x.dtype),
         "a gated norm",
     ),
     "of heads": (
