@@ -128,6 +128,14 @@ def scratch(**fields):
     )
 
 
+@pytest.fixture
+def library(monkeypatch):
+    """Where scratch ops are defined, gone after the test."""
+    with torch.library._scoped_library("normquant", "FRAGMENT") as own:
+        monkeypatch.setattr(_op, "LIBRARY", own)
+        yield
+
+
 def registered(**fields):
     with mock.patch.dict(OPS):
         op = register(scratch(**fields))
@@ -135,6 +143,7 @@ def registered(**fields):
     return op
 
 
+@pytest.mark.usefixtures("library")
 def test_an_op_gives_its_reference_on_a_cpu_and_its_fake_to_the_compiler():
     op, x = registered(), torch.full((2,), 6.0)
     assert op.stem == op.name and registered(stem="another").stem == "another"
@@ -148,6 +157,7 @@ def test_an_op_gives_its_reference_on_a_cpu_and_its_fake_to_the_compiler():
     assert {"pt2_compliant_tag", "needs_fixed_stride_order"} <= tags
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("eps", ["default", "tensor"])
 def test_what_its_check_refuses_is_refused_everywhere(eps):
     seen = []
@@ -167,6 +177,7 @@ def test_what_its_check_refuses_is_refused_everywhere(eps):
     assert seen == [(2.0, QuantSpec(group=64)), (2.0 if eps == "default" else 1.0, QuantSpec(group=64))]
 
 
+@pytest.mark.usefixtures("library")
 def test_epsilon_may_be_a_tensor_where_an_op_says_so():
     op, x = registered(eps_overload=True), torch.full((2,), 6.0)
     call = getattr(torch.ops.normquant, op.name).tensor
@@ -179,6 +190,7 @@ def test_epsilon_may_be_a_tensor_where_an_op_says_so():
     assert getattr(torch.ops.normquant, registered().name).overloads() == ["default"]
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("overload", ["default", "tensor"])
 def test_no_op_has_a_gradient(overload):
     op = registered(eps_overload=True)
@@ -191,6 +203,7 @@ def test_no_op_has_a_gradient(overload):
         assert not any(out.requires_grad for out in call(x, eps, QuantSpec().encode()))
 
 
+@pytest.mark.usefixtures("library")
 def test_a_launch_is_planned_for_checked_arguments():
     op, x = registered(), torch.ones(2)
     with mock.patch("normquant.kernels.launch.Launch") as launch:
@@ -203,6 +216,7 @@ def test_a_launch_is_planned_for_checked_arguments():
     assert plan.arguments == (x, 2.0, QuantSpec(group=64), "a config") and tensors_given == [x]
 
 
+@pytest.mark.usefixtures("library")
 def test_generated_code_finds_the_launch_at_what_torch_calls():
     op, x = registered(), torch.ones(2)
     with (
