@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from normquant.compile.edit.cleanup import CleanupPass, clean, keep_outputs_apart, output_owners
+from normquant.compile.edit import cleanup
+from normquant.compile.edit.cleanup import CleanupPass, _needless_layout, clean, keep_outputs_apart, output_owners
 
 BF16 = torch.bfloat16
 aten = torch.ops.aten
@@ -127,6 +129,34 @@ def test_outputs_do_not_become_inputs_or_views_of_them_or_one_tensor() -> None:
     assert kept(lambda x: (trip(y := ops.norm(x)), y)) == 2, "returned already"
     assert kept(lambda x: (trip(ops.norm(x)).view(-1),)) == 0
     assert kept(lambda x: (trip(x) * 2,)) == 0
+
+
+@pytest.mark.parametrize(
+    ("copied", "is_copy_of_a_layout"),
+    [
+        (lambda x: x.t().unsqueeze(0), True),
+        (lambda x: x.t().unsqueeze(0).unsqueeze(-1).float(), True),
+        (lambda x: x.view(2, 16), False),
+        (lambda x: x.t() * 2, False),
+    ],
+)
+def test_a_copy_of_a_transposed_tensor_is_one_behind_views_too(copied, is_copy_of_a_layout) -> None:
+    def fn(x):
+        return (ops.any_layout(copied(x).clone(memory_format=torch.contiguous_format)),)
+
+    gm = make_fx(fn, tracing_mode="fake")(torch.arange(32.0).view(4, 8))
+    (copy,) = gm.graph.find_nodes(op="call_function", target=aten.clone.default)
+    assert (_needless_layout(copy) is copy.args[0]) == is_copy_of_a_layout
+    assert not any(_needless_layout(node) for node in gm.graph.nodes if node is not copy)
+    copy.replace_all_uses_with(copy.args[0])
+    assert _needless_layout(copy) is None, "nobody reads it"
+
+
+def test_the_pass_cleans_and_has_the_key_of_its_source() -> None:
+    gm = make_fx(lambda x: (ops.norm(x.float().to(BF16)),), tracing_mode="fake")(torch.randn(4, 8, dtype=BF16))
+    CleanupPass()(gm.graph)
+    assert [node.target for node in gm.graph.nodes if node.op == "call_function"] == [ops.norm.default]
+    assert CleanupPass().uuid() == get_hash_for_files((cleanup.__file__,))
 
 
 def test_how_many_nodes_went() -> None:
