@@ -7,6 +7,7 @@ import torch
 
 from normquant.bench.cases import BENCHMARKED, MS, Case, kernel_cases
 from normquant.bench.timing import Timing
+from normquant.compile.policy import UNMEASURED
 from normquant.kernels import configs, tiling
 from normquant.kernels.configs import Config, write_row
 from normquant.ops import OPS
@@ -101,7 +102,7 @@ def test_every_shape_has_a_config_on_every_gpu(case, capability):
 
 def test_the_committed_table_covers_what_is_measured():
     table = configs._table((9, 0))
-    for case in kernel_cases(BENCHMARKED):
+    for case in kernel_cases(tuple(op for op in BENCHMARKED if op not in UNMEASURED)):
         assert str(case.k) in table[case.op_name], case
 
 

@@ -242,5 +242,5 @@ def mlp(
     gemm = step.gemm.run
     data, scale, residual, *_ = step.call(ADD_NORM, x, residual, layer.mlp_norm, EPS, 0.0, config=configs[ADD_NORM])
     both = gemm(data, scale, layer.gate_up)  # [M, 2 * intermediate]
-    data, scale, *_ = step.call(SILU, both, None, config=configs[SILU])
+    data, scale, *_ = step.call(SILU, both, None, config=configs[SILU])  # without a limit
     return gemm(data, scale, layer.down), residual
