@@ -141,6 +141,7 @@ def test_ctrl_c(toy: list[cli.Command], capsys: pytest.CaptureFixture[str]) -> N
 def test_ctrl_c_while_a_command_is_imported(tmp_path: Path) -> None:
     (tmp_path / "nq_slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsignal.pause()\n")
     code = "from normquant import cli; raise SystemExit(cli.main(['slow'], [cli.Command('slow', 'nq_slow', '')]))"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"  # nohup ignores it
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environ(tmp_path), timeout=60
     )

@@ -138,11 +138,19 @@ def test_ctrl_c_is_130_and_leaves_the_old_report(tmp_path: Path) -> None:
     report.write_text("old")
     command = [*NORMQUANT, "audit", "users_model:build", "--html", str(report), "--json", str(tmp_path / "new.json")]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ(tmp_path)
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environ(tmp_path),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where tests run with nohup
     ) as process:
-        assert process.stdout and process.stdout.readline() == "building\n"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        try:
+            assert process.stdout and process.stdout.readline() == "building\n"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     lines = [line for line in err.splitlines() if not line.startswith("[")]  # of progress
     assert (process.returncode, out, lines) == (130, "", ["normquant: interrupted"])
     assert report.read_text() == "old" and sorted(p.name for p in tmp_path.glob("*.*")) == [
