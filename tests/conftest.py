@@ -23,6 +23,14 @@ SLOW = {  # as CASES, where a case takes seconds
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.has_plugin("hypothesispytest"):  # which the environment with vLLM does not have
+        from hypothesis import settings
+
+        settings.register_profile("any machine", deadline=None)  # an example that takes long is the machine's load
+        settings.load_profile("any machine")
+
+
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     _mark_exhaustive(items)
     # The reasons are worked out only when such a test was collected: looking for a GPU imports torch.
