@@ -104,6 +104,13 @@ def test_values_are_those_of_the_graph() -> None:
     assert not any(values.same(*pair) for pair in ((y, log_y), (log_y, log_x), (y, view), (view, y), (x, y), (y, x)))
 
 
+def test_random_values_are_only_the_same_as_themselves() -> None:
+    graph, _ = traced(lambda x: (torch.rand_like(x), torch.rand_like(x)), X)
+    first, second = (node for node in graph.nodes if node.op == "call_function")
+    values = Values(graph)
+    assert values.same(first, first) and not values.same(first, second)
+
+
 def test_what_is_random_or_undefined_is_equal_to_nothing() -> None:
     assert equal(lambda x: (torch.rand_like(x), torch.rand_like(x), torch.empty_like(x), torch.empty_like(x)), X) == []
 
@@ -129,7 +136,12 @@ def test_what_is_changed_in_place_is_equal_to_nothing() -> None:
         torch._foreach_mul_([x, first], 2)
         return first, second
 
-    for fn in (between, through_a_view, through_two_views, in_a_list):
+    def views_in_a_list(x):
+        first, second, other = x.exp(), x.exp(), x.log()
+        torch._foreach_mul_([first.view(-1), other.view(-1)], 2)
+        return first, second, other
+
+    for fn in (between, through_a_view, through_two_views, in_a_list, views_in_a_list):
         assert equal(fn, X.clone()) == [], fn
 
 
