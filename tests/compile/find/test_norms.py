@@ -9,9 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from shared.pass_harness import assert_same, exact, run_with_pass, site_of_graph
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import normquant as nq
 from normquant.compile.edit.build import Builder
+from normquant.compile.find.graph import Unsupported, aten
+from normquant.compile.find.norms import Addition, _weight, check_roundings, source, weight_and_offset
 from normquant.spec import QuantSpec
 
 M, K, EPS = 5, 256, 1e-6
@@ -304,3 +308,150 @@ def test_the_norm_that_torch_has_as_one_operation(shape: tuple[int, ...], eps: f
 def test_that_operation_on_what_the_kernels_do_not_read() -> None:
     site = site_of_graph(fused_norm(exact(M, K).float() + 0.125, exact(K).float()))
     assert not site.fused and "reads float32" in site.reason
+
+
+def nodes(fn: Callable, *args: torch.Tensor) -> tuple[list[Node], Node, list[Node]]:
+    """The inputs of fn, what it returns first, and all calls."""
+    graph = make_fx(fn, tracing_mode="fake")(*args).graph
+    returned = graph.output_node().args[0]
+    first = returned[0] if isinstance(returned, (tuple, list)) else returned
+    return graph.find_nodes(op="placeholder"), first, [node for node in graph.nodes if node.op == "call_function"]
+
+
+W = torch.ones(K, dtype=BF16)
+ROWS = torch.ones(M, K, dtype=BF16)
+
+
+@pytest.mark.parametrize(
+    ("factor", "offset"),
+    [
+        (lambda w: w, 0.0),
+        (lambda w: w.float(), 0.0),
+        (lambda w: w.float().view(1, K), 0.0),
+        (lambda w: w.view(1, K).float(), 0.0),
+        (lambda w: w.float() + 1.0, 1.0),
+        (lambda w: 2 + w.float(), 2.0),
+        (lambda w: (w.float() + 1.0).view(1, K), 1.0),
+        (lambda w: w.view(1, K).float() + 1.0, 1.0),
+        (lambda w: w.float().view(1, K) + 1.0, 1.0),
+        (lambda w: torch.add(w.float(), 1.0, alpha=1), 1.0),
+    ],
+)
+def test_a_factor_is_a_weight_and_what_is_added_to_it(factor: Callable, offset: float) -> None:
+    (w,), scale, _ = nodes(factor, W)
+    assert weight_and_offset(scale) == (w, offset)
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda w: w + 1.0,
+        lambda w: torch.add(w.float(), 1.0, alpha=2),
+        lambda w: w.float() + w.float(),
+        lambda w: w.float() * 2.0,
+        lambda w: w.float().sigmoid(),
+    ],
+)
+def test_other_arithmetic_is_the_weight(factor: Callable) -> None:
+    _, scale, _ = nodes(factor, W)
+    assert weight_and_offset(scale) == (scale, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "trailing"),
+    [
+        (lambda w: w, (K,)),
+        (lambda w: w.view(1, K), (K,)),
+        (lambda w: w.view(1, 1, K).expand(2, 3, K), (K,)),
+        (lambda w: w.view(2, K // 2), (2, K // 2)),
+        (lambda w: w.view(1, 2, K // 2), (2, K // 2)),
+    ],
+)
+def test_a_weight_of_one_value_per_column(factor: Callable, trailing: tuple[int, ...]) -> None:
+    (w,), scale, _ = nodes(factor, W)
+    node, offset = _weight(scale, K, trailing)
+    assert offset == 0.0 and (node is w or w in node.all_input_nodes)
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [
+        (lambda x: x, f"the weight has shape (5, {K}); the kernels take one value per column"),
+        (lambda x: x[0, :128], "the weight has shape (128,); the kernels take one value per column"),
+        (lambda x: x[:1].unsqueeze(0)[:, :, :1].squeeze(0), "the weight has shape (1, 1); the kernels take one value"),
+        (lambda x: x.sum(-1, keepdim=True), "one value per row, aten.sum of shape (5, 1), not with a weight"),
+        (lambda x: x.view(1, M, K).amax(-1, keepdim=True).float(), "one value per row, aten.amax of shape (1, 5, 1)"),
+        (lambda x: x[0].to(torch.int32), "the weight is int32; the kernels take bfloat16, float16 and float32"),
+        (lambda x: x[0].double(), "the weight is float64; the kernels take"),
+    ],
+)
+def test_what_is_no_weight_is_refused_by_its_shape_or_dtype(factor: Callable, words: str) -> None:
+    _, scale, _ = nodes(factor, ROWS)
+    with pytest.raises(Unsupported) as caught:
+        _weight(scale, K, (K,))
+    assert words in str(caught.value)
+
+
+def test_what_a_norm_reads() -> None:
+    (x,), h, _ = nodes(lambda x: x.float(), ROWS)
+    assert source(h, K, set()) == (x, None)
+    (x, r), h, (total, *_) = nodes(lambda x, r: (x + r).float(), ROWS, ROWS.clone())
+    assert source(h, K, set()) == (total, Addition(x, r, "rounded", (total,)))
+    (x, r), h, calls = nodes(lambda x, r: (x.float() + r.float()).to(BF16).float(), ROWS, ROWS.clone())
+    assert source(h, K, set()) == (calls[3], Addition(x, r, "rounded", (calls[3],)))
+
+
+def test_an_unrounded_sum_that_a_norm_reads() -> None:
+    def fn(x, r):
+        h = x.float() + r.float()
+        views = h.view(M, 2, -1), h.view(-1).view(2, -1)
+        return h, h.to(BF16), h.to(FP16), h.double(), views, h * 2
+
+    (x, r), h, calls = nodes(fn, ROWS, ROWS.clone())
+    stored = next(node for node in calls if node.meta["val"].dtype == BF16)
+    views = {node for node in calls if node.target is aten.view.default}
+    inner = {x}
+    assert source(h, K, inner) == (None, Addition(x, r, "fp32", (stored,)))
+    assert inner == {x, h, *views} and len(views) == 3
+
+
+@pytest.mark.parametrize(
+    ("total", "other"),
+    [
+        (lambda x, r: x.float() + r.float(), torch.ones(M, 1, dtype=BF16)),
+        (lambda x, r: r.float() + x.float(), torch.ones(1, M, K, dtype=BF16)),
+        (lambda x, r: x.float() + r.float(), torch.ones(M, K, dtype=FP16)),
+        (lambda x, r: x.float() + r, torch.ones(M, K)),
+        (lambda x, r: torch.add(x.float(), r.float(), alpha=2), ROWS),
+        (lambda x, r: x.float() + 1.0, ROWS),
+    ],
+)
+def test_sums_that_the_kernels_do_not_make(total: Callable, other: torch.Tensor) -> None:
+    _, h, _ = nodes(total, ROWS, other)
+    with pytest.raises(
+        Unsupported, match=r"the norm reads float32 \(aten.add\); the kernels read bfloat16 and float16"
+    ):
+        source(h, K, set())
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        lambda x, r: (x[:, :1] + r).float(),
+        lambda x, r: torch.add(x, r, alpha=2).float(),
+        lambda x, r: (x + 1.0).float(),
+        lambda x, r: ((h := x.float() + r.float()).to(BF16).float(), h * 2),
+        lambda x, r: (x.to(FP16) + r.to(FP16)).to(BF16).float(),
+    ],
+)
+def test_a_rounded_sum_that_the_kernels_do_not_make_stays_outside(total: Callable) -> None:
+    _, h, _ = nodes(total, ROWS, ROWS.clone())
+    x, addition = source(h, K, set())
+    assert x is not None and x.meta["val"].dtype == BF16 and addition is None
+
+
+def test_a_rounding_to_another_dtype_is_named() -> None:
+    _, _, calls = nodes(lambda x: (x.float(), x.to(FP16)), ROWS)
+    check_roundings(set(calls[:1]), BF16)
+    with pytest.raises(Unsupported, match="the norm of a bfloat16 tensor is rounded to float16"):
+        check_roundings(set(calls), BF16)
