@@ -152,6 +152,15 @@ def test_a_copy_of_a_transposed_tensor_is_one_behind_views_too(copied, is_copy_o
     assert _needless_layout(copy) is None, "nobody reads it"
 
 
+def test_a_copy_of_a_copy_is_no_copy_into_another_layout() -> None:
+    def fn(x):
+        return (ops.any_layout(x.t().clone(memory_format=torch.contiguous_format).clone()),)
+
+    gm = make_fx(fn, tracing_mode="fake")(torch.arange(32.0).view(4, 8))
+    first, second = gm.graph.find_nodes(op="call_function", target=aten.clone.default)
+    assert _needless_layout(first) is first.args[0] and _needless_layout(second) is None
+
+
 def test_the_pass_cleans_and_has_the_key_of_its_source() -> None:
     gm = make_fx(lambda x: (ops.norm(x.float().to(BF16)),), tracing_mode="fake")(torch.randn(4, 8, dtype=BF16))
     CleanupPass()(gm.graph)
