@@ -17,6 +17,7 @@ import torch
 from normquant.ops import OPS, warmup
 from normquant.spec import QuantizedActivation, QuantSpec
 from normquant.vllm.handover import carrying
+from normquant.vllm.methods import give_back
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -83,6 +84,4 @@ class Producer(ABC):
 
     def restore(self) -> None:
         """Give the module its own forward back."""
-        self.module.__dict__.pop("forward", None)
-        if self.module.forward != self.stock:  # which somebody else had put on the instance
-            self.module.forward = self.stock
+        give_back(self.module, "forward", self.stock)

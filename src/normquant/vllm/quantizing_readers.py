@@ -19,6 +19,7 @@ from normquant.spec import QuantizedActivation, QuantSpec
 from normquant.specs import VLLM, VLLM_UE8M0
 from normquant.vllm.handover import differing
 from normquant.vllm.linear_inputs import LinearInput, input_of, kernel_of, product
+from normquant.vllm.methods import give_back
 
 PREPARES = ("MoEPrepareAndFinalizeNoDPEPModular", "MoEPrepareAndFinalizeNoDPEPMonolithic")
 FEW, MANY = 8, 40  # rows on both sides of the number from which on another kernel computes a linear
@@ -63,9 +64,7 @@ class Reader(ABC):
 
     def restore(self) -> None:
         """Put vLLM's method back."""
-        self.owner.__dict__.pop(self.method, None)
-        if getattr(self.owner, self.method) != self.stock:  # which somebody else had put on the instance
-            setattr(self.owner, self.method, self.stock)
+        give_back(self.owner, self.method, self.stock)
 
     def fresh(self, x: torch.Tensor) -> QuantizedActivation:
         """x [..., K] quantized now, as [M, K]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -54,11 +55,16 @@ def silu(quotient: Node) -> Silu | None:
     return Silu(wide, frozenset((quotient, total, power, first_arg(power))))
 
 
+def factors(product: Node) -> Iterator[tuple[Node, Node]]:
+    """Both tensors of a product, in either order; nothing for any other node."""
+    if is_call(product, aten.mul.Tensor) and all(map(is_tensor, arguments(product)[:2])):
+        a, b = arguments(product)[:2]
+        yield from ((a, b), (b, a))
+
+
 def scaled_sigmoid(product: Node) -> float | None:
     """a of g * sigmoid(a * g), which is silu for 1; None for any other node."""
-    if not is_call(product, aten.mul.Tensor) or not all(map(is_tensor, arguments(product)[:2])):
-        return None
-    for gate, sigmoid in (arguments(product)[:2], arguments(product)[1::-1]):
+    for gate, sigmoid in factors(product):
         if is_call(sigmoid, aten.sigmoid.default):
             scaled = first_arg(sigmoid)
             if scaled is gate:

@@ -19,17 +19,13 @@ from torch.fx import Graph, Node
 
 from normquant.compile.edit.build import Builder, Rewrite, as_row, as_rows, call_in_place_of
 from normquant.compile.find.duplicates import Values
-from normquant.compile.find.gates import silu
+from normquant.compile.find.gates import factors, silu
 from normquant.compile.find.graph import (
     NotFound,
     Unsupported,
-    arguments,
-    aten,
     dtype,
     first_arg,
-    is_call,
     is_narrowing,
-    is_tensor,
     is_widening,
     mutation_regions,
     same_shape,
@@ -108,9 +104,9 @@ def _fuse(anchor: Node, site: GatedNorm, new: Builder) -> Rewrite:
 def _gate(y: Node) -> Gate | None:
     """The gate of a node round(n * silu(z)); None for any other node."""
     product = first_arg(y) if is_narrowing(y) else y
-    if product is y or not is_call(product, aten.mul.Tensor) or not all(map(is_tensor, arguments(product)[:2])):
+    if product is y:
         return None
-    for normed, activated in (arguments(product)[:2], arguments(product)[1::-1]):
+    for normed, activated in factors(product):
         found = silu(activated)
         if found is not None and is_widening(found.wide):
             inner = {y, product, *found.inner}

@@ -10,7 +10,6 @@ A gated product that Inductor generates and a quantization in aten operations ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,16 +17,12 @@ import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.edit.build import Builder, Rewrite, call_in_place_of
-from normquant.compile.find.gates import Clamped, clamped, scaled_sigmoid, silu
+from normquant.compile.find.gates import Clamped, clamped, factors, scaled_sigmoid, silu
 from normquant.compile.find.graph import (
     Unsupported,
-    arguments,
-    aten,
     dtype,
     first_arg,
-    is_call,
     is_narrowing,
-    is_tensor,
     is_widening,
     mutation_regions,
     part,
@@ -68,13 +63,12 @@ def find(graph: Graph) -> Findings:
     regions = mutation_regions(graph)
     for anchor in [node for node in graph.nodes if is_quant(node)]:
         product = quantized(anchor)
-        split, other = _split_product(product), _other_silu(product)
-        if split is None and not other:
+        split = _split_product(product)
+        if split is None:
+            if other := _other_silu(product):
+                yield rejected(site_name(product), source_line(product, anchor), other)
             continue
         name, where = site_name(product), source_line(product, anchor)
-        if split is None:
-            yield rejected(name, where, other)
-            continue
         try:
             gated = _read(anchor, product, *split, regions)
         except Unsupported as reason:
@@ -95,7 +89,7 @@ def _fuse(anchor: Node, gated: GatedProduct, new: Builder) -> Rewrite:
 
 def _split_product(product: Node) -> tuple[Node, Node, set[Node]] | None:
     """gate, up and the nodes between them and a product silu(gate) * up; None for any other node."""
-    for narrow, up in _factors(product):
+    for narrow, up in factors(product):
         if is_narrowing(narrow) and (found := silu(first_arg(narrow))) and is_widening(found.wide):
             gate = first_arg(found.wide)
             if dtype(gate) == dtype(narrow):
@@ -105,7 +99,7 @@ def _split_product(product: Node) -> tuple[Node, Node, set[Node]] | None:
 
 def _other_silu(product: Node) -> str:
     """What keeps a product gate * sigmoid(gate) * up from being a site, "" for any other node."""
-    for activated, _ in _factors(product):
+    for activated, _ in factors(product):
         scale = scaled_sigmoid(activated)
         if scale is not None and scale != 1:
             return f"its gate is g * sigmoid({scale} * g); the kernel has silu, g / (1 + exp(-g))"
@@ -113,13 +107,6 @@ def _other_silu(product: Node) -> str:
             rounded = str(dtype(activated)).removeprefix("torch.")
             return f"silu is g * sigmoid(g), whose sigmoid is rounded to {rounded}; the kernel rounds g / (1 + exp(-g))"
     return ""
-
-
-def _factors(product: Node) -> Iterator[tuple[Node, Node]]:
-    """Both tensors of a product, in either order."""
-    if is_call(product, aten.mul.Tensor) and all(map(is_tensor, arguments(product)[:2])):
-        a, b = arguments(product)[:2]
-        yield from ((a, b), (b, a))
 
 
 def _read(anchor: Node, product: Node, gate: Node, up: Node, inner: set[Node], regions: dict) -> GatedProduct:
