@@ -98,7 +98,7 @@ def load_sums(
     tiles = ()
     for i in tl.static_range(len(TILES)):
         row, column, mask = row_tile(first_row, first, m, K, SPEC, ROWS, TILES[i])
-        h = load_rows(x_ptr, row, column, mask, m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA, EVICTION)
+        h = load_rows(x_ptr, row, column, mask, m, stride_xm, PARTIAL, STRIDE_UNIT, ON_CUDA, EVICT_FIRST)
         if residual_ptr is not None:
             at = residual_ptr + row_offset(row, stride_rm, STRIDE_UNIT) + column
             h += tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)

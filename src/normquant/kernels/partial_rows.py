@@ -73,17 +73,18 @@ def row_dtype(PARTIAL, stored):
 @triton.jit
 def load_rows(
     x_ptr, row, column, mask, m, stride_xm, PARTIAL: tl.constexpr, STRIDE_UNIT: tl.constexpr, ON_CUDA: tl.constexpr,
-    EVICTION: tl.constexpr = "",
+    EVICT_FIRST: tl.constexpr = False,
 ):  # fmt: skip
     # Values of rows of x as fp32, or what their partial sums stand for.
     at = x_ptr + row_offset(row, stride_xm, STRIDE_UNIT) + column
-    return load_at(at, mask, row_offset(m, stride_xm, STRIDE_UNIT), PARTIAL, ON_CUDA, EVICTION).to(tl.float32)
+    return load_at(at, mask, row_offset(m, stride_xm, STRIDE_UNIT), PARTIAL, ON_CUDA, EVICT_FIRST).to(tl.float32)
 
 
 @triton.jit
-def load_at(at, mask, step, PARTIAL: tl.constexpr, ON_CUDA: tl.constexpr, EVICTION: tl.constexpr = ""):
+def load_at(at, mask, step, PARTIAL: tl.constexpr, ON_CUDA: tl.constexpr, EVICT_FIRST: tl.constexpr = False):
     # The same where their addresses are known, plain rows in their own dtype; step: from one partial sum of a value to
     # the next. The parts are added in order and rounded once; all of them are loaded before the first is added.
+    EVICTION: tl.constexpr = "evict_first" if EVICT_FIRST else ""  # in here: Triton 3.6 takes no string as a default
     PARTS: tl.constexpr = PARTIAL.parts
     if PARTS == 0:
         x = tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION)
