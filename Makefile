@@ -33,7 +33,7 @@ EXTRAS := nogpu,hf,report,docs,dev
 # A first set-up shows pip's progress; an update in place has nothing to show but a page of "already satisfied".
 QUIET := $(if $(STALE),,$(if $(wildcard $(STAMP)),--quiet))
 
-.PHONY: help setup demo test test-all docs setup-vllm test-vllm test-torch torch-table zoo plots screenshots
+.PHONY: help setup demo test test-all docs setup-vllm test-vllm test-torch test-triton torch-table zoo plots screenshots
 .PHONY: random-graphs mutants lint wheel clean FORCE
 
 help:  ## this list
@@ -102,6 +102,19 @@ setup-vllm: $(VLLM_STAMP)  ## make build/vllm-* with vLLM for a CPU, 3.5 GB (don
 
 test-vllm: $(VLLM_STAMP)  ## set up vLLM for a CPU, then run the tests with it; VLLM=0.30.0 for another version
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
+
+# The machine code of every kernel by another Triton than the one of constraints.txt; 3.6.0 is that of torch 2.11, the oldest
+# that is supported. A target folder before the installed one on the path is enough: nothing else imports Triton here.
+TRITON ?= 3.6.0
+TRITON_SITE := build/triton-$(TRITON)
+
+$(TRITON_SITE): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$(TRITON) && mv $@.part $@
+
+test-triton: $(TRITON_SITE)  ## machine code of all kernels by the Triton of torch 2.11, 0.6 GB; TRITON=3.8.0 for another
+	@PYTHONPATH=$(CURDIR)/$(TRITON_SITE) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(TRITON)", triton'
+	PYTHONPATH=$(CURDIR)/$(TRITON_SITE) $(BIN)/python -m pytest -n auto --maxprocesses 8 \
+		tests/kernels/test_machine_code.py -m "not exhaustive" $(ARGS)
 
 # Another torch than the one of constraints.txt, for the tests of what depends on it most: the compile pass, the code that
 # Inductor generates and Triton's machine code. The default index has CUDA builds, whose packages are large.

@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 FILES = sorted((ROOT / "baselines").glob("*.jsonl"))
 RECORDS = list(read(ROOT / "baselines" / "h100.jsonl"))
+INSTALLED_H100 = list(read(ROOT / "baselines" / "h100-installed.jsonl"))
 H200 = list(read(ROOT / "baselines" / "h200.jsonl"))
 
 
@@ -39,7 +40,11 @@ def test_no_case_is_there_twice(path):
 MEASURED = tuple(op for op in BENCHMARKED if op not in UNMEASURED)
 PEERS = ("vllm fused", "vllm unfused", "flashinfer", "flashinfer pdl", "torch.compile")
 MODELS = {"DeepGEMM": ("deepgemm", False), "DeepGEMM, experts": ("deepgemm", True), "Cutlass": ("cutlass", False)}
-INSTALLED = {"As installed, dense layers": False, "As installed, experts": True}
+INSTALLED = {  # title -> records, and whether there are experts
+    "As installed, dense layers": (INSTALLED_H100, False),
+    "The same on an H200, products left to vLLM": (H200, False),
+    "As installed, experts": (H200, True),
+}
 SETTINGS = ("default", "off", "normquant")
 LABORATORY = ("`VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0`", "one GPU", "no all-reduce")
 COMPILED = "torch.compile 2.11 with dynamic rows"
@@ -72,7 +77,7 @@ def change(ours: float, other: float) -> str:
 
 def test_the_grid_is_whole():
     assert kernels().keys() == {(c.op, c.normed, c.m, c.k) for c in kernel_cases(MEASURED)}
-    assert {r["match"] for r in RECORDS if r.get("provider") == "normquant"} == {"bitwise"}
+    assert {r["match"] for r in RECORDS if r["suite"] == "kernels" and r["provider"] == "normquant"} == {"bitwise"}
 
 
 def test_the_kernels_are_quoted():
@@ -145,10 +150,10 @@ def test_vllm_is_quoted_with_its_setting(model):
     assert "vLLM 0.26.0, torch 2.11." in section("vLLM in a laboratory setting")
 
 
-def installed_rows(moe: bool) -> list[str]:
+def installed_rows(title: str) -> list[str]:
     """The rows of a table of vLLM as it is installed: GPU time, its change, the captured step, wall time."""
     times: dict[str, dict[str, tuple[float, float, float | None]]] = {}
-    for r in installed(moe):
+    for r in installed(title):
         times.setdefault(f"batch {r['batch']}", {})[r["setting"]] = (r["gpu_us_per_step"], r["tpot_ms"], r["replay_us"])
         for tokens, us in r["prefill_gpu_us"].items():
             times.setdefault(f"prompt of {tokens}", {})[r["setting"]] = (us, r["prefill_ms"][tokens], None)
@@ -161,30 +166,33 @@ def installed_rows(moe: bool) -> list[str]:
     return found
 
 
-def installed(moe: bool) -> list[dict]:
-    return [r for r in H200 if r["suite"] == "vllm" and r["moe"] is moe]
+def installed(title: str) -> list[dict]:
+    records, moe = INSTALLED[title]
+    return [r for r in records if r["suite"] == "vllm" and r["moe"] is moe and r["setting"].startswith("installed")]
 
 
 @pytest.mark.parametrize("title", INSTALLED)
 def test_vllm_as_installed_is_quoted(title):
-    records = installed(INSTALLED[title])
+    records = installed(title)
     _, *rows = table(section(title))
-    assert len(rows) == 5 and sorted(rows) == sorted(installed_rows(INSTALLED[title]))
+    assert len(rows) == 5 and sorted(rows) == sorted(installed_rows(title))
     (command,) = re.findall(r"^normquant bench vllm .*", section(title), re.M)
     assert "--as-installed" in command and all(r["command"].startswith(command) for r in records)
-    versions = {(r["vllm"], r["flashinfer"], r["torch"][:4], r["gpu"]) for r in records}
-    assert versions == {("0.26.0", "0.6.14", "2.11", "NVIDIA H200")} and all(r["switches"] == {} for r in records)
+    versions = {(r["vllm"], r["flashinfer"], r["torch"][:4]) for r in records}
+    assert versions == {("0.26.0", "0.6.14", "2.11")} and all(r["switches"] == {} for r in records)
     text = words(section("vLLM as pip installs it"))
-    assert "vLLM 0.26.0 with FlashInfer 0.6.14, torch 2.11, on one NVIDIA H200" in text and "no all-reduce" in text
+    assert "vLLM 0.26.0 with FlashInfer 0.6.14, torch 2.11, on one GPU" in text and "no all-reduce" in text
+    (gpu,) = {r["gpu"] for r in records}
+    assert f"one {gpu}" in words(section(title)) and f"Measured {records[0].get('date') or 'a'}" in words(
+        section(title)
+    )
     assert {r["scales_not_power_of_two"] for r in records} == {0}
 
 
 def test_the_accuracy_of_vllm_as_installed_is_quoted():
-    errors = [{r["setting"]: f"{r['logit_error']:.4f}" for r in installed(moe)} for moe in (False, True)]
-    (a, b), (c, d) = ((e["installed"], e["installed-normquant"]) for e in errors)
-    assert f"{a} as installed and {b} with normquant, with experts {c} and {d}." in words(
-        section("As installed, experts")
-    )
+    for title in INSTALLED:
+        error = {r["setting"]: f"{r['logit_error']:.4f}" for r in installed(title)}
+        assert f"Logit error {error['installed']} and {error['installed-normquant']}" in words(section(title))
 
 
 def test_the_accuracy_of_vllm_is_quoted():
@@ -198,8 +206,46 @@ def test_the_accuracy_of_vllm_is_quoted():
     assert f"{scales['off'][0]:,} with norm fusion off" in text and scales["normquant"][0] == 0
 
 
+def products(provider: str, part: str) -> dict[tuple[int, int, str, int], float]:
+    """(K, N, reader, M) -> microseconds."""
+    return {
+        (r["k"], r["n"], r["reader"], r["m"]): r["us"]
+        for r in RECORDS
+        if r["suite"] == "linear" and (r["provider"], r["part"]) == (provider, part)
+    }
+
+
+PRODUCTS = {"Products alone": "product", "Products and their readers": "pair"}
+FEW, OTHERS = (1, 8, 16, 31, 64), ("flashinfer", "deepgemm", "scaled_mm")
+
+
+def test_the_products_are_quoted():
+    rows = [("normquant, partial sums", "normquant", "parts"), ("normquant, summed", "normquant", "product")]
+    rows += [(provider, provider, "product") for provider in OTHERS]
+    expected = []
+    for label, provider, part in rows:
+        us = products(provider, part)
+        assert len(us) == 25
+        expected.append(row(label, *(f"{sum(v for key, v in us.items() if key[-1] == m):.1f}" for m in FEW)))
+    assert table(section("Products alone")) == [row("us", *FEW), *expected]
+
+
+def test_products_and_their_readers_are_quoted():
+    ours, others = products("normquant", "pair"), [products(p, "pair") for p in OTHERS]
+    best = {key: min(found[key] for found in others) for key in ours}
+    names = [f"{k} x {n}, {reader}" for k, n, reader, m in ours if m == 1]
+    lines = [[f"{ours[key]:.2f} / {best[key]:.2f}" for key in ours if key[:3] == of[:3]] for of in ours if of[3] == 1]
+    chosen = [sum(min(ours[key], best[key]) for key in ours if key[3] == m) for m in FEW]
+    sums = [
+        f"{us:.1f} / {sum(v for key, v in best.items() if key[3] == m):.1f}" for us, m in zip(chosen, FEW, strict=True)
+    ]
+    expected = [row(name, *line) for name, line in zip(names, lines, strict=True)]
+    header = row("us, normquant / best other", *FEW)
+    assert table(section("Products and their readers")) == [header, *expected, row("all, as chosen", *sums)]
+
+
 def test_every_table_of_the_page_is_one_of_these():
-    titles = ("Kernels", "Layers", *INSTALLED, *MODELS, "Accuracy")
+    titles = ("Kernels", "Layers", *PRODUCTS, *INSTALLED, *MODELS, "Accuracy")
     assert sorted(table(PERFORMANCE)) == sorted(line for title in titles for line in table(section(title)))
 
 
@@ -208,8 +254,8 @@ def test_the_page_says_where_the_records_come_from():
     assert {(r["torch"], r["triton"]) for r in RECORDS} == {("2.11.0+cu130", "3.6.0")}
     assert "torch 2.11.0 and Triton 3.6.0" in PERFORMANCE
     commands = re.findall(r"^normquant bench .*", PERFORMANCE, re.M)
-    assert len(commands) == 7
-    assert all(any(r["command"].startswith(command) for r in (*RECORDS, *H200)) for command in commands)
+    assert len(commands) == 9
+    assert all(any(r["command"].startswith(command) for r in (*RECORDS, *INSTALLED_H100, *H200)) for command in commands)
 
 
 def test_the_readme_quotes_the_layer_and_vllm():
@@ -218,12 +264,12 @@ def test_the_readme_quotes_the_layer_and_vllm():
     us = {(m, setting): r["us"] for (model, m, setting), r in layers().items() if model == "deepseek-r1"}
     gains = (change(us[m, "normquant"], us[m, "stock"]) for m in (1, 64, 1024))
     assert f"of 1, 64, 1024 tokens | {COMPILED} | {', '.join(gains)} time |" in layer
-    records = installed(moe=False)
+    records = installed("As installed, dense layers")
     us = {(r["setting"], r["batch"]): r["gpu_us_per_step"] for r in records}
     us |= {(r["setting"], int(n)): value for r in records for n, value in r["prefill_gpu_us"].items()}
     steps, prompts = (
         ", ".join(change(us["installed-normquant", n], us["installed", n]) for n in sizes)
         for sizes in ((1, 16, 64), (2048, 8192))
     )
-    assert "as pip installs it, on one H200" in vllm_row
+    assert "as pip installs it" in vllm_row
     assert vllm_row.endswith(f"without `NORMQUANT=1` | {steps}; {prompts} GPU time |")

@@ -23,3 +23,10 @@ def test_steps_of_vllm_are_compared_too():
     )
     (change,), *_ = compare([before], [after, after | {"batch": 16}])
     assert change.ratio == pytest.approx(4 / 3) and change.case == "normquant deepgemm batch=1"
+
+
+def test_products_and_numbers_of_gpus_are_cases_and_older_records_have_the_defaults():
+    old = record(1.0, suite="vllm")
+    for other in ({"products": "never"}, {"tensor_parallel": 4}):
+        changes, gone, added = compare([old], [old | {"products": "auto", "tensor_parallel": 1}, old | other])
+        assert (len(changes), gone, added) == (1, 0, 1)

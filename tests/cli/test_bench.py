@@ -16,8 +16,8 @@ from normquant.bench import products, ranks
 from normquant.bench.vllm import supervisor
 from normquant.bench.vllm.job import switches
 from normquant.cli import bench as command
-from normquant.cli.arguments import POLICIES
-from normquant.compile.policy import Policy
+from normquant.cli.arguments import POLICIES, PRODUCTS
+from normquant.compile.policy import Policy, Products
 
 
 def parsed(*words: str) -> argparse.Namespace:
@@ -115,7 +115,7 @@ def test_a_process_that_fails_is_no_failed_check(tmp_path: Path, everything_ther
 
 
 def test_the_policies_in_the_help_are_those_of_the_pass():
-    assert get_args(Policy) == POLICIES
+    assert get_args(Policy) == POLICIES and get_args(Products) == PRODUCTS
 
 
 def test_products_that_are_asked_for(monkeypatch, capsys):

@@ -30,10 +30,11 @@ def test_the_variable_goes_before_the_config(variable: str | None, entry: dict |
 
 
 def test_the_entry_is_read() -> None:
-    entry = {"policy": "always", "sites": {"layers.0.*": "never"}, "strict": True}
+    entry = {"policy": "always", "sites": {"layers.0.*": "never"}, "strict": True, "products": "never"}
     switches = read_switches({}, {"normquant": entry})
     assert (switches.rules.policy, switches.strict) == ("always", True)
-    assert switches.rules.sites == {"layers.0.*": "never"}
+    assert switches.rules.sites == {"layers.0.*": "never"} and switches.rules.products == "never"
+    assert read_switches({"NORMQUANT": "1"}, None).rules.products == "auto"
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,7 @@ def test_other_configs_say_nothing(config: object) -> None:
         ({}, {"polcy": "auto"}, "has 'polcy'; accepted: 'enabled', 'policy'"),
         ({}, {"policy": 3}, "['policy'] is 3; a str is accepted"),
         ({}, {"policy": "sometimes"}, "policy is 'sometimes'; accepted: 'auto'"),
+        ({}, {"products": "often"}, "products is 'often'; accepted: 'auto'"),
         ({"NORMQUANT": "0"}, {"strict": "no"}, "['strict'] is 'no'; a bool is accepted"),
     ],
 )

@@ -25,6 +25,7 @@ CASE = (
         "part",
     ),
 )
+LATER = {"tensor_parallel": 1, "products": "auto"}  # of a case, too: what records had before there were these fields
 NEEDED = (*TIMES, "us_p10", "us_p90")  # of each record
 
 
@@ -53,7 +54,8 @@ def compare(before: Iterable[dict], after: Iterable[dict]) -> tuple[list[CaseCha
 def key(record: dict) -> tuple:
     """What makes two records the same case."""
     columns = record.get("n") if record.get("suite") == "linear" else None  # elsewhere n counts samples
-    return (*(str(record.get(name)) for name in CASE), str(columns))
+    later = (record.get(name) or default for name, default in LATER.items())
+    return (*(str(record.get(name)) for name in CASE), str(columns), *map(str, later))
 
 
 def _change(before: dict, after: dict) -> CaseChange:

@@ -10,9 +10,12 @@ Weights are rotated past the L2, as those of a model's layers are. Parts of a re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,7 +112,7 @@ def _scaled_mm(i: ProductInputs) -> Multiply:
 
 
 def _deepgemm(i: ProductInputs) -> Multiply:
-    import deep_gemm
+    deep_gemm = import_module(next(name for name in DEEPGEMMS if _there(name)))
 
     def multiply(data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         out = data.new_empty((data.shape[0], weight.shape[0]), dtype=DTYPE)
@@ -125,11 +128,23 @@ def _flashinfer(i: ProductInputs) -> Multiply:
     return lambda data, scale, weight, by: fp8_blockscale_gemm_sm90(data, weight, scale, by)
 
 
+def _there(module: str) -> bool:
+    """Whether a module can be imported; of a package's, only the package is looked up, and nothing is imported."""
+    package, _, inside = module.partition(".")
+    spec = find_spec(package)
+    return spec is not None and (not inside or _holds(spec.submodule_search_locations or (), inside))
+
+
+def _holds(folders: Iterable[str], inside: str) -> bool:
+    return any(Path(folder, *inside.split(".")).is_dir() for folder in folders)
+
+
+DEEPGEMMS = ("deep_gemm", "vllm.third_party.deep_gemm")  # vLLM brings its own
 OURS = "normquant"
 PRODUCT_PROVIDERS = {
     OURS: ProductProvider(_split),
     "scaled_mm": ProductProvider(_scaled_mm),
-    "deepgemm": ProductProvider(_deepgemm, packages("deep_gemm")),
+    "deepgemm": ProductProvider(_deepgemm, lambda: None if any(map(_there, DEEPGEMMS)) else "deep_gemm not installed"),
     "flashinfer": ProductProvider(_flashinfer, packages("flashinfer")),
 }
 

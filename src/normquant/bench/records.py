@@ -125,6 +125,7 @@ class VllmRecord(Provenance):
     findings: of `normquant audit` in the code that vLLM generated, by rule. flashinfer: its version, "" where it is not
         installed. switches: environment variables that chose a kernel.
     tensor_parallel: GPUs that computed the model together; the figures are the first one's, replay_us the slowest's.
+    products: normquant's rule for products of few rows, "" in records from before it was measured, and without it.
     """
 
     suite: str
@@ -155,6 +156,7 @@ class VllmRecord(Provenance):
     replay_us: float | None = None
     switches: dict[str, str] = field(default_factory=dict)
     tensor_parallel: int = 1
+    products: str = ""
 
 
 Record = KernelRecord | LinearRecord | LayerRecord | VllmRecord
@@ -178,8 +180,13 @@ def current_run(version: str) -> Provenance:
         triton=triton.__version__,
         version=version,
         command=current_command(),
-        date=datetime.date.today().isoformat(),
+        date=today(),
     )
+
+
+def today() -> str:
+    """The day, as records have it."""
+    return datetime.date.today().isoformat()
 
 
 def current_command() -> str:

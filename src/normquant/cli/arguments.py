@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterable
 
 POLICIES = ("auto", "always", "never", "native", "opaque-norm")  # of normquant.compile.policy, which imports torch
+PRODUCTS = ("auto", "always", "never")  # of the same
 
 
 def completing(action: argparse.Action, names: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from normquant.bench.records import KernelRecord, Record, writing
 from normquant.bench.vllm.job import INSTALLED, LABORATORY, LINEARS, Job
-from normquant.cli.arguments import POLICIES, chosen, integers
+from normquant.cli.arguments import POLICIES, PRODUCTS, chosen, integers
 from normquant.cli.output_files import check_writable
 from normquant.cli.progress import add_quiet, compiling, showing
 from normquant.report import vllm_text
@@ -100,6 +100,10 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=5, help="samples of each timing (default: 5)")
     add("--steps", type=int, default=STEPS, help=f"decode steps of a sample (default: {STEPS})")
     add("--policy", default="auto", choices=POLICIES, help="of normquant (default: auto)")
+    add(
+        "--products", default="auto", choices=PRODUCTS,
+        help="whether normquant's products of few rows take the place of vLLM's (default: auto, where measured)",
+    )  # fmt: skip
     add("--workers", type=int, help="processes that start together (default: those of one model and linear)")
     add("--timeout", type=float, default=900, metavar="S", help="of a start, of a measurement (default: 900)")
     add("--keep", type=Path, metavar="DIR", help="keep vLLM's caches, reports, logs and kernels here")
@@ -281,7 +285,7 @@ def vllm_groups(args: argparse.Namespace, folder: Path) -> list[list[Job]]:
             setting=setting, linear=linear, layers=args.layers, moe=moe, batches=args.batch, prefill=args.prefill,
             samples=args.samples, steps=args.steps, compared=COMPARED, policy=args.policy, folder="",
             model=config(args.layers, moe, args.tensor_parallel), tensor_parallel=args.tensor_parallel,
-            all_reduce=args.all_reduce,
+            all_reduce=args.all_reduce, products=args.products,
         )
         for moe in args.moe for linear in linears for setting in settings
     ]  # fmt: skip

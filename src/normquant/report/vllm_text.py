@@ -9,7 +9,7 @@ from normquant.report.formatting import table
 
 SHOWN = (
     *("norm_quant", "norm", "quant", "silu_quant", "silu", "copy", "pointwise", "rope"),
-    *("gemm", "attention", "moe", "other"),
+    *("gemm", "all_reduce", "attention", "moe", "other"),
 )
 
 

@@ -13,8 +13,17 @@ VARIABLE = "NORMQUANT"
 ALL_REDUCE_VARIABLE, CHECK_VARIABLE = "NORMQUANT_ALL_REDUCE", "NORMQUANT_CHECK"
 KEY = "normquant"
 ENABLED, POLICY, SITES, TABLE, STRICT = "enabled", "policy", "sites", "table", "strict"
-ALL_REDUCE, CHECK = "all_reduce", "check"
-TYPES = {ENABLED: bool, POLICY: str, SITES: dict, TABLE: str, STRICT: bool, ALL_REDUCE: bool, CHECK: bool}
+PRODUCTS, ALL_REDUCE, CHECK = "products", "all_reduce", "check"
+TYPES = {
+    ENABLED: bool,
+    POLICY: str,
+    SITES: dict,
+    TABLE: str,
+    PRODUCTS: str,
+    STRICT: bool,
+    ALL_REDUCE: bool,
+    CHECK: bool,
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ def read_switches(environ: Mapping[str, str], additional_config: object) -> Swit
     NORMQUANT=1 switches on and NORMQUANT=0 off, whatever `additional_config` says; NORMQUANT_ALL_REDUCE does the same
     for "all_reduce". The entry "normquant" of `additional_config` switches on, and may hold:
         "enabled": false to switch off.
-        "policy", "sites", "table", "strict", "all_reduce": as `normquant.inductor_options` takes them.
+        "policy", "sites", "table", "products", "strict", "all_reduce": as `normquant.inductor_options` takes them.
         "check": true to compare what is handed over, as NORMQUANT_CHECK=1 does.
     An `additional_config` that is no dict says nothing about normquant.
 
@@ -50,7 +59,7 @@ def read_switches(environ: Mapping[str, str], additional_config: object) -> Swit
     check = _switched(environ, CHECK_VARIABLE, entry.get(CHECK, False))
     if not enabled:
         return Switches()
-    rules = Rules(entry.get(POLICY, "auto"), dict(entry.get(SITES, {})), entry.get(TABLE))
+    rules = Rules(entry.get(POLICY, "auto"), dict(entry.get(SITES, {})), entry.get(TABLE), entry.get(PRODUCTS, "auto"))
     return Switches(True, rules, entry.get(STRICT, False), all_reduce, check)
 
 

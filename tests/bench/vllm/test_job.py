@@ -35,7 +35,7 @@ def test_settings_differ_in_one_thing(tmp_path: Path):
     unfused = engine_arguments(job(tmp_path, "unfused"))["compilation_config"]["pass_config"]
     assert unfused == {"fuse_norm_quant": False, "fuse_act_quant": False}
     assert off["compilation_config"].pop("pass_config") == {"fuse_norm_quant": False}
-    assert ours.pop("additional_config") == {"normquant": {"policy": "well"}}
+    assert ours.pop("additional_config") == {"normquant": {"policy": "well", "products": "auto"}}
     for arguments in (default, off, ours):
         del arguments["model"]
     assert default == off == ours

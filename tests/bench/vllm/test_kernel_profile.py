@@ -51,6 +51,16 @@ NAMES = {
         "nvjet_tst_64x16_64x13_2x1_v_bz_splitK_TNT",
         "void cutlass::device_kernel<vllm::enable_sm90_only<cutlass::gemm::kernel::GemmUniversal<int>>>(...)",
         "void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16>(...)",
+        "block_fp8_linear_kernel",
+        "sum_of_parts_kernel",
+    ],
+    "all_reduce": [
+        "one_shot_kernel",
+        "two_shot_kernel",
+        "add_parts_kernel",
+        "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+        "void vllm::cross_device_reduce_1stage<__nv_bfloat16, 4>(...)",
+        "void flashinfer::trtllm_allreduce_fusion::allreduce_fusion_kernel_oneshot_lamport<...>(...)",
     ],
     "attention": [
         "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<int>>>(...)",

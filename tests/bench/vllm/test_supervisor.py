@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import time
 from dataclasses import asdict
@@ -24,6 +25,8 @@ def test_records_of_each_setting_and_batch(tmp_path: Path):
         assert problems(json.loads(json.dumps(asdict(record)))) == []
     assert found[0].prefill_ms == {"2048": 9.5} and found[0].findings == FOUND and found[0].moe
     assert [r.policy for r in found] == ["", "", "", "", "well", "well"]
+    assert [r.products for r in found] == ["", "", "", "", "auto", "auto"]
+    assert {r.date for r in found} == {datetime.date.today().isoformat()}
 
 
 def test_one_measures_at_a_time(tmp_path: Path):

@@ -108,9 +108,20 @@ def _keep_compile_passes() -> None:
 
 
 def _reduce_in_one_operation() -> None:
+    """`vllm::all_reduce` as on CUDA, where it gives a new tensor. On a CPU it gives its input: torch refuses that of an
+    operation in a compiled graph where the variable CI is set, and warns elsewhere."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.platforms.cpu import CpuPlatform
 
-    CpuPlatform.use_custom_op_collectives = classmethod(lambda cls: True)  # as on CUDA: `vllm::all_reduce`
+    CpuPlatform.use_custom_op_collectives = classmethod(lambda cls: True)
+    original = CpuCommunicator.all_reduce
+    if not hasattr(original, "__wrapped__"):
+
+        @functools.wraps(original)
+        def all_reduce(self: Any, x: torch.Tensor) -> torch.Tensor:
+            return original(self, x.clone())
+
+        CpuCommunicator.all_reduce = all_reduce
 
 
 def _take_quantized_activations() -> None:

@@ -53,6 +53,7 @@ class Job:
     compared: prompts whose logits are compared with those of float32.
     model: the model's config.json. engine: arguments of `vllm.LLM` that replace ours.
     tensor_parallel: GPUs that compute the model together. all_reduce: whether the plugin fuses their all-reduces.
+    policy, products: the plugin's settings of these names.
     """
 
     setting: str
@@ -70,6 +71,7 @@ class Job:
     engine: Mapping[str, Any] = field(default_factory=dict, hash=False)
     tensor_parallel: int = 1
     all_reduce: bool = False
+    products: str = "auto"
 
     @property
     def name(self) -> str:
@@ -175,7 +177,7 @@ def engine_arguments(job: Job) -> dict[str, Any]:
         "compilation_config": compilation,
     }
     if job.plugin:
-        arguments["additional_config"] = {"normquant": {"policy": job.policy}}
+        arguments["additional_config"] = {"normquant": {"policy": job.policy, "products": job.products}}
     if job.tensor_parallel > 1:  # every rank is a process of ours, whose captured graph can be replayed
         arguments |= {"tensor_parallel_size": job.tensor_parallel, "distributed_executor_backend": "external_launcher"}
     return arguments | dict(job.engine)

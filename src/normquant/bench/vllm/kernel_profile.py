@@ -14,7 +14,9 @@ OTHER = "other"
 # or, where it no longer knows them, with a number alone: then a reduction is a norm, as nothing else reduces in these
 # graphs, and a pointwise kernel is a copy of the residual or the RoPE of k_pe; only the generated code tells which.
 RULES: tuple[tuple[str, str], ...] = (
-    ("gemm", r"gemm::kernel::GemmUniversal|gemm_1d[12]d|nvjet"),  # their long names contain other rules' words
+    # Their long names contain other rules' words; sums that wait for other ranks count as theirs.
+    ("gemm", r"gemm::kernel::GemmUniversal|gemm_1d[12]d|nvjet|block_fp8_linear_kernel|sum_of_parts_kernel"),
+    ("all_reduce", r"all_?reduce|ncclDev|cross_device_reduce|one_shot_kernel|two_shot_kernel|add_parts_kernel"),
     ("moe", r"moe|topk|top_k|expert|count_and_sort|permute_kernel"),
     ("attention", r"flash|fmha|mla|attention|attn|merge_states|reshape_and_cache|paged|varlen"),
     ("norm_quant", r"norm_quant_kernel|rms_norm_per_block_quant|rms_norm_dynamic|norm\w*_quant\w*kernel"),

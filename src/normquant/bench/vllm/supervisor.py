@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normquant.bench.records import VllmRecord, current_command
+from normquant.bench.records import VllmRecord, current_command, today
 from normquant.bench.vllm.job import Job, environment, switches, write
 from normquant.version import VERSION
 
@@ -177,10 +177,12 @@ def record(job: Job, facts: dict[str, Any], prefill: dict[str, Any], batch: dict
         prefill_gpu_us=prefill["gpu_us"],
         **{name: facts[name] for name in FACTS},
         policy=job.policy if job.plugin else "",
+        products=job.products if job.plugin else "",
         switches=switches(job),
         tensor_parallel=job.tensor_parallel,
         version=VERSION,
         command=current_command(),
+        date=today(),
     )
 
 
