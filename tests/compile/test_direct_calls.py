@@ -41,6 +41,25 @@ def test_code_for_a_gpu_calls_the_launcher() -> None:
     assert all(launch for _, launch in calls)
 
 
+def product_and_reader(data, scale, weight, by):
+    x = torch.ops.normquant.block_fp8_linear(data, scale, weight, by, BF16)
+    y = torch.ops.normquant.block_fp8_linear(data, scale, weight, by, BF16)
+    return nq.silu_mul_quant(x).data, y  # which is left alone
+
+
+def test_products_and_pairs_are_launched_too() -> None:
+    fp8 = torch.float8_e4m3fn
+    options = inductor_options("always", products="always", strict=True)
+    (code,) = capture(
+        product_and_reader,
+        lambda: (empty(8, 512).to(fp8), empty(8, 4).float(), empty(768, 512).to(fp8), empty(6, 4).float()),
+        options=options,
+    )
+    assert re.findall(r"= torch\.ops\.normquant\.(\w+)\.default(\.launch)?\(", code.text) == [
+        ("block_fp8_linear_silu_mul_quant", ".launch"), ("block_fp8_linear", ".launch"),
+    ]  # fmt: skip
+
+
 def test_the_auditor_reads_such_a_call_as_the_op() -> None:
     report = nq.audit(five_ops, inputs, options=OPTIONS)
     assert report.externs["normquant.add_rms_norm_quant"] == 1

@@ -37,9 +37,16 @@ def measured(on_hopper):
 def test_nothing_is_chosen_that_was_not_measured(on_hopper):
     for part in (PRODUCT, "add_rms_norm_quant"):
         for device, where in ((GPU, "sm_90"), (CPU, "a CPU")):
-            found = choose(part, 7168, 2112, 1, device)
+            found = choose(part, 7168, 2240, 1, device)
             assert not found.split and "no measurements" in found.reason and where in found.reason
-            assert not pays(part, 7168, 2112, device).split
+            assert not pays(part, 7168, 2240, device).split
+
+
+def test_what_is_committed_for_hopper(on_hopper):
+    readers = {"latent_norm_quant": (7168, 2112), "silu_mul_quant": (7168, 4608), "add_rms_norm_quant": (2304, 7168)}
+    for reader, (k, n) in readers.items():
+        assert [choose(reader, k, n, m, GPU).split for m in (1, 16, 17, 64, 65)] == [True, True, False, False, False]
+        assert not choose(reader, k, n, 1, CPU).split
 
 
 @pytest.mark.parametrize(("m", "split"), [(1, True), (16, True), (17, False), (64, False), (65, False)])

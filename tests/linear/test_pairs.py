@@ -7,6 +7,7 @@ from shared.compare import assert_bitwise, bits
 from shared.inputs import awkward
 from shared.products import factors, pair_of
 
+import normquant.vllm.fp8_linear  # noqa: F401  # defines the operator of vLLM's products
 from normquant import QuantSpec, reference, specs
 from normquant.linear import PAIRS, dequantized_linear
 from normquant.linear.split_product import split_product
@@ -142,6 +143,27 @@ def test_a_lost_gradient_is_refused():
     residual = args[7].clone().requires_grad_()
     with pytest.raises(RuntimeError, match="has no gradient"):
         PAIRS["add_rms_norm_quant"].overload(*encoded((*args[:7], residual, *args[8:])))
+
+
+@pytest.mark.parametrize("otherwise", ["", "normquant_vllm::block_fp8_linear 32 1"])
+def test_a_product_that_is_not_split_calls_implementations_and_no_dispatcher(otherwise, monkeypatch):
+    args = arguments("silu_mul_quant", 5, wanted="auto")
+    product, op = torch.ops.normquant.block_fp8_linear.default, OPS["silu_mul_quant"].overload
+    if otherwise:
+        product = torch.ops.normquant_vllm.block_fp8_linear.default
+    given = []
+
+    def multiply(data, scale, weight, weight_scale, *own):
+        given.append(own)
+        return split_product(data, scale, weight, weight_scale, torch.bfloat16)
+
+    monkeypatch.setattr(product, "launch", multiply)
+    read = OPS["silu_mul_quant"].reference
+    monkeypatch.setattr(op, "launch", lambda x, limit, spec: read(x, limit, QuantSpec.decode(spec)))
+    pair = PAIRS["silu_mul_quant"]
+    outputs = pair.launcher(*encoded((*args[:6], otherwise, *args[7:])))(*args[:4])
+    assert_bitwise(outputs, by_hand("silu_mul_quant", args))
+    assert given == [(32, True)] if otherwise else given == [(torch.bfloat16,)]
 
 
 def test_inputs_stay_as_they_are():

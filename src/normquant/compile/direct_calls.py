@@ -15,16 +15,16 @@ import torch
 from torch._inductor import lowering
 from torch._inductor.virtualized import V
 
-from normquant.ops import OPS
+from normquant.ops._op import DIRECT
+
+
+def register() -> None:
+    """Have Inductor write such calls for the ops of this package, in every graph that it compiles from here on."""
+    for overload in DIRECT:
+        _lower(overload)
 
 
 @cache
-def register() -> None:
-    """Have Inductor write such calls for the ops of this package, in every graph that it compiles from here on."""
-    for op in OPS.values():
-        _lower(op.overload)
-
-
 def _lower(overload: torch._ops.OpOverload) -> None:
     if overload not in lowering.lowerings:
         # As Inductor does for an op that it does not know, with the constraint that the op's tag asks for.

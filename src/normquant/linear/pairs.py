@@ -25,7 +25,7 @@ from normquant.linear.product import check_product, dequantized_linear
 from normquant.linear.split_product import Launcher, launch_pair, split_product
 from normquant.ops import OPS, Op
 from normquant.ops._gradients import refuse_gradients
-from normquant.ops._op import cached, define
+from normquant.ops._op import cached, define, launch_of
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 OF_PRODUCT = 5  # arguments: data, scale, weight, weight_scale, dtype
@@ -92,7 +92,7 @@ class Pair:
             for at, tensor in zip(places, tensors, strict=True):
                 given[at] = tensor
             product, _, rest = _parts(tuple(given))
-            outputs = self.op.overload(multiply(*product), *rest)
+            outputs = launch_of(self.op.overload)(multiply(*product), *rest)
             return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
 
         return launch
@@ -115,15 +115,16 @@ def _parts(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]
 
 
 def _unsplit_product(otherwise: str) -> Callable[..., torch.Tensor]:
-    """What takes the arguments of a product, dtype among them."""
+    """What takes the arguments of a product on CUDA, dtype among them."""
     if not otherwise:
-        return torch.ops.normquant.block_fp8_linear.default
+        return launch_of(torch.ops.normquant.block_fp8_linear.default)
     name, *numbers = otherwise.split()
     library, _, op = name.partition("::")
     overload = getattr(getattr(torch.ops, library), op).default
     types = [str(argument.type) for argument in overload._schema.arguments[4:]]
     own = [int(n) != 0 if of == "bool" else int(n) for n, of in zip(numbers, types, strict=True)]
-    return lambda data, scale, weight, weight_scale, dtype: overload(data, scale, weight, weight_scale, *own)
+    run = launch_of(overload)
+    return lambda data, scale, weight, weight_scale, dtype: run(data, scale, weight, weight_scale, *own)
 
 
 def _rows_like(product: tuple[Any, ...]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from normquant.linear.split_product import Launcher, launch_product
 from normquant.linear.weights import BLOCK, check_bias, check_weight, dequantize_weight, pad_weight_scale
 from normquant.ops import LIBRARY
 from normquant.ops._gradients import refuse_gradients
-from normquant.ops._op import cached, without_gradient
+from normquant.ops._op import cached, call_directly, without_gradient
 from normquant.ops._sharding import add_rules
 from normquant.spec import TMA_ALIGN, QuantizedActivation, QuantSpec
 
@@ -144,5 +144,6 @@ def _holds(t: torch.Tensor, elements: int) -> bool:
 
 LIBRARY.impl("block_fp8_linear", dequantized_linear, "CPU")
 LIBRARY.impl("block_fp8_linear", _on_cuda, "CUDA")
+call_directly(torch.ops.normquant.block_fp8_linear.default, _on_cuda)
 without_gradient("block_fp8_linear")
 add_rules(torch.ops.normquant.block_fp8_linear.default, _sharding.rules)

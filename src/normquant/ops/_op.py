@@ -107,16 +107,28 @@ def register(op: Op) -> Op:
 
 
 def define(name: str, schema: str, fake: Impl, cpu: Impl, cuda: Impl) -> None:
-    """Define an op without a gradient in torch; its implementations take the spec encoded.
-
-    The one for CUDA is also `launch` of what torch calls, for generated code (`compile/direct_calls.py`).
-    """
+    """Define an op without a gradient in torch; its implementations take the spec encoded."""
     LIBRARY.define(name + schema, tags=TAGS)
     torch.library.register_fake(f"normquant::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
-    getattr(torch.ops.normquant, name).default.launch = cuda
+    call_directly(getattr(torch.ops.normquant, name).default, cuda)
     without_gradient(name)
+
+
+DIRECT: list[torch._ops.OpOverload] = []  # each has its implementation for CUDA as `launch`
+
+
+def call_directly(overload: torch._ops.OpOverload, cuda: Impl) -> None:
+    """Have code that knows its tensors are on CUDA call the implementation, as generated code does
+    (`compile/direct_calls.py`)."""
+    overload.launch = cuda  # type: ignore[attr-defined]
+    DIRECT.append(overload)
+
+
+def launch_of(overload: torch._ops.OpOverload) -> Impl:
+    """What to call on tensors on CUDA: an implementation that `call_directly` was told, else the overload itself."""
+    return getattr(overload, "launch", overload)
 
 
 def without_gradient(name: str) -> None:

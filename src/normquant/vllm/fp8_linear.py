@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from normquant.ops._op import call_directly
+
 LIBRARY = torch.library.Library("normquant_vllm", "DEF")
 LIBRARY.define(
     "block_fp8_linear(Tensor data, Tensor scale, Tensor weight, Tensor weight_scale, int flashinfer_below, bool e8m0)"
@@ -45,6 +47,7 @@ def block_fp8_linear(
 
 
 LIBRARY.impl("block_fp8_linear", block_fp8_linear, "CUDA")
+call_directly(torch.ops.normquant_vllm.block_fp8_linear.default, block_fp8_linear)
 
 
 @torch.library.register_fake("normquant_vllm::block_fp8_linear", lib=LIBRARY)
