@@ -125,6 +125,11 @@ BAD = {
     "scale of other N": ((DATA, SCALE, WEIGHT, WEIGHT_SCALE[:2], *REST), "(2, 10)", "(6, 10)"),
     "fp32 rows": ((DATA, SCALE, WEIGHT, WEIGHT_SCALE, torch.float32, *REST[1:]), "float32", "bfloat16, float16"),
     "unknown choice": ((DATA, SCALE, WEIGHT, WEIGHT_SCALE, REST[0], "never", *REST[2:]), "'never'", "'auto', 'always'"),
+    "unknown product": (
+        (DATA, SCALE, WEIGHT, WEIGHT_SCALE, *REST[:2], "normquant_vllm::none 1", *REST[3:]),
+        "'normquant_vllm::none 1'",
+        "normquant_vllm::none is not defined in this process",
+    ),
     "limit = 0": ((DATA, SCALE, WEIGHT, WEIGHT_SCALE, *REST[:3], 0.0, REST[4]), "limit is 0.0", "positive"),
     "odd halves": ((DATA, SCALE, WEIGHT[:640], WEIGHT_SCALE[:5], *REST), "640 columns", "128"),
 }

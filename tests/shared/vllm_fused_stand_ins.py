@@ -1,4 +1,4 @@
-"""Stand-ins for vLLM's fused CUDA ops and DeepGEMM's linear op: their names, schemas and arithmetic in plain torch."""
+"""Stand-ins for vLLM's fused CUDA ops and linear ops: their names, schemas and arithmetic in plain torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _C.define(
     "silu_and_mul_per_block_quant(Tensor(a!) out, Tensor input, Tensor(b!) scales, int group_size, "
     "Tensor? scale_ub=None, bool is_scale_transposed=False) -> ()"
 )
+_C.define("cutlass_scaled_mm(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()")
 _VLLM.define(
     "fp8_gemm_nt_op(Tensor q_input, Tensor input_scale, Tensor weight, Tensor weight_scale, Tensor(a!) output, "
     "bool use_deep_gemm_e8m0) -> ()"
@@ -51,8 +52,14 @@ def _silu(out, input, scales, group_size, scale_ub=None, is_scale_transposed=Fal
 @torch.library.impl(_VLLM, "fp8_gemm_nt_op", "CPU")
 def _gemm(q_input, input_scale, weight, weight_scale, output, use_deep_gemm_e8m0) -> None:
     SCALE_STRIDES.append(input_scale.stride())
-    x = q_input.float() * input_scale.repeat_interleave(128, 1)
-    output.copy_(F.linear(x, weight.float()))
+    output.copy_(_product(q_input, input_scale, weight, weight_scale))
+
+
+@torch.library.impl(_C, "cutlass_scaled_mm", "CPU")
+def _cutlass(out, a, b, a_scales, b_scales, bias) -> None:
+    assert b.stride(0) == 1 and a_scales.stride() == (1, len(a)) and b_scales.t().is_contiguous()
+    y = _product(a, a_scales, b.t(), b_scales.t(), torch.float32)
+    out.copy_(y if bias is None else y + bias)
 
 
 # vLLM's default linears on Hopper quantize inside, by other rules for few rows than for many; see `normquant.specs`.
@@ -90,10 +97,13 @@ def _quantized_linear(data, scale, weight, weight_scale, flashinfer_below, e8m0)
     return _product(data, scale, weight, weight_scale)
 
 
-def _product(data, scale, weight, weight_scale) -> torch.Tensor:
+torch.library.impl(fp8_linear.LIBRARY, "cutlass_block_fp8_linear", "CPU")(fp8_linear.cutlass_block_fp8_linear)
+
+
+def _product(data, scale, weight, weight_scale, dtype=torch.bfloat16) -> torch.Tensor:
     x = data.float() * scale.repeat_interleave(128, -1)
     w = weight.float() * weight_scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)
-    return F.linear(x, w).bfloat16()
+    return F.linear(x, w).to(dtype)
 
 
 def _fake_product(input, weight, *args) -> torch.Tensor:
@@ -103,7 +113,10 @@ def _fake_product(input, weight, *args) -> torch.Tensor:
 for _name in ("flashinfer_fp8_blockscale_gemm", "dynamic_flashinfer_deepgemm_blockscale_gemm"):
     torch.library.register_fake(f"vllm::{_name}", _fake_product, lib=_VLLM)
 
-for _name in ("_C::rms_norm_per_block_quant", "_C::silu_and_mul_per_block_quant", "vllm::fp8_gemm_nt_op"):
+for _name in (
+    *("_C::rms_norm_per_block_quant", "_C::silu_and_mul_per_block_quant", "_C::cutlass_scaled_mm"),
+    "vllm::fp8_gemm_nt_op",
+):
     torch.library.register_fake(_name, lambda *args, **kwargs: None, lib=_C if _name.startswith("_C") else _VLLM)
 
 
@@ -144,8 +157,31 @@ def silu_and_mul_per_block_quant(
     return data, scale
 
 
-def deepgemm(data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, *, ue8m0: bool = False) -> torch.Tensor:
-    """The linear op; weight [N, K] with scales of one."""
-    output = torch.empty((data.shape[0], weight.shape[0]), dtype=torch.bfloat16)
-    torch.ops.vllm.fp8_gemm_nt_op(data, scale, weight, torch.ones(1, 1), output, ue8m0)
+def deepgemm(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None = None,
+    *,
+    ue8m0: bool = False,
+) -> torch.Tensor:
+    """The linear op; weight [N, K], with scales of one where none are given."""
+    n, k = weight.shape
+    weight_scale = torch.ones(-(-n // 128), -(-k // 128)) if weight_scale is None else weight_scale
+    output = torch.empty((data.shape[0], n), dtype=torch.bfloat16)
+    torch.ops.vllm.fp8_gemm_nt_op(data, scale, weight, weight_scale, output, ue8m0)
     return output
+
+
+def cutlass(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The op on an output that is allocated for it; weight [N, K], weight_scale [N/128, K/128]."""
+    out = torch.empty((data.shape[0], weight.shape[0]), dtype=dtype)
+    torch.ops._C.cutlass_scaled_mm(out, data, weight.t(), scale, weight_scale.t(), bias)
+    return out

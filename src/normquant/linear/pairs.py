@@ -54,6 +54,7 @@ class Pair:
     def check(self, *args: Any) -> None:
         """Raise ValueError for arguments, the spec decoded, that the product or the op does not accept."""
         product, _, rest = _parts(args)
+        _unsplit_product(args[OF_PRODUCT + 1])
         if product[-1] not in ACTIVATION_DTYPES:
             raise ValueError(f"dtype is {product[-1]}; accepted: bfloat16, float16")
         check_product(*product)
@@ -115,11 +116,13 @@ def _parts(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]
 
 
 def _unsplit_product(otherwise: str) -> Callable[..., torch.Tensor]:
-    """What takes the arguments of a product on CUDA, dtype among them."""
+    """What takes the arguments of a product on CUDA, dtype among them. Raises ValueError where nothing does."""
     if not otherwise:
         return launch_of(torch.ops.normquant.block_fp8_linear.default)
     name, *numbers = otherwise.split()
     library, _, op = name.partition("::")
+    if not hasattr(getattr(torch.ops, library), op):
+        raise ValueError(f"otherwise is {otherwise!r}; {name} is not defined in this process")
     overload = getattr(getattr(torch.ops, library), op).default
     types = [str(argument.type) for argument in overload._schema.arguments[4:]]
     own = [int(n) != 0 if of == "bool" else int(n) for n, of in zip(numbers, types, strict=True)]

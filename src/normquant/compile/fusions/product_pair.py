@@ -11,14 +11,13 @@ measured to be faster. Weights and scales are read as they are; where the pair d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.edit.build import Builder, Rewrite
+from normquant.compile.find.block_products import Product, product_of
 from normquant.compile.find.graph import (
     RESHAPES,
     Unsupported,
@@ -27,7 +26,6 @@ from normquant.compile.find.graph import (
     mutation_regions,
     op_name,
     overload_name,
-    peel,
     value,
 )
 from normquant.compile.find.graph import arguments as arguments_of
@@ -37,23 +35,6 @@ from normquant.linear import PAIRS, Pair
 from normquant.linear.choice import pays
 from normquant.ops import OPS
 from normquant.spec import QuantSpec
-
-OURS = "normquant::block_fp8_linear"
-VLLM = "normquant_vllm::block_fp8_linear"  # FlashInfer's kernel or DeepGEMM's, what `vllm_linear` makes
-
-
-@dataclass(frozen=True)
-class Product:
-    """One call. tensors: data, scale, weight, weight_scale. otherwise: the operator, as a pair takes it."""
-
-    node: Node
-    tensors: tuple[Node, ...]
-    dtype: torch.dtype
-    otherwise: str
-
-    @property
-    def columns(self) -> int:
-        return value(self.tensors[2]).shape[0]
 
 
 def find(graph: Graph) -> Findings:
@@ -68,15 +49,15 @@ def find(graph: Graph) -> Findings:
 
 def _found(reader: Node, pair: Pair, regions: dict[Node, int]) -> Candidate | Rejection | None:
     args = arguments_of(reader)
-    product = _product(args[0])
+    product = product_of(args[0])
     if product is None and pair.op.argument_names[1:2] == ("residual",):  # a sum has no first and second
         args = (args[1], args[0], *args[2:])
-        product = _product(args[0])
+        product = product_of(args[0])
     if product is None:
         return None
     name, where = f"{site_name(product.node)} -> {pair.op.name}", source_line(reader)
     x = value(args[0])
-    k, n = value(product.tensors[0]).shape[1], product.columns
+    k, n = product.k, product.columns
     decision = pays(pair.op.name, k, n, x.device)
     spec = QuantSpec.decode(args[-1])
     try:
@@ -93,35 +74,26 @@ def _found(reader: Node, pair: Pair, regions: dict[Node, int]) -> Candidate | Re
     )  # fmt: skip
 
 
-def _product(x: Any) -> Product | None:
-    """The product that rows x come from by way of views."""
-    node = peel(x, lambda n: is_call(n, *RESHAPES)) if isinstance(x, Node) else x
-    if not isinstance(node, Node) or node.op != "call_function":
-        return None
-    kind = overload_name(node.target)
-    if kind == OURS:
-        *tensors, dtype = arguments_of(node)
-        return Product(node, tuple(tensors), dtype, "")
-    if kind == VLLM:
-        *tensors, below, e8m0 = arguments_of(node)
-        return Product(node, tuple(tensors), torch.bfloat16, f"{VLLM} {below} {int(e8m0)}")
-    return None
-
-
 def _check(reader: Node, args: tuple[Any, ...], product: Product, pair: Pair, spec: QuantSpec) -> None:
     """Raise Unsupported where the pair would not compute what both do."""
     first, *rest = args
+    if product.refused:
+        raise Unsupported(product.refused)
     if value(first).shape[1] != product.columns:
         raise Unsupported(f"rows of {value(first).shape[1]} values are read of a product with {product.columns}")
     others = sorted({op_name(user) for user in _readers(product.node) if user is not reader})
     if others:
         raise Unsupported(f"the product is also read by {', '.join(others)}")
-    given = [value(arg) if isinstance(arg, Node) else arg for arg in (*product.tensors, product.dtype, "auto", "")]
+    given = [value(arg) if isinstance(arg, Node) else arg for arg in _first_arguments(product, "auto")]
     others_given = [value(arg) if isinstance(arg, Node) else arg for arg in rest[:-1]]
     try:
         pair.check(*given, *others_given, spec)
     except ValueError as error:
         raise Unsupported(f"{pair.name} does not accept this: {error}") from None
+
+
+def _first_arguments(product: Product, wanted: str) -> tuple[Any, ...]:
+    return (*product.tensors, product.dtype, wanted, product.otherwise)
 
 
 def _readers(node: Node) -> Iterator[Node]:
@@ -135,5 +107,5 @@ def _readers(node: Node) -> Iterator[Node]:
 
 def _replace(reader: Node, rest: tuple[Any, ...], product: Product, pair: Pair, wanted: str, new: Builder) -> Rewrite:
     with new.before(reader):
-        made = new(pair.overload, *product.tensors, product.dtype, wanted, product.otherwise, *rest)
+        made = new(pair.overload, *_first_arguments(product, wanted), *rest)
     return Rewrite(((reader, made),), like=reader, note="the kernel can add a split product's partial sums")
