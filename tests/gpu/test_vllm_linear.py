@@ -72,3 +72,27 @@ def test_a_product_is_that_of_vllms_operator(k: int, n: int) -> None:
         data, s = quantized(x, FEW_AND_MANY)
         got = torch.ops.normquant_vllm.block_fp8_linear(data, s, weight, scale, 32, True)
         assert torch.equal(got, expected), m
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_vllms_other_linears(k: int, n: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from vllm import _custom_ops
+    from vllm.model_executor.kernels.linear.scaled_mm import deep_gemm  # noqa: F401  # defines the operator
+
+    from normquant.vllm import fp8_linear  # noqa: F401  # so does this
+
+    weight = (torch.randn(n, k, device="cuda") * 0.5).to(torch.float8_e4m3fn)
+    scale = torch.exp2(torch.randint(-3, 3, ((n + 127) // 128, k // 128), device="cuda").float())
+    for m in (1, 2, 5, 16, 17, 64, 300):
+        x = activations(m, k, seed=m).cuda()
+        data, s = quantized(x, specs.VLLM.replace(layout="col"))
+        expected = _custom_ops.cutlass_scaled_mm(data, weight.T, s, scale.T, dtype)
+        got = torch.ops.normquant_vllm.cutlass_block_fp8_linear(data, s, weight, scale, dtype == torch.float16)
+        assert torch.equal(got, expected), m
+        if dtype == torch.bfloat16:
+            data, s = quantized(x, specs.VLLM_UE8M0.replace(layout="col_tma"))
+            expected = torch.empty_like(got)
+            torch.ops.vllm.fp8_gemm_nt_op(data, s, weight, scale, expected, True)
+            assert torch.equal(torch.ops.normquant_vllm.block_fp8_linear(data, s, weight, scale, 0, True), expected), m

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ from shared import traced_graphs
 from shared.compare import assert_bitwise, bits
 from shared.inputs import activations
 from shared.pass_harness import run_with_pass
+from shared.unsplit_pairs import UnsplitPairs
 from shared.vllm_fused_stand_ins import cutlass, deepgemm, silu_and_mul_per_block_quant
 from shared.vllm_ops import per_token_group_fp8_quant
-from torch.fx import Graph, Interpreter
+from torch.fx import Graph
 
 import normquant as nq
 from normquant.compile import Site, driver
@@ -100,21 +100,6 @@ def test_a_pair_that_splits_the_product(linear: Linear, layout: str, otherwise: 
     assert any(not torch.equal(bits(a), bits(b)) for a, b in zip(result, stock, strict=True))  # another order of sums
 
 
-class AsOnCuda(Interpreter):
-    """Runs a graph on a CPU, but its pairs by the ops that they call on CUDA."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.otherwise: list[str] = []
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if not pairs([str(target)]):
-            return super().call_function(target, args, kwargs)
-        self.otherwise.append(args[6])
-        with mock.patch("normquant.linear.pairs.launch_of", lambda overload: overload):
-            return target.launch(*args)
-
-
 def assert_paired_with_its_own_bits(otherwise: str, fn: Layer, *args: torch.Tensor) -> None:
     """Where a pair is not split, what it runs is `otherwise` and gives the bits of the graph without pairs."""
     expected, _, left = run(fn, *args, products="never")
@@ -122,7 +107,7 @@ def assert_paired_with_its_own_bits(otherwise: str, fn: Layer, *args: torch.Tens
     gm, inputs = traced_graphs.traced(fn, *args)
     rewrite(gm.graph, "auto")
     gm.recompile()
-    interpreter = AsOnCuda(gm)
+    interpreter = UnsplitPairs(gm)
     assert_bitwise(interpreter.run(*inputs), expected)
     assert interpreter.otherwise == [otherwise]
 
