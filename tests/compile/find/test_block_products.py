@@ -181,7 +181,7 @@ def read_twice(*tensors: torch.Tensor) -> torch.Tensor:
     return y + torch.ops.normquant.group_quant(y, nq.QuantSpec().encode())[1].sum().bfloat16()
 
 
-WIDE, SQUARE = torch.cat([WEIGHT] * 2, 1), WEIGHT.view(torch.uint8).new_empty(K, K).view(WEIGHT.dtype)
+WIDE, SQUARE = torch.cat([WEIGHT] * 2, 1), torch.zeros(K, K).to(WEIGHT.dtype)
 TRANSPOSES = "no transposes of [N, K] and of [N/128, K/128]"
 REFUSED: dict[str, tuple[Linear, torch.Tensor, torch.Tensor, str]] = {
     "packed scales, as on Blackwell": (deepgemm, WEIGHT, SCALE.view(torch.int32), "(6, 16) torch.int32"),
@@ -200,6 +200,16 @@ def test_what_a_pair_cannot_read_stays_with_the_reason(name: str, measured: None
     fn = gated_by_ours(linear, "col", weight, scale)
     (site,) = (site for site in sites_of(fn, activations(M, K)) if " -> " in site.name)
     assert not site.fused and reason in site.reason and site.k == K
+
+
+def test_a_permutation_that_swaps_nothing_is_no_transpose(measured: None) -> None:
+    gm, _ = traced_graphs.traced(gated_by_ours(cutlass, "col", SQUARE, torch.ones(16, 16)), activations(M, K))
+    (weight,) = (
+        n for n in gm.graph.nodes if n.target == torch.ops.aten.permute.default and n.meta["val"].shape[0] == K
+    )
+    weight.args, weight.meta["val"] = (weight.args[0], [0, 1]), weight.args[0].meta["val"]
+    (site,) = rewrite(gm.graph, "auto")
+    assert not site.fused and TRANSPOSES in site.reason
 
 
 def into_a_part(*tensors: torch.Tensor) -> torch.Tensor:
