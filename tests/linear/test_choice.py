@@ -65,6 +65,11 @@ def test_a_pair_has_measurements_of_its_own(measured):
     assert not pays("silu_mul_quant", 7168, 2112, GPU).split
 
 
+def test_where_the_number_of_rows_is_known_it_decides(measured):
+    found = {m: pays(PRODUCT, 7168, 2112, GPU, m).split for m in (1, 16, 17, 4096, None)}
+    assert found == {1: True, 16: True, 17: False, 4096: False, None: True}
+
+
 def test_always_is_for_few_rows():
     assert choose(PRODUCT, 512, 512, 64, CPU, "always").split
     found = choose(PRODUCT, 512, 512, 65, CPU, "always")

@@ -80,8 +80,10 @@ def choose(part: str, k: int, n: int, m: int, device: torch.device, wanted: Want
     return _choose(part, k, n, m, _capability(device), wanted)
 
 
-def pays(part: str, k: int, n: int, device: torch.device) -> ProductChoice:
-    """Whether there is a number of rows for which split kernels were the fastest."""
+def pays(part: str, k: int, n: int, device: torch.device, m: int | None = None) -> ProductChoice:
+    """Whether split kernels were the fastest for m rows; m None: for some number of rows."""
+    if m is not None:
+        return choose(part, k, n, m, device)
     capability = _capability(device)
     entries = _entries(part, k, n, capability)
     if not entries:

@@ -95,7 +95,7 @@ def test_by_default_those_that_were_measured(policy: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(product_pair, "pays", pays)
     x = activations(5, K)
     outcome = run(gated, x, policy=policy, products="auto")
-    assert [args[:3] for args in seen] == [("silu_mul_quant", K, N)]
+    assert [(*args[:3], args[4]) for args in seen] == [("silu_mul_quant", K, N, 5)]
     assert outcome.site.fused and "normquant 7.9 us" in outcome.site.reason
     assert pairs(outcome)
     assert_bitwise(outcome.result, gated(x))  # at the call, this CPU has no measurements

@@ -57,8 +57,8 @@ def _found(reader: Node, pair: Pair, regions: dict[Node, int]) -> Candidate | Re
         return None
     name, where = f"{site_name(product.node)} -> {pair.op.name}", source_line(reader)
     x = value(args[0])
-    k, n = product.k, product.columns
-    decision = pays(pair.op.name, k, n, x.device)
+    k, n, m = product.k, product.columns, x.shape[0]
+    decision = pays(pair.op.name, k, n, x.device, m if isinstance(m, int) else None)
     spec = QuantSpec.decode(args[-1])
     try:
         if regions[product.node] != regions[reader]:
