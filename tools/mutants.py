@@ -31,6 +31,25 @@ WITHOUT_INDUCTOR = (
     "test_nan_and_inf_as_in_the_opaque_operation",
     "test_each_quantization_of_one_norm_keeps_its_layout",
 )
+NORMS_READ = (  # no run of the whole pass: seconds for each mutant
+    "test_the_parts_of_a_norm",
+    "test_the_parts_of_a_norm_of_a_sum",
+    "test_a_sum_that_is_squared_and_written_down_again",
+    "test_the_reason_why_a_product_is_not_read_as_a_norm",
+    "test_other_arithmetic_is_no_norm",
+    "test_rows_of_a_length_that_varies_are_refused",
+    "test_a_factor_is_a_weight_and_what_is_added_to_it",
+    "test_other_arithmetic_is_the_weight",
+    "test_a_weight_of_one_value_per_column",
+    "test_what_is_no_weight_is_refused_by_its_shape_or_dtype",
+    "test_what_a_norm_reads",
+    "test_a_norm_reads_a_copy_whose_rows_are_contiguous_where_those_of_its_source_are_not",
+    "test_an_unrounded_sum_that_a_norm_reads",
+    "test_sums_that_the_kernels_do_not_make",
+    "test_other_inputs_that_the_kernels_do_not_read",
+    "test_a_rounded_sum_that_the_kernels_do_not_make_stays_outside",
+    "test_a_rounding_to_another_dtype_is_named",
+)
 # module -> the tests that have to notice a change of it
 TESTS: dict[str, tuple[str, ...]] = {
     "compile/policy": ("compile/test_policy.py",),
@@ -40,7 +59,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compile/edit/decompose": tuple(f"compile/edit/test_decompose.py::{test}" for test in WITHOUT_INDUCTOR),
     "compile/find/axes": ("compile/find/test_axes.py",),
     "compile/find/duplicates": ("compile/find/test_duplicates.py",),
-    "compile/find/norms": ("compile/find/test_norms.py", "compile/find/test_reasons.py"),
+    "compile/find/norms": tuple(f"compile/find/test_norms.py::{test}" for test in NORMS_READ),
     "compile/find/quants": ("compile/find/test_quants.py", "compile/find/test_scale_arithmetic.py"),
     "compile/find/scale_arithmetic": ("compile/find/test_scale_arithmetic.py",),
     "compile/find/sites": ("compile/find/test_sites.py", "compile/find/test_reasons.py"),

@@ -14,8 +14,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import normquant as nq
 from normquant.compile.edit.build import Builder
-from normquant.compile.find.graph import Unsupported, aten
-from normquant.compile.find.norms import Addition, _weight, check_roundings, source, weight_and_offset
+from normquant.compile.find.duplicates import Values
+from normquant.compile.find.graph import NotFound, Unsupported, aten
+from normquant.compile.find.norms import (
+    Addition,
+    Norm,
+    _weight,
+    check_roundings,
+    read_decomposed,
+    source,
+    weight_and_offset,
+)
 from normquant.spec import QuantSpec
 
 M, K, EPS = 5, 256, 1e-6
@@ -310,9 +319,9 @@ def test_that_operation_on_what_the_kernels_do_not_read() -> None:
     assert not site.fused and "reads float32" in site.reason
 
 
-def nodes(fn: Callable, *args: torch.Tensor) -> tuple[list[Node], Node, list[Node]]:
+def nodes(fn: Callable, *args: torch.Tensor, mode: str = "fake") -> tuple[list[Node], Node, list[Node]]:
     """The inputs of fn, what it returns first, and all calls."""
-    graph = make_fx(fn, tracing_mode="fake")(*args).graph
+    graph = make_fx(fn, tracing_mode=mode)(*args).graph
     returned = graph.output_node().args[0]
     first = returned[0] if isinstance(returned, (tuple, list)) else returned
     return graph.find_nodes(op="placeholder"), first, [node for node in graph.nodes if node.op == "call_function"]
@@ -320,6 +329,130 @@ def nodes(fn: Callable, *args: torch.Tensor) -> tuple[list[Node], Node, list[Nod
 
 W = torch.ones(K, dtype=BF16)
 ROWS = torch.ones(M, K, dtype=BF16)
+
+
+def read(y: Node) -> Norm:
+    return read_decomposed(y, Values(y.graph))
+
+
+def computed_from(node: Node) -> set[Node]:
+    """A value and everything that depends on it."""
+    return {node}.union(*map(computed_from, (user for user in node.users if user.op == "call_function")))
+
+
+def viewed(x, w):
+    h = x.float()
+    n = (h * rstd(h)).view(1, M, K).to(BF16).view(-1, K)
+    return (n.float() * w).view(1, M, K).to(BF16).view(M, K)
+
+
+def n_viewed(x, w):
+    h = x.float()
+    return (h * rstd(h)).view(1, M, K).to(BF16) * w.float()
+
+
+def widened(x, w):
+    h = x.float()
+    return w * (h * rstd(h)).float()
+
+
+IN_PARTS = {
+    **{name: spelling for name, spelling in SPELLINGS.items() if spelling[0] in (hf, gemma, gemma4, unrounded, inner)},
+    **{name: spelling for name, spelling in SPELLINGS.items() if spelling[0] in (in_groups, no_keepdim, expanded)},
+    "viewed": (viewed, "twice", 0.0),
+    "n viewed": (n_viewed, "inner", 0.0),
+    "cast to its own dtype": (widened, "none", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_the_parts_of_a_norm(name: str) -> None:
+    norm, rounding, offset = IN_PARTS[name]
+    (x, w), y, calls = nodes(norm, ROWS, W)
+    squares = next(node for node in calls if node.target is aten.pow.Tensor_Scalar)
+    inside = frozenset(computed_from(squares) - {y})
+    assert read(y) == Norm(y, x, None, w, offset, EPS, rounding, BF16, K, inside)  # type: ignore[arg-type]
+
+
+def test_the_parts_of_a_norm_of_a_sum() -> None:
+    (x, r, w), y, calls = nodes(lambda x, r, w: hf(x.float() + r.float(), w), ROWS, ROWS.clone(), W)
+    total = next(node for node in calls if node.target is aten.add.Tensor)
+    inside = frozenset(computed_from(total) - {y})
+    assert read(y) == Norm(y, None, Addition(x, r, "fp32", ()), w, 0.0, EPS, "none", BF16, K, inside)
+    assert read(y).sources == (x, r)
+
+
+def test_a_sum_that_is_squared_and_written_down_again() -> None:
+    def fn(x, r, w):
+        return w * ((x + r).float() * rstd((x + r).float())).to(BF16)
+
+    (x, r, _), y, calls = nodes(fn, ROWS, ROWS.clone(), W)
+    first, second = [node for node in calls if node.target is aten.add.Tensor][:2]
+    found = read(y)
+    assert (found.x, found.sources, found.again) == (first, (first,), {second})
+    assert found.addition == Addition(x, r, "rounded", (first,))
+
+
+RSTD_FIRST = "the weight is multiplied with rstd first; the kernels multiply x with rstd first"
+NUMBER_FIRST = "rstd is multiplied with a number first; the kernels multiply x with rstd first"
+NO_WEIGHT = "the norm has no weight, or its weight is multiplied with x or rstd before they are with each other"
+DIVIDES = "the norm divides by a square root; the kernels multiply by rsqrt, which gives other bits"
+REFUSED = {
+    "rstd first": (weight_first, RSTD_FIRST),
+    "rstd first, then x": (lambda x, w: w.float() * rstd(x.float()) * x, RSTD_FIRST),
+    "a number first": (lambda x, w: x * (rstd(x.float()) * 2.0), NUMBER_FIRST),
+    "a number first, then x": (lambda x, w: (2.0 * rstd(x.float())).to(BF16).view(-1, 1) * x, NUMBER_FIRST),
+    "another rstd": (
+        lambda x, w: hf(x, rstd(w.float())),
+        "what was normalized is multiplied with another rstd, not with a weight",
+    ),
+    "no weight": (lambda x, w: (x.float() * rstd(x.float())).to(BF16), NO_WEIGHT),
+    "no weight, rstd in front": (lambda x, w: rstd(x.float()) * x.float(), NO_WEIGHT),
+    "x by the weight first": (lambda x, w: x.float() * w * rstd(x.float()), NO_WEIGHT),
+    "division": (lambda x, w: (x / mean_root(x)).view(1, M, K).to(BF16) * w, DIVIDES),
+    "division, weight in front": (lambda x, w: w * (x / mean_root(x)).to(BF16).view(M, K), DIVIDES),
+    "division and no weight": (lambda x, w: (x / mean_root(x)).view(1, M, K).to(BF16), DIVIDES),
+    "rounded to float64": (lambda x, w: (x.float() * rstd(x.float())).double() * w, "the norm is rounded to float64"),
+    "rounded to float64 and back": (
+        lambda x, w: (x.float() * rstd(x.float())).double().to(BF16) * w,
+        "the norm is rounded to float64",
+    ),
+    "another dtype inside": (other_dtype, "the norm of a bfloat16 tensor is rounded to float16"),
+    "another dtype": (lambda x, w: unrounded(x, w).to(FP16), "the norm of a bfloat16 tensor is rounded to float16"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_reason_why_a_product_is_not_read_as_a_norm(name: str) -> None:
+    norm, words = REFUSED[name]
+    _, y, _ = nodes(norm, ROWS, W)
+    with pytest.raises(Unsupported) as caught:
+        read(y)
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, w: x + w,
+        lambda x, w: x * w,
+        lambda x, w: x * 2.0,
+        lambda x, w: x.float() * rstd(x.float()) * 2.0,
+        lambda x, w: unrounded(x, w) + w,
+        lambda x, w: x / w,
+        lambda x, w: x * (x * w),
+    ],
+)
+def test_other_arithmetic_is_no_norm(fn: Callable) -> None:
+    _, y, _ = nodes(fn, ROWS, W)
+    with pytest.raises(NotFound):
+        read(y)
+
+
+def test_rows_of_a_length_that_varies_are_refused() -> None:
+    _, y, _ = nodes(hf, ROWS, W, mode="symbolic")
+    with pytest.raises(Unsupported, match=r"^K is symbolic \(s\d+\); the kernels need it as a constant$"):
+        read(y)
 
 
 @pytest.mark.parametrize(
@@ -365,11 +498,12 @@ def test_other_arithmetic_is_the_weight(factor: Callable) -> None:
         (lambda w: w.view(1, 1, K).expand(2, 3, K), (K,)),
         (lambda w: w.view(2, K // 2), (2, K // 2)),
         (lambda w: w.view(1, 2, K // 2), (2, K // 2)),
+        (lambda w: w.view(1, K), (1, K)),
     ],
 )
 def test_a_weight_of_one_value_per_column(factor: Callable, trailing: tuple[int, ...]) -> None:
     (w,), scale, _ = nodes(factor, W)
-    node, offset = _weight(scale, K, trailing)
+    node, offset = _weight(scale, trailing)
     assert offset == 0.0 and (node is w or w in node.all_input_nodes)
 
 
@@ -381,6 +515,8 @@ def test_a_weight_of_one_value_per_column(factor: Callable, trailing: tuple[int,
         (lambda x: x[:1].unsqueeze(0)[:, :, :1].squeeze(0), "the weight has shape (1, 1); the kernels take one value"),
         (lambda x: x.sum(-1, keepdim=True), "one value per row, aten.sum of shape (5, 1), not with a weight"),
         (lambda x: x.view(1, M, K).amax(-1, keepdim=True).float(), "one value per row, aten.amax of shape (1, 5, 1)"),
+        (lambda x: x.amax(-1).view(M, 1), "one value per row, aten.amax of shape (5, 1), not with a weight"),
+        (lambda x: x.view(M, 2, -1).sum(-1, keepdim=True), "one value per row, aten.sum of shape (5, 2, 1)"),
         (lambda x: x[0].to(torch.int32), "the weight is int32; the kernels take bfloat16, float16 and float32"),
         (lambda x: x[0].double(), "the weight is float64; the kernels take"),
     ],
@@ -388,7 +524,7 @@ def test_a_weight_of_one_value_per_column(factor: Callable, trailing: tuple[int,
 def test_what_is_no_weight_is_refused_by_its_shape_or_dtype(factor: Callable, words: str) -> None:
     _, scale, _ = nodes(factor, ROWS)
     with pytest.raises(Unsupported) as caught:
-        _weight(scale, K, (K,))
+        _weight(scale, (K,))
     assert words in str(caught.value)
 
 
@@ -401,10 +537,15 @@ def test_what_a_norm_reads() -> None:
     assert source(h, K, set()) == (calls[3], Addition(x, r, "rounded", (calls[3],)))
 
 
+def test_a_norm_reads_a_copy_whose_rows_are_contiguous_where_those_of_its_source_are_not() -> None:
+    _, h, (_, copy, *_) = nodes(lambda x: x.t().contiguous().float(), ROWS.t().contiguous())
+    assert source(h, K, set()) == (copy, None) and copy.target is aten.clone.default
+
+
 def test_an_unrounded_sum_that_a_norm_reads() -> None:
     def fn(x, r):
         h = x.float() + r.float()
-        views = h.view(M, 2, -1), h.view(-1).view(2, -1)
+        views = h.view(-1).view(2, -1), h.view(M, 2, -1)
         return h, h.to(BF16), h.to(FP16), h.double(), views, h * 2
 
     (x, r), h, calls = nodes(fn, ROWS, ROWS.clone())
@@ -432,6 +573,23 @@ def test_sums_that_the_kernels_do_not_make(total: Callable, other: torch.Tensor)
         Unsupported, match=r"the norm reads float32 \(aten.add\); the kernels read bfloat16 and float16"
     ):
         source(h, K, set())
+
+
+@pytest.mark.parametrize(
+    ("h", "words"),
+    [
+        (
+            lambda x, r: x.float() * r.float(),
+            "the norm reads float32 (aten.mul); the kernels read bfloat16 and float16",
+        ),
+        (lambda x, r: x.double() + r.double(), "the norm reads float64 (aten.add); the kernels read"),
+    ],
+)
+def test_other_inputs_that_the_kernels_do_not_read(h: Callable, words: str) -> None:
+    _, node, _ = nodes(h, ROWS, ROWS.clone())
+    with pytest.raises(Unsupported) as caught:
+        source(node, K, set())
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

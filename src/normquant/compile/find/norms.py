@@ -110,11 +110,11 @@ def read_decomposed(y: Node, values: Values) -> Norm:
     shape = value(found.h).shape
     trailing = tuple(shape[len(shape) - found.dims :])
     k = static_int("K", prod(trailing))
-    weight, offset = _weight(scale, k, trailing)
+    weight, offset = _weight(scale, trailing)
     x, addition = source(found.h, k, inner)
     activation = dtype(addition.x if addition is not None else found.h if x is None else x)
     rounded_y = dtype(y) in ACTIVATION_DTYPES
-    check_roundings({*inner, y}, activation)
+    check_roundings(inner, activation)
     inner.discard(y)
     rounding = _rounding(rounded_n, rounded_y)
     made_of = (weight, offset, found.eps, rounding, activation, k)
@@ -147,14 +147,14 @@ def _operands(product: Node) -> tuple[Node, Node]:
                 raise Unsupported("what was normalized is multiplied with another rstd, not with a weight")
             return normalized, scale
         _refuse_division(n)
-    for x, factor in ((a, b), (b, a)):
-        if is_rstd(factor) and is_tensor(x):
+    for factor in (a, b):
+        if is_rstd(factor):
             raise Unsupported(
                 "the norm has no weight, or its weight is multiplied with x or rstd before they are with each other"
             )
         other = peel(factor, keeps_order, is_cast)
         if is_call(other, aten.mul.Tensor) and any(is_rstd(arg) for arg in arguments(other)):
-            raise Unsupported("the weight is multiplied with rstd first; the kernels multiply x with rstd first")
+            raise Unsupported("rstd is multiplied with a number first; the kernels multiply x with rstd first")
     raise NotFound
 
 
@@ -163,7 +163,7 @@ def _refuse_division(n: Node) -> None:
         raise Unsupported("the norm divides by a square root; the kernels multiply by rsqrt, which gives other bits")
 
 
-def _weight(scale: Node, k: int, trailing: tuple) -> tuple[Node, float]:
+def _weight(scale: Node, trailing: tuple) -> tuple[Node, float]:
     """The weight of K values and what is added to it in fp32."""
     scale = peel(scale, is_expand)
     shape = tuple(value(scale).shape)
