@@ -50,6 +50,28 @@ NORMS_READ = (  # no run of the whole pass: seconds for each mutant
     "test_a_rounded_sum_that_the_kernels_do_not_make_stays_outside",
     "test_a_rounding_to_another_dtype_is_named",
 )
+SITES_FOUND = (
+    "test_nothing_moves_across_an_operation_that_changes_a_tensor",
+    "test_operations_that_quantize_inside_are_of_somebody_else_and_make_fp8_of_other_values",
+    "test_anchors_are_quantizations_and_casts_to_fp8",
+    "test_a_quantization_that_is_not_read_is_a_site_where_a_norm_is_near",
+    "test_a_norm_is_near_where_a_root_is",
+    "test_a_norm_whose_quantization_cannot_be_is_named",
+    "test_of_what_changes_in_place_anchor_and_norm_are_named",
+    "test_a_change_anywhere_between_what_the_op_reads_and_the_quantization_keeps_the_site",
+    "test_the_arithmetic_of_a_site_has_the_norms_rounding_and_sum",
+    "test_packed_scales_keep_a_site_of_their_own",
+    "test_quantizations_of_one_arithmetic_are_one_match_in_the_layout_that_demands_most",
+    "test_scales_in_aten_operations_have_the_layout_of_their_readers",
+    "test_a_norm_that_is_written_down_again_is_one_match",
+    "test_a_norm_that_is_changed_after_its_quantization_is_a_match",
+    "test_quantizations_before_and_after_a_change_are_matches_of_their_own",
+    "test_of_a_norm_and_its_copy_the_one_whose_inside_nobody_reads_is_a_match",
+    "test_norms_whose_inside_is_one_are_matches_together_or_not_at_all",
+    "test_the_reason_why_there_is_no_norm_in_front_is_that_of_each_quantization",
+    "test_a_norm_is_near_among_the_last_operations",
+    "test_a_norm_is_near_however_far_the_other_operands_come",
+)
 # module -> the tests that have to notice a change of it
 TESTS: dict[str, tuple[str, ...]] = {
     "compile/policy": ("compile/test_policy.py",),
@@ -62,7 +84,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compile/find/norms": tuple(f"compile/find/test_norms.py::{test}" for test in NORMS_READ),
     "compile/find/quants": ("compile/find/test_quants.py", "compile/find/test_scale_arithmetic.py"),
     "compile/find/scale_arithmetic": ("compile/find/test_scale_arithmetic.py",),
-    "compile/find/sites": ("compile/find/test_sites.py", "compile/find/test_reasons.py"),
+    "compile/find/sites": tuple(f"compile/find/test_sites.py::{test}" for test in SITES_FOUND),
     "ops/_tensors": ("ops/test__tensors.py",),
     "ops/_op": ("ops/test__op.py", "ops/test_ops.py"),
     "spec": ("test_spec.py",),

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from shared.pass_harness import assert_same, exact, run_with_pass
+from shared.quick_graphs import graph_of
+from torch.fx import Graph, Node
 
 import normquant as nq
-from normquant.compile.find.sites import Found, find, is_anchor, is_opaque_quant
-from normquant.compile.policy import Rules
+from normquant.compile.find.graph import aten, prims
+from normquant.compile.find.sites import NEAR, Found, _follows_norm, find, is_anchor, is_opaque_quant
 from normquant.spec import QuantSpec
 
 M, K = 6, 256
@@ -18,7 +20,9 @@ ARGS = (exact(M, K), exact(M, K, seed=1), exact(K, seed=2) + 0.5)
 
 
 def norm(x, w):
-    return F.rms_norm(x, (K,), w, 1e-6)
+    """`F.rms_norm` as Inductor decomposes it."""
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * w).to(BF16)
 
 
 def quant(y, **fields):
@@ -35,14 +39,22 @@ def run(fn, *args, **options):
     return outcome
 
 
-def unchanged(fn, *args, **options) -> torch.fx.Graph:
+def unchanged(fn) -> Graph:
     """The graph of fn before the pass."""
-    outcome = run_with_pass(fn, *(args or ARGS), rules=Rules("never"), **options)
-    return outcome.graphs[0].graph
+    return graph_of(fn, *ARGS).graph
 
 
-def found_in(fn, *args) -> Found:
-    return find(unchanged(fn, *args))
+def found_in(fn) -> Found:
+    return find(unchanged(fn))
+
+
+def change_before(node: Node) -> Node:
+    """Change the first input in place."""
+    x, *_ = node.graph.find_nodes(op="placeholder")
+    with node.graph.inserting_before(node):
+        change = node.graph.call_function(aten.copy_.default, (x, x))
+    change.meta["val"] = x.meta["val"]
+    return change
 
 
 def written_out(y, least=-448.0):
@@ -253,12 +265,9 @@ def test_changes_in_place_keep_their_order() -> None:
 
 
 def test_nothing_moves_across_an_operation_that_changes_a_tensor() -> None:
-    graph = run_with_pass(lambda x, r, w: quant(norm(x, w)), *ARGS, rules=Rules("never")).graphs[0].graph
-    anchor = next(node for node in graph.nodes if "group_quant" in str(node.target))
-    x, *_ = graph.find_nodes(op="placeholder")
-    with graph.inserting_before(anchor):
-        copy = graph.call_function(torch.ops.aten.copy_.default, (x, x))
-        copy.meta["val"] = x.meta["val"]
+    graph = unchanged(lambda x, r, w: quant(norm(x, w)))
+    (anchor,) = filter(is_anchor, graph.nodes)
+    change_before(anchor)
     reasons = [rejected.reason for rejected in find(graph).rejected]
     assert reasons == ["a tensor is changed in place between the norm and the quantization"]
 
@@ -396,7 +405,7 @@ def test_a_quantization_that_is_not_read_is_a_site_where_a_norm_is_near() -> Non
     for fn in (behind, alone, far_behind):
         graph = unchanged(fn)
         found = find(graph)
-        (anchor,) = [node for node in graph.nodes if is_anchor(node)]
+        (anchor,) = filter(is_anchor, graph.nodes)
         (near, far) = (found.rejected, found.others) if fn is behind else (found.others, found.rejected)
         ((site,), nothing) = near, far
         assert nothing == [] and found.matches == []
@@ -415,7 +424,7 @@ def test_a_norm_whose_quantization_cannot_be_is_named() -> None:
     """What was read of the norm comes along: a fusion of its own may still take it."""
 
     def narrow(x, r, w):
-        return quant(F.rms_norm(x.view(-1, 128), (128,), w[:128], 1e-6).view(M, K))
+        return quant(norm(x.view(-1, 128), w[:128]).view(M, K))
 
     (site,) = found_in(narrow).rejected
     assert site.norm is not None and site.norm.k == 128
@@ -424,10 +433,8 @@ def test_a_norm_whose_quantization_cannot_be_is_named() -> None:
 
 def test_of_what_changes_in_place_anchor_and_norm_are_named() -> None:
     graph = unchanged(lambda x, r, w: (quant(norm(x, w)), quant(norm(r, w))))
-    first, second = [node for node in graph.nodes if is_anchor(node)]
-    x, *_ = graph.find_nodes(op="placeholder")
-    with graph.inserting_before(first):
-        graph.call_function(torch.ops.aten.copy_.default, (x, x)).meta["val"] = x.meta["val"]
+    first, second = filter(is_anchor, graph.nodes)
+    change_before(first)
     found = find(graph)
     assert [node for match in found.matches for node in match.ys] == [second.args[0]]
     (site,) = found.rejected
@@ -436,22 +443,21 @@ def test_of_what_changes_in_place_anchor_and_norm_are_named() -> None:
 
 
 def unrounded_weight(x, r, w):
-    h = x.float() + r.float()
+    h = x.neg().float() + r.float()
     rstd = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
     return quant((h * rstd * (w.float() + 1).view(1, K)).to(BF16)), h.to(BF16)
 
 
 def test_a_change_anywhere_between_what_the_op_reads_and_the_quantization_keeps_the_site() -> None:
     """Also between the casts and views of its inputs: the op would read the inputs after the change."""
-    calls = [node.name for node in unchanged(unrounded_weight).nodes if node.op == "call_function"]
-    anchor = next(i for i, name in enumerate(calls) if "group_quant" in name)
-    for i in range(anchor + 1):
-        graph = unchanged(unrounded_weight)
-        x, *_ = graph.find_nodes(op="placeholder")
-        with graph.inserting_before(next(node for node in graph.nodes if node.name == calls[i])):
-            graph.call_function(torch.ops.aten.copy_.default, (x, x)).meta["val"] = x.meta["val"]
+    graph = unchanged(unrounded_weight)
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    (anchor,) = filter(is_anchor, calls)
+    for i, node in enumerate(calls[: calls.index(anchor) + 1]):
+        change = change_before(node)
         found = find(graph)
-        assert (len(found.matches), len(found.rejected)) == ((1, 0) if i == 0 else (0, 1)), calls[i]
+        assert (len(found.matches), len(found.rejected)) == ((1, 0) if i <= 1 else (0, 1)), node
+        graph.erase_node(change)
 
 
 def test_the_arithmetic_of_a_site_has_the_norms_rounding_and_sum() -> None:
@@ -470,3 +476,150 @@ def test_packed_scales_keep_a_site_of_their_own() -> None:
 
     sites = [(match.spec.scale, match.spec.layout) for match in found_in(fn).matches]
     assert sites == [("fp32", "row"), ("ue8m0", "row"), ("ue8m0_packed", "col_tma")]
+
+
+def test_quantizations_of_one_arithmetic_are_one_match_in_the_layout_that_demands_most() -> None:
+    def fn(x, r, w):
+        y = norm(x, w)
+        columns = quant(y, layout="col"), quant(y.view(2, 3, K))
+        return columns, quant(y, floor=1e-4), quant(y, floor=1e-4, layout="col_tma"), y.view(-1) * 2
+
+    found = found_in(fn)
+    assert [(match.spec.layout, len(match.quants)) for match in found.matches] == [("col", 2), ("col_tma", 2)]
+    first, second = found.matches
+    assert first.spec == QuantSpec(layout="col") and second.spec == QuantSpec(layout="col_tma", floor=1e-4)
+    assert (first.norms, second.norms) == (first.ys, ()), "the norm comes out of the first op alone"
+    assert first.ys == second.ys == (first.quants[0].y,) and (found.rejected, found.others) == ([], [])
+
+
+def in_columns(y):
+    """A quantization in aten operations whose scales are column-major."""
+    g = y.reshape(y.shape[0], -1, 128).float()
+    s = g.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+    return (g / s).to(torch.float8_e4m3fn), s.squeeze(-1).t().contiguous().t()
+
+
+def test_scales_in_aten_operations_have_the_layout_of_their_readers() -> None:
+    (match,) = found_in(lambda x, r, w: in_columns(norm(x, w))).matches
+    assert match.spec == QuantSpec(layout="col")
+    (match,) = found_in(lambda x, r, w: (written_out(norm(x, w)), quant(norm(x, w), layout="col")[0])).matches
+    assert match.spec == QuantSpec(layout="col") and len(match.quants) == 2
+
+
+def test_a_norm_that_is_written_down_again_is_one_match() -> None:
+    graph = unchanged(lambda x, r, w: (quant(norm(x, w)), norm(x, w) * 2, quant(norm(x, w), layout="col")))
+    (match,) = find(graph).matches
+    rounded = [node for node in graph.find_nodes(op="call_function", target=prims.convert_element_type.default)][1::2]
+    assert match.ys == tuple(rounded) and len(match.quants) == 2 and match.norms == match.ys
+
+
+def test_a_norm_that_is_changed_after_its_quantization_is_a_match() -> None:
+    graph = unchanged(lambda x, r, w: quant(norm(x, w)))
+    (anchor,) = filter(is_anchor, graph.nodes)
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(aten.copy_.default, (anchor.args[0], anchor.args[0]))
+    (match,) = find(graph).matches
+    assert match.ys == anchor.args[:1]
+
+
+def test_quantizations_before_and_after_a_change_are_matches_of_their_own() -> None:
+    def fn(x, r, w):
+        y = norm(x, w)
+        return quant(y), quant(y)
+
+    graph = unchanged(fn)
+    first, second = filter(is_anchor, graph.nodes)
+    change_before(second)
+    found = find(graph)
+    assert [quant.inner for match in found.matches for quant in match.quants] == [{first}]
+    assert [site.anchor in second.users for site in found.rejected] == [True]
+
+
+@pytest.mark.parametrize("quantized", [0, 1])
+def test_of_a_norm_and_its_copy_the_one_whose_inside_nobody_reads_is_a_match(quantized: int) -> None:
+    def fn(x, r, w):
+        (rstd, _, first), (_, _, second) = inside(x, w), inside(x, w)
+        ys = first, second
+        return rstd * 2, quant(ys[quantized])
+
+    found = found_in(fn)
+    assert (len(found.matches), len(found.rejected)) == (quantized, 1 - quantized)
+    assert all(len(match.same) == 1 for match in found.matches)
+
+    def both(x, r, w):
+        (rstd, _, first), (_, _, second) = inside(x, w), inside(x, w)
+        of_one_value = quant(first), quant(second), quant(first, layout="col")
+        return rstd * 2, of_one_value, quant(norm(r, w)), quant(norm(r + x, w))
+
+    found = found_in(both)
+    (match, *others), (site,) = found.matches, found.rejected
+    assert site.norm is not None and len(match.quants) == 1 and match.norm.y is not site.norm.y
+    assert match.norm.x is site.norm.x and len({other.norm.x for other in others} - {match.norm.x}) == 2
+
+
+@pytest.mark.parametrize("shared", [0, 1], ids=["rstd", "n"])
+def test_norms_whose_inside_is_one_are_matches_together_or_not_at_all(shared: int) -> None:
+    def quantized(parts, r, w):
+        _, n, y = parts
+        return quant(y), quant((n * (w + 1)).to(BF16)), quant(norm(r, w))
+
+    def with_reader(x, r, w):
+        parts = inside(x, w)
+        return quantized(parts, r, w), parts[shared] * 2
+
+    assert len(found_in(lambda x, r, w: quantized(inside(x, w), r, w)).matches) == 3
+    graph = unchanged(with_reader)
+    first, second, _ = filter(is_anchor, graph.nodes)
+    found = find(graph)
+    assert len(found.matches) == 1
+    assert [site.anchor.args[0] for site in found.rejected] == [first, second]
+    assert [site.norm.y for site in found.rejected if site.norm] == [first.args[0], second.args[0]]
+    (reader,) = [node for node in graph.find_nodes(op="call_function", target=aten.mul.Tensor) if node.args[1] == 2]
+    what = "aten.rsqrt" if shared == 0 else "aten.mul"
+    assert found.rejected[0].reason == f"{what} inside of the norm is also read by aten.mul ({reader.name})"
+
+
+def test_the_reason_why_there_is_no_norm_in_front_is_that_of_each_quantization() -> None:
+    def fn(x, r, w):
+        y = x * r
+        return quant(y), quant(y, group=64), written_out(x), quant(norm(x / w.sqrt(), w) / w.sqrt())
+
+    graph = unchanged(fn)
+    anchors = [*filter(is_anchor, graph.nodes)]
+    found = find(graph)
+    words = ["its input is aten.mul, not an RMSNorm"] * 2 + ["its input is placeholder, not an RMSNorm"]
+    assert [(site.anchor, site.reason, site.norm) for site in found.others] == [
+        (anchor, reason, None) for anchor, reason in zip(anchors, words, strict=False)
+    ]
+    (site,) = found.rejected
+    assert site.anchor is anchors[-1] and site.norm is None and "divides by a square root" in site.reason
+
+
+def behind(*targets) -> Node:
+    """The last of some calls of one argument, each of what the one before it makes."""
+    graph = Graph()
+    node = graph.placeholder("x")
+    for target in targets:
+        node = graph.call_function(target, (node,))
+    return node
+
+
+def test_a_norm_is_near_among_the_last_operations() -> None:
+    root, step, cast = aten.rsqrt.default, aten.neg.default, prims.convert_element_type.default
+    assert _follows_norm(behind(root, cast)) and _follows_norm(behind(aten.sqrt.default, step, cast))
+    assert _follows_norm(behind(aten._fused_rms_norm.default, step, cast))
+    assert not _follows_norm(behind(aten.exp.default, step, cast)) and not _follows_norm(behind(root))
+    assert _follows_norm(behind(root, *[step] * (NEAR - 2), cast))
+    assert not _follows_norm(behind(root, *[step] * (NEAR - 1), cast))
+    unknown = torch.ops.normquant_sites.to_half.default
+    assert not _follows_norm(behind(root, unknown, cast)), "what an unknown operation makes is no norm's value"
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_norm_is_near_however_far_the_other_operands_come(at: int) -> None:
+    far = behind(*[aten.neg.default] * NEAR)
+    near = far.graph.call_function(aten.rsqrt.default, (next(iter(far.graph.nodes)),))
+    for _ in range(3):
+        near = far.graph.call_function(aten.neg.default, (near,))
+    operands = (near, far) if at == 0 else (far, near)
+    assert _follows_norm(far.graph.call_function(aten.mul.Tensor, operands))

@@ -34,6 +34,7 @@ from normquant.compile.find.quants import Quant
 from normquant.spec import Layout, QuantSpec
 
 OPAQUE = "it is made inside of {}; expected aten operations, normquant.group_quant or an operation of vLLM's"
+NEAR = 64  # nodes in front of a quantization, itself included, among which a norm is near
 LAYOUTS = get_args(Layout)  # the least demanding first: a scale in columns can be read row by row
 
 
@@ -58,7 +59,7 @@ def find(graph: Graph) -> Found:
             found.others.append(Rejected(anchor, OPAQUE.format(op_name(anchor))))
     if not pairs:
         return found
-    matches = _group(pairs, reader, found)
+    matches = _group(pairs, reader)
     _reject_shared(matches, found)
     found.matches = _norms_once([match for match in matches if _checked(match, found, reader.values.regions)])
     return found
@@ -128,7 +129,7 @@ class _Reader:
 def _follows_norm(anchor: Node) -> bool:
     """Whether an rsqrt or sqrt is among the last few operations before a quantization that could not be read."""
     pending, seen = [anchor], {anchor}
-    while pending and len(seen) < 64:
+    while pending and len(seen) < NEAR:
         for node in pending.pop(0).all_input_nodes:
             name = op_name(node)
             if name in ("aten.rsqrt", "aten.sqrt", *norm_ops.NAMES):
@@ -139,21 +140,13 @@ def _follows_norm(anchor: Node) -> bool:
     return False
 
 
-def _group(
-    pairs: list[tuple[Node, Norm, Quant]],
-    reader: _Reader,
-    found: Found,
-) -> list[Match]:
+def _group(pairs: list[tuple[Node, Norm, Quant]], reader: _Reader) -> list[Match]:
     """One match for each norm and arithmetic, whose scales are in the layout of its most demanding quantization."""
     groups: dict[tuple[tuple[Norm, ...], int, QuantSpec], list[Quant]] = {}
     for anchor, norm, quant in pairs:
         written = [reader.norm_or_reason(y) for y in reader.values.equal.get(norm.y, [norm.y])]
         same = tuple(other for other in written if isinstance(other, Norm))
-        try:
-            spec = _with_norm(quant.spec, same[0])
-        except ValueError as error:
-            found.rejected.append(Rejected(anchor, str(error), norm))
-            continue
+        spec = _with_norm(quant.spec, same[0])
         by_row = spec if spec.scale == "ue8m0_packed" else spec.replace(layout="row")
         groups.setdefault((same, reader.values.regions[anchor], by_row), []).append(quant)
     return [_match(norms, quants) for (norms, *_), quants in groups.items()]
