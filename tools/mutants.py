@@ -72,6 +72,17 @@ SITES_FOUND = (
     "test_a_norm_is_near_among_the_last_operations",
     "test_a_norm_is_near_however_far_the_other_operands_come",
 )
+QUANTS_READ = (
+    "test_the_parts_of_a_quantization",
+    "test_an_amax_of_the_same_value_computed_again",
+    "test_the_reason_why_a_quantization_is_refused",
+    "test_rows_of_another_length_are_refused",
+    "test_what_a_spec_refuses_is_refused_in_its_words",
+    "test_a_group_of_a_length_that_varies_is_refused",
+    "test_data_that_no_scale_divides_is_no_quantization",
+    "test_axes_are_cut_where_a_shape_has_a_border",
+    "test_rows_whose_number_varies_may_be_more_than_one",
+)
 # module -> the tests that have to notice a change of it
 TESTS: dict[str, tuple[str, ...]] = {
     "compile/policy": ("compile/test_policy.py",),
@@ -82,7 +93,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compile/find/axes": ("compile/find/test_axes.py",),
     "compile/find/duplicates": ("compile/find/test_duplicates.py",),
     "compile/find/norms": tuple(f"compile/find/test_norms.py::{test}" for test in NORMS_READ),
-    "compile/find/quants": ("compile/find/test_quants.py", "compile/find/test_scale_arithmetic.py"),
+    "compile/find/quants": tuple(f"compile/find/test_quants.py::{test}" for test in QUANTS_READ),
     "compile/find/scale_arithmetic": ("compile/find/test_scale_arithmetic.py",),
     "compile/find/sites": tuple(f"compile/find/test_sites.py::{test}" for test in SITES_FOUND),
     "ops/_tensors": ("ops/test__tensors.py",),

@@ -196,6 +196,19 @@ def test_a_clamp_that_was_not_decomposed(bounds: dict[str, float], read_as: tupl
             read_scale(clamp, "scale")
 
 
+def test_a_bound_that_is_computed_is_not_taken_for_none() -> None:
+    def fn(s, low, high):
+        return s.clamp(low, high), s.clamp(min=low), s.clamp(max=high), s.clamp(torch.full((), 1e-5), high)
+
+    args = torch.zeros(M), torch.zeros(M), torch.zeros(M)
+    graph = graph_of(fn, *args, decompose=False).graph
+    clamps = [node for node in graph.nodes if "clamp" in str(node.target)]
+    assert [bounds_of(clamp) for clamp in clamps] == [None] * 4
+    graph = graph_of(lambda s: s.clamp(max=torch.full((), 2.0)), args[0], decompose=False).graph
+    (clamp,) = (node for node in graph.nodes if "clamp" in str(node.target))
+    assert bounds_of(clamp) == (None, 2.0)
+
+
 def below_2(s):
     return s.abs() < 2.0
 

@@ -25,7 +25,6 @@ from normquant.compile.find.graph import (
     dtype,
     first_arg,
     is_call,
-    is_cast,
     is_expand,
     is_tensor,
     is_view,
@@ -141,7 +140,8 @@ def _peel_clamps(node: Node) -> Node:
         bounds = bounds_of(node)
         if bounds is None:
             return node
-        if any(bound is not None and abs(bound) != FP8_MAX for bound in bounds):
+        low, high = bounds
+        if low not in (None, -FP8_MAX) or high not in (None, FP8_MAX):
             raise Unsupported(f"the data is clamped to {bounds}; the kernels clamp to +-448")
         node = first_arg(node)
 
@@ -150,10 +150,8 @@ def _division(quotient: Node) -> tuple[Node, Divide, Node]:
     """y, how it is divided, and the tensor that it meets there: s, 1/s or 448/amax."""
     if is_call(quotient, aten.div.Tensor) and is_tensor(arguments(quotient)[1]):
         return first_arg(quotient), "scale", arguments(quotient)[1]
-    if is_call(quotient, aten.mul.Tensor):
+    if is_call(quotient, aten.mul.Tensor) and all(map(is_tensor, arguments(quotient))):
         for y, factor in (arguments(quotient), arguments(quotient)[::-1]):
-            if not (is_tensor(y) and is_tensor(factor)):
-                continue
             inverse = peel(factor, is_view, is_expand)
             if is_call(inverse, aten.reciprocal.default):
                 return y, "reciprocal", factor
@@ -212,7 +210,7 @@ class _Forms:
             return self._reduced(node)
         if node is self.quotient:
             return self.of(self.dividend)
-        if is_view(node) or is_cast(node) or is_expand(node):
+        if is_view(node) or is_expand(node):
             return through(node, self.of(first_arg(node)))
         varying = [arg for arg in node.all_input_nodes if is_tensor(arg) and number(arg) is None]
         forms = {self.of(arg) for arg in varying}

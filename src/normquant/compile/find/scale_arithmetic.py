@@ -62,8 +62,9 @@ def bounds_of(node: Node) -> tuple[float | None, float | None] | None:
         high = number(arguments(node)[1])
         return None if high is None else (None, high)
     if is_call(node, *CLAMPS):
-        low, high = [*arguments(node), None, None][1:3]
-        return (number(low), number(high))
+        bounds = [*arguments(node), None, None][1:3]
+        low, high = map(number, bounds)
+        return (low, high) if (low, high).count(None) == bounds.count(None) else None
     return None
 
 
