@@ -200,13 +200,14 @@ def test_a_bound_that_is_computed_is_not_taken_for_none() -> None:
     def fn(s, low, high):
         return s.clamp(low, high), s.clamp(min=low), s.clamp(max=high), s.clamp(torch.full((), 1e-5), high)
 
-    args = torch.zeros(M), torch.zeros(M), torch.zeros(M)
-    graph = graph_of(fn, *args, decompose=False).graph
-    clamps = [node for node in graph.nodes if "clamp" in str(node.target)]
-    assert [bounds_of(clamp) for clamp in clamps] == [None] * 4
-    graph = graph_of(lambda s: s.clamp(max=torch.full((), 2.0)), args[0], decompose=False).graph
-    (clamp,) = (node for node in graph.nodes if "clamp" in str(node.target))
-    assert bounds_of(clamp) == (None, 2.0)
+    def clamps(fn, *args, decompose):
+        graph = graph_of(fn, *args, decompose=decompose).graph
+        return [bounds_of(node) for node in graph.nodes if "clamp" in str(node.target)]
+
+    s, low, high = torch.zeros(3, M)
+    assert clamps(fn, s, low, high, decompose=False) == [None] * 4
+    assert clamps(fn, s, low, high, decompose=True) == [None] * 4 + [(1e-5, None), None]
+    assert clamps(lambda s: s.clamp(max=torch.full((), 2.0)), s, decompose=False) == [(None, 2.0)]
 
 
 def below_2(s):
