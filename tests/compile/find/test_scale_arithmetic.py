@@ -162,6 +162,20 @@ def test_data_that_is_divided_by_the_amax() -> None:
         assert (found.divide, found.facts.floor, found.facts.scale_by) == ("amax", 1e-4, "scalar")
 
 
+@pytest.mark.parametrize(
+    ("divide", "how"),
+    [
+        (lambda g, s, a: g * (1.0 / s.expand(-1, -1, GROUP)), "reciprocal"),
+        (lambda g, s, a: g * (448.0 / a.expand(-1, -1, GROUP)), "amax"),
+        (lambda g, s, a: g * (448.0 / a.squeeze(-1)).unsqueeze(-1), "amax"),
+    ],
+    ids=["1 / s", "448 / amax", "448 / amax without its dimension"],
+)
+def test_what_is_inverted_may_have_the_shape_of_the_values_or_of_the_groups(divide: Step, how: str) -> None:
+    found = read(quantize(lambda a: a / 448.0, divide, floored_amax))
+    assert (found.divide, found.facts.scale_by, found.scale.target) == (how, "scalar", torch.ops.aten.div.Tensor)
+
+
 def test_an_amax_that_is_scaled_for_others_too() -> None:
     def quant(y):
         g = y.view(M, -1, GROUP).float()
