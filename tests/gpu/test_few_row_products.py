@@ -10,9 +10,10 @@ from shared.linear_weights import weight_of
 
 import normquant as nq
 from normquant import QuantSpec, reference
+from normquant.bench.products import ProductInputs, error_of
 from normquant.kernels.block_fp8_linear import block_fp8_linear
 from normquant.kernels.product_configs import ProductConfig, blocks_of_part, split_of
-from normquant.linear import PAIRS, dequantize_weight, quantize_weight
+from normquant.linear import PAIRS, quantize_weight
 from normquant.linear.product import scaled_product
 from normquant.linear.split_product import launch_pair, launch_product
 from normquant.ops import OPS, Examples
@@ -34,12 +35,10 @@ def product(args, dtype=torch.bfloat16):
     return launch_product(*args, dtype)(*args)[0]
 
 
-def error(out, args):
-    """Norm of the difference from the product in float64, over that product's norm."""
-    data, scale, weight, weight_scale = args
-    exact = (data.double().unflatten(1, (-1, 128)) * scale.double().unsqueeze(-1)).flatten(1)
-    exact = exact @ dequantize_weight(weight.double(), weight_scale.double()).double().t()
-    return ((out.double() - exact).norm() / exact.norm()).item()
+def error(multiply, args):
+    """Of a product, against float64, as the bench has it."""
+    data, scale, *weight = args
+    return error_of(multiply, ProductInputs(data, scale, (tuple(weight),), ()))
 
 
 def outliers(m, k):
@@ -54,13 +53,13 @@ def outliers(m, k):
 @pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
 def test_the_error_is_little_more_than_that_of_rounding_the_result(k, n, rows, scale):
     args = factors(64, k, n, SPEC.replace(scale=scale), rows(64, k))
-    ours = error(product(args), args)
-    assert ours <= 1.1 * error(reference_product(args), args)
+    ours = error(lambda *tensors: product(tensors), args)
+    assert ours <= 1.1 * error(reference_product, args)
     if n % 16 == 0:
-        assert ours <= 1.02 * error(scaled_product(*args, torch.bfloat16), args)
+        assert ours <= 1.02 * error(lambda *tensors: scaled_product(*tensors, torch.bfloat16), args)
 
 
-def reference_product(args):
+def reference_product(*args):
     """What the reference gives: exact sums of 128 products, added in fp32 in the kernel's order."""
     (_, k), (n, _) = args[0].shape, args[2].shape
     return reference.sum_of_parts(reference.block_fp8_linear(*args, blocks_of_part(k, split_of(k, n))), torch.bfloat16)
@@ -128,7 +127,7 @@ def test_a_pair_in_a_captured_graph():
     expected = PAIRS["add_rms_norm_quant"].overload(*call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(20):  # the next product asks for its weights while the norm before it still runs
+        for _ in range(20):  # the next product is launched while the norm before it still runs
             outputs = PAIRS["add_rms_norm_quant"].overload(*call)
     for _ in range(20):
         graph.replay()

@@ -10,7 +10,7 @@ Weights are rotated past the L2, as those of a model's layers are. Parts of a re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -112,7 +112,7 @@ def _scaled_mm(i: ProductInputs) -> Multiply:
 
 
 def _deepgemm(i: ProductInputs) -> Multiply:
-    deep_gemm = import_module(next(name for name in DEEPGEMMS if _there(name)))
+    deep_gemm = import_module(_deepgemm_module() or "deep_gemm")
 
     def multiply(data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         out = data.new_empty((data.shape[0], weight.shape[0]), dtype=DTYPE)
@@ -128,23 +128,21 @@ def _flashinfer(i: ProductInputs) -> Multiply:
     return lambda data, scale, weight, by: fp8_blockscale_gemm_sm90(data, weight, scale, by)
 
 
-def _there(module: str) -> bool:
-    """Whether a module can be imported; of a package's, only the package is looked up, and nothing is imported."""
-    package, _, inside = module.partition(".")
-    spec = find_spec(package)
-    return spec is not None and (not inside or _holds(spec.submodule_search_locations or (), inside))
+def _deepgemm_module() -> str | None:
+    """DeepGEMM, or else the one that vLLM brings, which is not imported for the question, as vLLM would be, too."""
+    if find_spec("deep_gemm") is not None:
+        return "deep_gemm"
+    vllm = find_spec("vllm")
+    folders = vllm.submodule_search_locations or () if vllm is not None else ()
+    inside = any(Path(folder, "third_party", "deep_gemm").is_dir() for folder in folders)
+    return "vllm.third_party.deep_gemm" if inside else None
 
 
-def _holds(folders: Iterable[str], inside: str) -> bool:
-    return any(Path(folder, *inside.split(".")).is_dir() for folder in folders)
-
-
-DEEPGEMMS = ("deep_gemm", "vllm.third_party.deep_gemm")  # vLLM brings its own
 OURS = "normquant"
 PRODUCT_PROVIDERS = {
     OURS: ProductProvider(_split),
     "scaled_mm": ProductProvider(_scaled_mm),
-    "deepgemm": ProductProvider(_deepgemm, lambda: None if any(map(_there, DEEPGEMMS)) else "deep_gemm not installed"),
+    "deepgemm": ProductProvider(_deepgemm, lambda: None if _deepgemm_module() else "deep_gemm not installed"),
     "flashinfer": ProductProvider(_flashinfer, packages("flashinfer")),
 }
 

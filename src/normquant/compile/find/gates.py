@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -12,10 +11,10 @@ from normquant.compile.find.graph import (
     arguments,
     aten,
     dtype,
+    factors,
     first_arg,
     is_call,
     is_narrowing,
-    is_tensor,
     is_widening,
     number,
 )
@@ -53,13 +52,6 @@ def silu(quotient: Node) -> Silu | None:
     if first_arg(first_arg(power)) is not wide:
         return None
     return Silu(wide, frozenset((quotient, total, power, first_arg(power))))
-
-
-def factors(product: Node) -> Iterator[tuple[Node, Node]]:
-    """Both tensors of a product, in either order; nothing for any other node."""
-    if is_call(product, aten.mul.Tensor) and all(map(is_tensor, arguments(product)[:2])):
-        a, b = arguments(product)[:2]
-        yield from ((a, b), (b, a))
 
 
 def scaled_sigmoid(product: Node) -> float | None:

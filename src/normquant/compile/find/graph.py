@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -82,6 +82,13 @@ def first_arg(node: Node) -> Node:
     if not isinstance(arg, Node):
         raise Unsupported(f"{op_name(node)} has no tensor as its first argument")
     return arg
+
+
+def factors(product: Node) -> Iterator[tuple[Node, Node]]:
+    """Both tensors of a product, in either order; nothing for any other node."""
+    if is_call(product, aten.mul.Tensor) and all(map(is_tensor, arguments(product)[:2])):
+        a, b = arguments(product)[:2]
+        yield from ((a, b), (b, a))
 
 
 def is_cast(node: object) -> TypeGuard[Node]:

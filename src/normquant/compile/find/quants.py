@@ -23,6 +23,7 @@ from normquant.compile.find.graph import (
     arguments,
     aten,
     dtype,
+    factors,
     first_arg,
     is_call,
     is_expand,
@@ -150,17 +151,16 @@ def _division(quotient: Node) -> tuple[Node, Divide, Node]:
     """y, how it is divided, and the tensor that it meets there: s, 1/s or 448/amax."""
     if is_call(quotient, aten.div.Tensor) and is_tensor(arguments(quotient)[1]):
         return first_arg(quotient), "scale", arguments(quotient)[1]
-    if is_call(quotient, aten.mul.Tensor) and all(map(is_tensor, arguments(quotient))):
-        for y, factor in (arguments(quotient), arguments(quotient)[::-1]):
-            inverse = peel(factor, is_view, is_expand)
-            if is_call(inverse, aten.reciprocal.default):
-                return y, "reciprocal", factor
-            if is_call(inverse, aten.div.Tensor) and number(arguments(inverse)[0]) == 1:
-                return y, "reciprocal", factor
-            if is_call(inverse, aten.div.Tensor) and number(arguments(inverse)[0]) == FP8_MAX:
-                raise Unsupported("the data is y * (448 / amax); the pass reads y * (448 * (1 / amax))")
-            if is_call(inverse, aten.mul.Tensor) and is_call(arguments(inverse)[0], aten.reciprocal.default):
-                return y, _divide_of(number(arguments(inverse)[1])), factor
+    for y, factor in factors(quotient):
+        inverse = peel(factor, is_view, is_expand)
+        if is_call(inverse, aten.reciprocal.default):
+            return y, "reciprocal", factor
+        if is_call(inverse, aten.div.Tensor) and number(arguments(inverse)[0]) == 1:
+            return y, "reciprocal", factor
+        if is_call(inverse, aten.div.Tensor) and number(arguments(inverse)[0]) == FP8_MAX:
+            raise Unsupported("the data is y * (448 / amax); the pass reads y * (448 * (1 / amax))")
+        if is_call(inverse, aten.mul.Tensor) and is_call(arguments(inverse)[0], aten.reciprocal.default):
+            return y, _divide_of(number(arguments(inverse)[1])), factor
     raise NotFound(f"its data comes from {op_name(quotient)}; expected a division by the scale of each group")
 
 

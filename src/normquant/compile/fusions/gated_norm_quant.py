@@ -19,11 +19,12 @@ from torch.fx import Graph, Node
 
 from normquant.compile.edit.build import Builder, Rewrite, as_row, as_rows, call_in_place_of
 from normquant.compile.find.duplicates import Values
-from normquant.compile.find.gates import factors, silu
+from normquant.compile.find.gates import silu
 from normquant.compile.find.graph import (
     NotFound,
     Unsupported,
     dtype,
+    factors,
     first_arg,
     is_narrowing,
     is_widening,

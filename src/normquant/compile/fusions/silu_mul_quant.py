@@ -17,10 +17,11 @@ import torch
 from torch.fx import Graph, Node
 
 from normquant.compile.edit.build import Builder, Rewrite, call_in_place_of
-from normquant.compile.find.gates import Clamped, clamped, factors, scaled_sigmoid, silu
+from normquant.compile.find.gates import Clamped, clamped, scaled_sigmoid, silu
 from normquant.compile.find.graph import (
     Unsupported,
     dtype,
+    factors,
     first_arg,
     is_narrowing,
     is_widening,
