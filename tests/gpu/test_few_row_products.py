@@ -20,7 +20,7 @@ from normquant.ops import OPS, Examples
 
 SPEC = QuantSpec(layout="col_tma")
 DEEPSEEK_R1 = [(7168, 2112), (1536, 3072), (2048, 7168), (7168, 4608), (2304, 7168)]  # K, N of one GPU of eight
-OTHERS = [(5120, 1280), (8192, 7168), (384, 300), (1664, 70), (128, 16)]
+OTHERS = [(5120, 1280), (8192, 7168), (384, 300), (1664, 70), (256, 16)]
 CONFIGS = [ProductConfig(*c) for c in itertools.product((4, 8), (64, 128), (1, 3, 6), (True, False))]
 CONFIGS += [ProductConfig(release=release) for release in ("start", "waited")]
 
@@ -52,11 +52,15 @@ def outliers(m, k):
 @pytest.mark.parametrize("rows", [activations, outliers])
 @pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
 def test_the_error_is_little_more_than_that_of_rounding_the_result(k, n, rows, scale):
-    args = factors(64, k, n, SPEC.replace(scale=scale), rows(64, k))
+    data, x_scale, weight, weight_scale = args = factors(64, k, n, SPEC.replace(scale=scale), rows(64, k))
     ours = error(lambda *tensors: product(tensors), args)
-    assert ours <= 1.1 * error(reference_product, args)
-    if n % 16 == 0:
-        assert ours <= 1.02 * error(lambda *tensors: scaled_product(*tensors, torch.bfloat16), args)
+    if rows is activations:
+        assert ours <= 1.1 * error(reference_product, args)
+    # With outliers the tensor core's own sums of 128 count, too; scaled_mm has the same, and takes N in sixteens.
+    whole = torch.cat([weight, weight.new_zeros(-n % 16, k)])
+    assert ours <= 1.02 * error(
+        lambda *tensors: scaled_product(*tensors, torch.bfloat16), (data, x_scale, whole, weight_scale)
+    )
 
 
 def reference_product(*args):

@@ -52,7 +52,7 @@ def test_parts_that_are_not_as_long_as_one_another(split):
 
 
 @pytest.mark.parametrize(
-    "config", [ProductConfig(columns=128), ProductConfig(8, stages=2), ProductConfig(prefetch=False)]
+    "config", [ProductConfig(columns=128), ProductConfig(8, stages=2), ProductConfig(prefetch=True)]
 )
 def test_configs_change_no_bit(config):
     check(factors(5, 300, 384), config)
@@ -169,7 +169,13 @@ MMA = {SM_90: "QGMMA", SM_100: "UTCQMMA"}  # of a warp group, and of the tensor 
 @pytest.mark.parametrize("capability", MMA, ids=["sm_90", "sm_100"])
 @pytest.mark.parametrize(
     ("m", "config"),
-    [(1, ProductConfig()), (32, ProductConfig(columns=128)), (64, ProductConfig(8, 128, 6)), (64, ProductConfig())],
+    [
+        (1, ProductConfig()),
+        (16, ProductConfig(prefetch=True, release="waited")),
+        (32, ProductConfig(columns=128)),
+        (64, ProductConfig()),
+        (64, ProductConfig(8, 128, 6, True, "loaded")),
+    ],
     ids=str,
 )
 def test_machine_code(m, config, capability):
@@ -179,7 +185,8 @@ def test_machine_code(m, config, capability):
     assert code.options.shared <= 227 * 1024
     assert code.places(MMA[capability]), "fp8 is multiplied as fp8"
     prefetches, waits, copies = (code.places(what) for what in ("CCTL", "ACQBULK", "LDGSTS"))
-    assert prefetches and len(waits) == 1 and prefetches[-1] < waits[0] < copies[0], "weights are asked for early"
+    assert len(waits) == 1 and waits[0] < copies[0] and bool(prefetches) == config.prefetch
+    assert all(at < waits[0] for at in prefetches), "weights are asked for early"
     assert all(".128" in code.sass[at] or ".64" in code.sass[at] for at in copies[:1])
     wide = [at for at in copies if ".128" in code.sass[at]]
     assert len(wide) * code.threads * 16 >= (config.stages - 1) * config.columns * 128, (
@@ -187,7 +194,7 @@ def test_machine_code(m, config, capability):
     )
     assert not code.places("LDG"), "nothing is waited for that a copy could bring"
     releases, stores = code.places("PREEXIT"), code.places("STG")
-    assert len(releases) == 1 and waits[0] < releases[0] < stores[0]
+    assert len(releases) == 1 and releases[0] < stores[0] and (releases[0] < waits[0]) == (config.release == "start")
     assert {w for w in code.widths("STG")} == {128}
 
 
@@ -198,10 +205,6 @@ def test_the_tensor_core_gets_one_instruction_for_every_config():
         code = code_of(SM_90, 1, 2112, 7168, config)
         shapes |= {code.sass[at].split("QGMMA")[1].split()[0] for at in code.places("QGMMA")}
     assert shapes == {".64x16x32.F32.E4M3.E4M3"}
-
-
-def test_no_prefetch_where_none_is_asked_for():
-    assert not code_of(SM_90, 1, 2112, 7168, ProductConfig(prefetch=False)).places("CCTL")
 
 
 def test_rows_that_are_not_aligned_are_right_and_slow():

@@ -15,9 +15,9 @@ from normquant.kernels.product_configs import ProductConfig
 from normquant.linear import choice
 from normquant.linear.choice import parse
 from normquant.tune import product_tables
-from normquant.tune.product_tables import Way, choose, compare, merged, ways, write
+from normquant.tune.product_tables import Way, choose, compare, merged, splits, ways, write
 
-A, B = ProductConfig(), ProductConfig(8, 128, 3, False)
+A, B = ProductConfig(), ProductConfig(8, 128, 3, True, "waited")
 
 
 def us(times: dict[Way, float]) -> dict[Way, Timing]:
@@ -33,8 +33,8 @@ def test_the_split_is_one_for_all_numbers_of_rows() -> None:
     assert found.split == 8  # 1.0 and 1.11 times the best, against 1.67 and 1.0
     assert found.us == {1: 6.0, 64: 10.0}
     assert found.tables[0] == {"7168x2112": 8}
-    off = {"num_warps": 8, "columns": 128, "stages": 3, "prefetch": False}
-    assert found.tables[1] == {"7168x2112": [{"up_to": 1}, {"up_to": 64} | off]}
+    other = {"num_warps": 8, "columns": 128, "stages": 3, "prefetch": True, "release": "waited"}
+    assert found.tables[1] == {"7168x2112": [{"up_to": 1}, {"up_to": 64} | other]}
     assert "7168x2112 in 8 parts: m=1 6.00 us" in found.text
 
 
@@ -47,12 +47,17 @@ def test_a_neighbour_within_the_noise_keeps_its_row() -> None:
 def test_the_ways_of_a_product(case: ProductCase) -> None:
     found = ways(case.k, case.n)
     assert len(found) == len(set(found))
-    for split, _ in found:
-        blocks = case.k // 128
-        assert 1 <= split <= min(16, blocks)
+    for split in splits(case.k, case.n):
+        assert 1 <= split <= min(16, case.k // 128)
         assert product_configs.without_empty_parts(case.k, split) == split
     assert {config.columns for _, config in found} == {64, 128} and {c.prefetch for _, c in found} == {True, False}
-    assert product_configs.split_of(case.k, case.n) in {split for split, _ in found}
+    assert product_configs.split_of(case.k, case.n) in splits(case.k, case.n)
+
+
+def test_a_split_that_is_in_the_table_stays() -> None:
+    assert {split for split, _ in ways(7168, 2112)} == {product_configs.split_in_table(7168, 2112)} == {4}
+    assert product_configs.split_in_table(7168, 2176) is None
+    assert {split for split, _ in ways(7168, 2176)} == set(splits(7168, 2176)) and len(splits(7168, 2176)) > 1
 
 
 @pytest.fixture

@@ -92,13 +92,13 @@ def product_inputs(case: ProductCase, sets: int, device: str = "cuda") -> Produc
     weight, scale = quantize_weight(torch.randn(case.n, case.k, generator=generator, device=device))
     rest: tuple[Any, ...] = ()
     if case.reader:
-        example = OPS[case.reader].example(Examples(case.m, _width(case), device))
+        example = OPS[case.reader].example(Examples(case.m, reader_width(case), device))
         rest = (*(value for name, value in example.items() if name != "x"), SPEC)
     return ProductInputs(q.data, q.scale, tuple((weight.clone(), scale.clone()) for _ in range(sets)), rest)
 
 
-def _width(case: ProductCase) -> int:
-    """K of the reader, as its examples take it."""
+def reader_width(case: ProductCase) -> int:
+    """K of the reader, as its examples and its launch configs take it."""
     return {GATED: case.n // 2, LATENTS: case.n - sum(LATENT)}.get(case.reader, case.n)
 
 

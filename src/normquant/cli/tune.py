@@ -17,6 +17,8 @@ from normquant.cli.progress import add_quiet, compiling, showing
 
 if TYPE_CHECKING:
     from normquant.bench.cases import Case
+    from normquant.bench.products import ProductCase
+    from normquant.kernels.configs import ConfigTable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--linear",
         action="store_true",
         help="time how block-FP8 products of few rows are split and launched, then beside their peers, alone and with "
-        "the kernel that reads them (default: --m 1,8,16,31,64); writes three tables into this installation",
+        "the kernel that reads them (default: --m 1,8,16,31,64); writes four tables into this installation",
     )
     what.add_argument(
         "--decode",
@@ -87,10 +89,7 @@ def configs(args: argparse.Namespace, cases: list[Case]) -> Path:
             print(trouble, file=sys.stderr)
     with showing(len(cases), args.quiet) as progress:
         found = launch_configs.tune(cases, args.samples, progress.result, args.l2, candidates)
-    for op, widths in found.items():
-        table.setdefault(op, {}).update(widths)
-    with replacing(path) as part:
-        launch_configs.write(part, table)
+    _write_configs(path, table, found)
     return path
 
 
@@ -123,12 +122,12 @@ def linear(args: argparse.Namespace) -> Path:
 
     from normquant.bench.products import FEW_MS, PRODUCT_PROVIDERS, product_cases
     from normquant.cli.bench import installed
-    from normquant.tune import product_tables
+    from normquant.tune import launch_configs, product_tables
 
     capability, names = torch.cuda.get_device_capability(), installed(None, PRODUCT_PROVIDERS)
     samples = SAMPLES if args.samples is None else args.samples
     paths = product_tables.paths(capability)
-    for path in paths:
+    for path in (*paths, launch_configs.table_path(capability)):
         _present(_destination(path, path))
     cases = product_cases(args.k, args.m or FEW_MS)
     with compiling(args.quiet) as told:
@@ -139,6 +138,7 @@ def linear(args: argparse.Namespace) -> Path:
         for path, table in zip(paths[:2], found.tables, strict=True):
             _merge(path, table)
     product_tables.read_again()
+    readers(args, cases, samples)
     entries = []
     for entry in product_tables.compare(cases, names, samples):
         entries.append(entry)
@@ -147,6 +147,33 @@ def linear(args: argparse.Namespace) -> Path:
     with replacing(paths[2]) as part:
         product_tables.write(part, product_tables.merged(_present(paths[2]), entries, capability, current_command()))
     return paths[2]
+
+
+def readers(args: argparse.Namespace, cases: list[ProductCase], samples: int) -> None:
+    """The launch configs of the ops that read the products."""
+    import torch
+
+    from normquant.kernels import configs
+    from normquant.tune import launch_configs, reader_configs
+
+    with compiling(args.quiet) as told:
+        if trouble := reader_configs.precompile(cases, told):
+            print(trouble, file=sys.stderr)
+    with showing(len(reader_configs.read(cases)), args.quiet) as progress:
+        found = reader_configs.tune(cases, samples, progress.result)
+    path = launch_configs.table_path(torch.cuda.get_device_capability())
+    _write_configs(path, _present(path), found)
+    configs.read_again()
+
+
+def _write_configs(path: Path, table: ConfigTable, found: ConfigTable) -> None:
+    """The table with what was found in place of its rows of the same ops and widths."""
+    from normquant.tune import launch_configs
+
+    for op, widths in found.items():
+        table.setdefault(op, {}).update(widths)
+    with replacing(path) as part:
+        launch_configs.write(part, table)
 
 
 def _merge(path: Path, table: dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ in their order (`partial_rows.load_rows`).
 
 Bytes moved for [M, K] by [N, K] in P parts: read NK + NK/4096 once, and M(K + K/32) for each column of programs, from
 the L2; written 4PMN. With few rows all of it is the weight, so what counts is that every multiprocessor has bytes on
-their way from the first moment to the last. A program therefore asks the L2 for all of its weights before it waits for
-the kernel ahead of it: a weight is nobody's output. From the L2 they come in a pipeline of asynchronous copies.
+their way from the first moment to the last: they come in a pipeline of asynchronous copies. A weight is nobody's
+output, so a program may also ask the L2 for all of its weights before it waits for the kernel ahead of it (`prefetch`).
+The programs of the kernel behind it are let in at once (`release`): they wait beside this one's, not behind its last.
 
 Grid: (N / columns, parts, M / rows of a program). The weight is the left operand of the tensor core, whose side is 64
 at the least; the rows are the right one, of 16 at the least.

@@ -20,6 +20,7 @@ from normquant.kernels.tiling import power_of_two, power_of_two_in
 # When the next kernel may be scheduled: before this one waits for the one before it, right after, or when it has loaded
 # its inputs.
 RELEASES = ("start", "waited", "loaded")
+OF_PARTS = " of parts"  # behind the name of an op in a table: its configs for rows that are partial sums
 KEPT_SUM = 4 << 20  # bytes of x + residual that the L2 is asked to keep at the most, of 50 MB on an H100
 
 ConfigRow = dict[str, Any]  # {"up_to": largest M, field of a Config: value, ...}, without defaults
@@ -73,10 +74,29 @@ class Config:
             raise ValueError(f"{self}: the programs of a split row hold it in one tile")
 
 
-def config(op: str, k: int, m: int, capability: tuple[int, int] | None) -> Config:
-    """The config of `op` for [m, k] on a compute capability: the table's if it has (op, k), else the rule's."""
+def config(op: str, k: int, m: int, capability: tuple[int, int] | None, of_parts: bool = False) -> Config:
+    """The config of `op` for [m, k] on a compute capability: the table's if it has (op, k), else the rule's.
+
+    of_parts: for rows that are the partial sums of a product. Where the table has none for those it is that of plain
+    rows, but the next kernel comes late: most likely it is another product, whose programs take much shared memory, and
+    those that came before the reader's own were seen to cost 2 to 5 microseconds.
+    """
+    if of_parts and has_rows(op + OF_PARTS, k, capability):
+        op += OF_PARTS
+    elif of_parts:
+        return _released_late(config(op, k, m, capability))
     limits, configs = _rows(op, k, capability)
     return configs[bisect_left(limits, m)]
+
+
+def has_rows(op: str, k: int, capability: tuple[int, int] | None) -> bool:
+    """Whether the table of a compute capability has configs of `op` for rows of k values."""
+    return capability is not None and str(k) in _table(capability).get(op, {})
+
+
+@cache
+def _released_late(config: Config) -> Config:
+    return replace(config, release="loaded")
 
 
 def configs(op: str, k: int, capability: tuple[int, int] | None) -> list[Config]:
@@ -122,6 +142,12 @@ def write_row(up_to: int, config: Config) -> ConfigRow:
 def _table(capability: tuple[int, int]) -> ConfigTable:
     file = resources.files("normquant.kernels") / "config_tables" / f"sm{capability[0]}{capability[1]}.json"
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def read_again() -> None:
+    """Have this process see a table that was written since it read it."""
+    _table.cache_clear()
+    _rows.cache_clear()
 
 
 _RULE_LIMITS = (16, 128, 256, 257)  # up to how many rows the rule gives one config; the last is all above

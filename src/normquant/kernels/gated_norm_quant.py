@@ -97,7 +97,7 @@ def plan_gated_norm_quant(
     (m, k), d = x.shape, weight.shape[0]
     spec = spec.at(m)
     where = target(x.device)
-    config = config or choose_config("gated_norm_quant", k, m, where.capability)
+    config = config or choose_config("gated_norm_quant", k, m, where.capability, isinstance(x, PartialRows))
     block_g, programs = group_blocks(m, k, spec, config, least=d // spec.group)
     unit = stride_unit(x, z)
     return plan(

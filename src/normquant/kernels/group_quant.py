@@ -67,7 +67,7 @@ def plan_groups(
     m = x.shape[0]
     spec = spec.at(m)
     where = target(x.device)
-    config = config or choose_config(op, k, m, where.capability)
+    config = config or choose_config(op, k, m, where.capability, isinstance(x, PartialRows))
     block_g, programs = group_blocks(m, k, spec, config)
     unit = stride_unit(x)
     return plan(

@@ -126,7 +126,7 @@ def plan_latent_norm_quant(
     r = x.shape[1] - q - c
     spec = spec.at(m)
     where = target(x.device)
-    config = config or choose_config("latent_norm_quant", q, m, where.capability)
+    config = config or choose_config("latent_norm_quant", q, m, where.capability, isinstance(x, PartialRows))
     q_row, c_row = divided(q, spec, config), divided(c, spec, unsplit(config))
     unit, angle_unit = stride_unit(x), stride_unit(cos, sin)
     strides = x.stride(0) // unit, cos.stride(0) // angle_unit, sin.stride(0) // angle_unit

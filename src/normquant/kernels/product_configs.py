@@ -35,14 +35,15 @@ class ProductConfig:
     num_warps: warps of a program, 4 or 8: with fewer the tensor core would get another instruction, and other bits.
     columns: of N that a program takes, one of COLUMNS. stages: blocks of K that are on their way at a time.
     prefetch: whether a program asks the L2 for all of its weights while the kernel before it is still running.
-    release: when the next kernel may be scheduled, one of RELEASES.
+    release: when the next kernel may be scheduled, one of RELEASES. The programs of a reader are small and find a place
+        beside those of the product: with "start" they are there when the last part is.
     """
 
     num_warps: int = 4
     columns: int = 64
     stages: int = 4
-    prefetch: bool = True
-    release: str = "loaded"
+    prefetch: bool = False
+    release: str = "start"
 
     def __post_init__(self) -> None:
         if self.num_warps not in (4, 8) or self.columns not in COLUMNS or not 1 <= self.stages <= 8:
@@ -53,7 +54,12 @@ class ProductConfig:
 
 def split_of(k: int, n: int) -> int:
     """In how many parts K is summed for N columns: that of the table, or else of the rule."""
-    return _splits().get(f"{k}x{n}") or _split_rule(k, n)
+    return split_in_table(k, n) or _split_rule(k, n)
+
+
+def split_in_table(k: int, n: int) -> int | None:
+    """The split of the table, None where it has none."""
+    return _splits().get(f"{k}x{n}")
 
 
 def blocks_of_part(k: int, split: int) -> int:

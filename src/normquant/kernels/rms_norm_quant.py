@@ -105,7 +105,8 @@ def plan_rms_norm_quant(
     spec = spec.at(m)
     where = target(x.device)
     if config is None:
-        config = choose_config(op_name(residual is not None, return_norm), k, m, where.capability)
+        name = op_name(residual is not None, return_norm)
+        config = choose_config(name, k, m, where.capability, isinstance(x, PartialRows))
     row = divided(k, spec, config, where.clusters)
     unit = stride_unit(x, residual)
     return plan(

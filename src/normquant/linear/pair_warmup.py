@@ -27,7 +27,7 @@ def few_rows(op: str, k: int, n: int, width: int, spec: QuantSpec, device: torch
     found: dict[Key, int] = {}
     where = capability.target(device).capability
     for m in range(1, FEW_ROWS + 1):
-        own = configs.config(OPS[op].configs, width, m, where) if OPS[op].configs else None
+        own = configs.config(OPS[op].configs, width, m, where, of_parts=True) if OPS[op].configs else None
         found.setdefault((rows_of_program(m), product_config(k, n, m, where), own, spec.at(m)), m)
     return found
 

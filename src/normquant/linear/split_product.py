@@ -6,13 +6,16 @@ A launcher takes checked tensors and knows everything else; `normquant.ops` cach
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from normquant import reference
 from normquant.kernels.product_configs import blocks_of_part, split_of
 from normquant.ops import Op
+
+if TYPE_CHECKING:
+    from normquant.kernels.configs import Config
 
 Launcher = Callable[..., list[torch.Tensor]]
 
@@ -37,15 +40,17 @@ def launch_product(
     return _in_turn(Launch(product), Launch(plan_sum_of_parts(rows)))
 
 
-def launch_pair(op: Op, product_args: tuple[Any, ...], rest: tuple[Any, ...]) -> Launcher:
+def launch_pair(op: Op, product_args: tuple[Any, ...], rest: tuple[Any, ...], config: Config | None = None) -> Launcher:
     """A launcher of the product and of an op that reads it as its x: their tensors in turn -> the op's outputs.
 
     product_args: data, scale, weight, weight_scale, dtype. rest: the op's other arguments, the spec decoded.
+    config: the op's, unless it chooses itself.
     """
     from normquant.kernels.launch import Launch
 
     product, rows = _planned(*product_args)
-    return _in_turn(Launch(product), Launch(op.plan(rows, *rest)))
+    chosen = {} if config is None else {"config": config}
+    return _in_turn(Launch(product), Launch(op.plan(rows, *rest, **chosen)))
 
 
 def _planned(

@@ -1,8 +1,9 @@
 """`normquant tune --linear`: how products of few rows are split and launched, and where they are chosen.
 
 First every product is timed with each split and launch config that may pay. A split decides bits and is one for all
-numbers of rows and all GPUs, so the one is taken whose best configs are the fastest over all of them. Then the product,
-alone and with the op that reads it, is timed beside its peers; what is not the fastest there is not chosen.
+numbers of rows and all GPUs, so the one is taken whose best configs are the fastest over all of them. Then the ops that
+read products get their configs (`reader_configs`). At last the product, alone and with the op that reads it, is timed
+beside its peers; what is not the fastest there is not chosen.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from normquant.kernels.product_configs import (
     MAX_SPLIT,
     ProductConfig,
     rows_of_program,
+    split_in_table,
     without_empty_parts,
     write_product_row,
 )
@@ -37,6 +39,7 @@ from normquant.tune.launch_configs import NOISE
 
 FEWEST, MOST = 60, 800  # programs of a split that is worth measuring; where none has so many, the largest splits
 SAMPLE_US = 300.0
+EARLINESS = ((False, "start"), (False, "loaded"), (True, "waited"))  # prefetch and release
 Way = tuple[int, ProductConfig]  # a split, and how its kernel is launched
 
 
@@ -63,17 +66,21 @@ class TunedProduct:
 
 
 def ways(k: int, n: int) -> list[Way]:
-    """The splits and configs worth measuring."""
-    blocks = k // BLOCK
-    all_splits = sorted({without_empty_parts(k, split) for split in range(1, min(MAX_SPLIT, blocks) + 1)})
-    columns = -(-n // COLUMNS[0])
-    splits = [split for split in all_splits if FEWEST <= columns * split <= MOST] or all_splits[-2:]
+    """The splits and configs worth measuring. A split that is in the table stays: another would change results."""
+    known = split_in_table(k, n)
     shapes = ((4, COLUMNS[0]), (4, COLUMNS[1]), (8, COLUMNS[1]))
     configs = [
-        ProductConfig(warps, wide, stages, prefetch)
-        for (warps, wide), stages, prefetch in product(shapes, (3, 4, 6), (True, False))
+        ProductConfig(warps, wide, stages, prefetch, release)
+        for (warps, wide), stages, (prefetch, release) in product(shapes, (4, 6), EARLINESS)
     ]
-    return list(product(splits, configs))
+    return list(product([known] if known else splits(k, n), configs))
+
+
+def splits(k: int, n: int) -> list[int]:
+    """The splits worth measuring."""
+    blocks, columns = k // BLOCK, -(-n // COLUMNS[0])
+    found = sorted({without_empty_parts(k, split) for split in range(1, min(MAX_SPLIT, blocks) + 1)})
+    return [split for split in found if FEWEST <= columns * split <= MOST] or found[-2:]
 
 
 def launches(case: ProductCase, way: Way, i: ProductInputs) -> list[Call]:
