@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from shared import interpreter
 from shared.decode_shards import TINY
+from shared.products import pair_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normquant.bench import decode, products, shard_step
@@ -21,7 +23,7 @@ from normquant.bench.comparison import compare
 from normquant.bench.decode import BEST, CHECKED, PRODUCTS, TODAY, fastest, pair_or
 from normquant.bench.products import OURS, ProductProvider
 from normquant.bench.records import Provenance, problems, read, writing
-from normquant.bench.shard_step import DEEPSEEK_R1, DecodeStep, followed
+from normquant.bench.shard_step import DEEPSEEK_R1, SPEC, DecodeStep, followed
 from normquant.bench.timing import Timing
 from normquant.cli import bench as command
 from normquant.cli import entry as cli
@@ -109,6 +111,14 @@ def test_pairs_give_what_split_products_and_ops_give(shard, pairs_seen: list[str
     assert pairs_seen == 2 * [LATENTS, ROPE, ADD_NORM, SILU, ADD_NORM]
     assert same(paired, outputs(followed(split, decode.call), shard))
     assert same(paired, outputs(followed(plain, decode.call), shard)) == (shard is TINY)
+
+
+def test_the_kernels_of_pairs_give_what_the_references_give() -> None:
+    def then(op, data, scale, linear, *args):
+        product = data, scale, linear.weight, linear.scale, torch.bfloat16, "always", ""
+        return interpreter.call(pair_of, op, *product, *args, SPEC)
+
+    assert same(outputs(then), outputs(pair_or(followed(plain, decode.call), "always")))
 
 
 def test_many_rows_are_not_paired(pairs_seen: list[str]) -> None:

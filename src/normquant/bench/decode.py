@@ -1,9 +1,10 @@
-"""`normquant bench decode`: a decode step (`shard_step`) captured in one CUDA graph, by who multiplies in it.
+"""`normquant bench decode`: a decode step (`shard_step`) captured in a CUDA graph, by who multiplies in it. Providers:
 
-    scaled_mm, deepgemm, flashinfer  this product for all five of a layer, the op that reads it in a kernel of its own
-    best      for each of the five the one of these that was measured to be the fastest with its reader
-    normquant the pair of product and reader where it was measured to be the fastest, as the compile pass has it, else
-              as `best`
+    scaled_mm, deepgemm, flashinfer
+               this product for all five of a layer, and the op that reads it in a kernel of its own
+    best       for each of the five whichever of these was measured to be the fastest with its reader
+    normquant  the pair of product and reader where that was measured to be the fastest, as the compile pass has it,
+               elsewhere as `best`
 
 "Measured" is the table by which products are chosen (`linear/choice.py`).
 """
@@ -42,7 +43,7 @@ TODAY = {name: provider for name, provider in PRODUCT_PROVIDERS.items() if name 
 BEST = "best"
 PRODUCTS = SHAPES["DeepSeek-R1"]  # K, N and reader of each product in a layer
 CHECKED = 2  # layers whose outputs are compared: fp8 amplifies roundings, which after eight hide a wrong product
-BOUND = 0.15  # of their error: 0.045 by rounding alone, however it is done; from 0.4 where one product is wrong
+BOUND = 0.15  # of their error: 0.05 by rounding alone, however coarse; from 0.4 where one product is wrong
 SAMPLE_US = 5000.0  # some ten steps
 
 
