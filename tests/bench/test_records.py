@@ -47,7 +47,7 @@ def test_a_record_of_several_ranks_has_their_number():
         ({"us": 9.0}, "us is outside of us_p10 .. us_p90"),
         ({"gbps": 3.0}, "gbps is not bytes / us"),
         ({"extra": 1}, "unknown extra"),
-        ({"suite": "poems"}, "unknown suite 'poems'; known: kernels, linear, layer, vllm"),
+        ({"suite": "poems"}, "unknown suite 'poems'; known: kernels, linear, decode, layer, vllm"),
     ],
 )
 def test_problems_are_named(change, problem):

@@ -50,6 +50,7 @@ BROKEN: dict[str, str] = {
     "compare {empty} {fast}": "no case of provider 'normquant' in common",
     "compare {fast} {broken}": "not JSON",
     "bench kernels": "there is no CUDA GPU here",
+    "bench decode": "there is no CUDA GPU here",
     "bench layer --output no/such/file": "no/such is not a directory",
     "tune": "there is no CUDA GPU here",
     "plot {fast} --k 3 --output {made}": "error: ",

@@ -8,22 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from shared import interpreter
+from shared.decode_shards import TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normquant import reference
+from normquant.bench import shard_step
 from normquant.bench.cases import ADD_NORM, LATENTS, QUANT, ROPE, SILU
+from normquant.bench.shard_step import DEEPSEEK_R1, SPEC
 from normquant.cli import entry as cli
 from normquant.kernels import configs, tiling
 from normquant.kernels.configs import RELEASES, Config, read_row, write_row
 from normquant.linear import dequantized_linear
-from normquant.ops import OPS
+from normquant.ops import Op
 from normquant.tune import by_decode_step, decode_step, launch_configs
 from normquant.tune.by_decode_step import BATCH, MARGIN_US, StepResult, Trial
-from normquant.tune.decode_step import DEEPSEEK_R1, SPEC, CallOp, DecodeStep, Gemm, Shard
+from normquant.tune.decode_step import Gemm
 
 H100 = (9, 0)
-TINY = Shard(hidden=256, q_lora=128, kv_lora=128, rope=16, heads=2, nope=64, v=64, intermediate=128)
 GEMM = Gemm("own", decode_step.own_gemm)
 CONFIGS = {
     ADD_NORM: Config(4, 2, prefetch=True, release="start", keep_sum=True),
@@ -34,77 +35,20 @@ CONFIGS = {
 GRID = [(op, k, m) for op, k in DEEPSEEK_R1.widths.items() for m in (1, 16, 64, 256, 1024)]
 
 
-def of_reference(seen: list) -> CallOp:
-    """Calls of the reference, which are added to `seen`: op, shape of x, config."""
-
-    def call(op, x, *args, config=None):
-        seen.append((op, tuple(x.shape), config))
-        outputs = OPS[op].reference(x, *args, SPEC)
+def test_each_op_has_its_config(monkeypatch):
+    def run(op, *args, config=None):
+        seen.append((op.name, config))
+        outputs = op.reference(*args)
         return (outputs,) if isinstance(outputs, torch.Tensor) else outputs
 
-    return call
-
-
-def by_hand(layer: decode_step.Layer, inputs: decode_step.StepInputs, x: torch.Tensor, residual: torch.Tensor):
-    """A layer of the tiny shard in the reference's functions."""
-
-    def product(quantized, linear):
-        return dequantized_linear(*quantized[:2], linear.weight, linear.scale, torch.bfloat16)
-
-    *quantized, residual, _ = reference.add_rms_norm_quant(x, residual, layer.input_norm, 1e-6, SPEC)
-    latent = product(quantized, layer.qkv_a)
-    normed = reference.rms_norm_quant(latent[:, :128], layer.q_norm, 1e-6, SPEC)
-    q_nope = product(normed, layer.q_b).view(3, 2, 80)[..., :64]  # [3, 2, 64]; the turned values are not used
-    absorbed = torch.bmm(torch.bmm(q_nope.transpose(0, 1), layer.w_uk), layer.w_uv)  # [2, 3, 64]
-    heads = torch.cat(absorbed.unbind(0), 1)  # [3, 128]
-    x = product(reference.group_quant(heads, SPEC), layer.o)
-    *quantized, residual, _ = reference.add_rms_norm_quant(x, residual, layer.mlp_norm, 1e-6, SPEC)
-    both = product(quantized, layer.gate_up)
-    return product(reference.silu_mul_quant(both, SPEC)[:2], layer.down), residual
-
-
-def test_a_step_of_interpreted_kernels_is_that_of_the_reference():
-    layers, inputs = decode_step.layers(TINY, 2, GEMM, "cpu"), decode_step.inputs(TINY, 3, "cpu")
-    got = decode_step.run(DecodeStep(TINY, layers, partial(interpreter.run_op, SPEC), GEMM), inputs, CONFIGS)
-    expected = inputs.x, inputs.residual
-    for layer in layers:
-        expected = by_hand(layer, inputs, *expected)
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours.shape == (3, TINY.hidden) and ours.isfinite().all()
-        assert torch.equal(ours, theirs)
-    assert got[0].std() > 0.1
-
-
-def test_each_layer_is_that_of_a_shard_of_deepseek_r1():
     seen: list = []
-
-    def gemm(data, scale, linear):
-        (m, k), (n, _) = data.shape, linear.weight.shape
-        assert scale.shape == (m, k // 128) and linear.scale.shape == (-(-n // 128), k // 128)
-        seen.append(("gemm", (n, k), None))
-        return dequantized_linear(data, scale, linear.weight, linear.scale, torch.bfloat16)
-
+    monkeypatch.setattr(Op, "run", run)
     with FakeTensorMode():
-        fake = Gemm("fake", gemm)
-        layers = decode_step.layers(DEEPSEEK_R1, 2, fake, "cpu")
-        step = DecodeStep(DEEPSEEK_R1, layers, of_reference(seen), fake)
-        x, residual = decode_step.run(step, decode_step.inputs(DEEPSEEK_R1, 5, "cpu"), CONFIGS)
-    assert x.shape == residual.shape == (5, 7168)
-    layer = [
-        (ADD_NORM, (5, 7168)),
-        ("gemm", (2112, 7168)),
-        (LATENTS, (5, 2112)),
-        ("gemm", (3072, 1536)),
-        (ROPE, (5, 3072)),
-        (QUANT, (5, 2048)),
-        ("gemm", (7168, 2048)),
-        (ADD_NORM, (5, 7168)),
-        ("gemm", (4608, 7168)),
-        (SILU, (5, 4608)),
-        ("gemm", (7168, 2304)),
-    ]
-    assert [(op, shape) for op, shape, _ in seen] == 2 * layer
-    assert all(config == CONFIGS.get(op) for op, _, config in seen)
+        fake = Gemm("fake", partial(dequantized_linear, out_dtype=torch.bfloat16))
+        layers = shard_step.layers(DEEPSEEK_R1, 2, fake.layout, "cpu")
+        by_decode_step.run_with(layers, fake, shard_step.inputs(DEEPSEEK_R1, 5, "cpu"), CONFIGS)
+    layer = [LATENTS, ROPE, QUANT, ADD_NORM, SILU, ADD_NORM]
+    assert seen == [(op, CONFIGS.get(op)) for op in 2 * layer]
 
 
 def test_deep_gemm_is_taken_wherever_it_lies(monkeypatch):
@@ -116,9 +60,9 @@ def test_deep_gemm_is_taken_wherever_it_lies(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.third_party.deep_gemm", module)
     gemm = decode_step.find_gemm(H100)
     assert gemm.name == "DeepGEMM (vllm.third_party.deep_gemm)" and calls == [True]
-    linear = decode_step.layers(TINY, 1, gemm, "cpu")[0].down  # [256, 128]
+    linear = shard_step.layers(TINY, 1, gemm.layout, "cpu")[0].down  # [256, 128]
     data, scale = reference.group_quant(torch.randn(3, 128), SPEC)
-    out = gemm.run(data, scale, linear)
+    out = gemm.run(data, scale, linear.weight, linear.scale)
     ((activation, weight, written), named) = calls[1]
     assert activation == (data, scale) and weight == (linear.weight, linear.scale)
     assert written is out and out.shape == (3, 256) and out.dtype == torch.bfloat16

@@ -112,7 +112,7 @@ def _scaled_mm(i: ProductInputs) -> Multiply:
 
 
 def _deepgemm(i: ProductInputs) -> Multiply:
-    deep_gemm = import_module(_deepgemm_module() or "deep_gemm")
+    deep_gemm = import_module(deepgemm_module() or "deep_gemm")
 
     def multiply(data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         out = data.new_empty((data.shape[0], weight.shape[0]), dtype=DTYPE)
@@ -122,13 +122,19 @@ def _deepgemm(i: ProductInputs) -> Multiply:
     return multiply
 
 
+def start_early(module: Any) -> None:
+    """Have DeepGEMM launch its kernels while the one before runs, where it has a switch for it, as vLLM does."""
+    if hasattr(module, "set_pdl"):
+        module.set_pdl(True)
+
+
 def _flashinfer(i: ProductInputs) -> Multiply:
     from flashinfer.gemm import fp8_blockscale_gemm_sm90
 
     return lambda data, scale, weight, by: fp8_blockscale_gemm_sm90(data, weight, scale, by)
 
 
-def _deepgemm_module() -> str | None:
+def deepgemm_module() -> str | None:
     """DeepGEMM, or else the one that vLLM brings, which is not imported for the question, as vLLM would be, too."""
     if find_spec("deep_gemm") is not None:
         return "deep_gemm"
@@ -142,7 +148,7 @@ OURS = "normquant"
 PRODUCT_PROVIDERS = {
     OURS: ProductProvider(_split),
     "scaled_mm": ProductProvider(_scaled_mm),
-    "deepgemm": ProductProvider(_deepgemm, lambda: None if _deepgemm_module() else "deep_gemm not installed"),
+    "deepgemm": ProductProvider(_deepgemm, lambda: None if deepgemm_module() else "deep_gemm not installed"),
     "flashinfer": ProductProvider(_flashinfer, packages("flashinfer")),
 }
 

@@ -94,6 +94,26 @@ class LinearRecord(Provenance):
 
 
 @dataclass(frozen=True)
+class DecodeRecord(Provenance):
+    """A decode step of m tokens through `layers` layers of one GPU's share of a model, by who multiplies in it.
+
+    provider: as `bench.decode` names them. us, us_p10, us_p90: microseconds a layer, over `samples` samples.
+    error: norm of the difference from the same layers with products in float32, over that norm, after the first ones.
+    """
+
+    suite: str
+    model: str
+    layers: int
+    m: int
+    provider: str
+    us: float
+    us_p10: float
+    us_p90: float
+    samples: int
+    error: float
+
+
+@dataclass(frozen=True)
 class LayerRecord(Provenance):
     """One setting of one model's decoder layer: microseconds a call over n samples, and its GPU kernels."""
 
@@ -159,11 +179,12 @@ class VllmRecord(Provenance):
     products: str = ""
 
 
-Record = KernelRecord | LinearRecord | LayerRecord | VllmRecord
+Record = KernelRecord | LinearRecord | DecodeRecord | LayerRecord | VllmRecord
 TIMES = ("us", "gpu_us_per_step")  # what a record measured, whichever of them it has
 SUITES: dict[str, type[Record]] = {
     "kernels": KernelRecord,
     "linear": LinearRecord,
+    "decode": DecodeRecord,
     "layer": LayerRecord,
     "vllm": VllmRecord,
 }

@@ -1,4 +1,4 @@
-"""Measure on this GPU: kernels beside their peers, whole decoder layers, or vLLM serving a model."""
+"""Measure on this GPU: kernels beside their peers, products, whole decoder layers, or vLLM serving a model."""
 
 from __future__ import annotations
 
@@ -56,13 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     linear.add_argument("--m", type=integers, metavar="M,...", help="rows (default: 1,8,16,31,64)")
     linear.add_argument("--providers", help="comma-separated, of those that are installed (default: all)")
     linear.add_argument("--samples", type=int, default=SAMPLES, help=f"samples of each timing (default: {SAMPLES})")
+    decode = suites.add_parser(
+        "decode", help="a decode step of DeepSeek-R1's layers in one CUDA graph, by the products in it"
+    )
+    decode.add_argument("--m", type=integers, default=(1, 16, 64), metavar="M,...", help="tokens (default: 1,16,64)")
+    decode.add_argument(
+        "--providers", help="comma-separated, today's products, of those that are installed (default: all)"
+    )
+    decode.add_argument("--samples", type=int, default=SAMPLES, help=f"samples of each timing (default: {SAMPLES})")
     layer = suites.add_parser("layer", help="whole decoder layers of transformers, compiled stock and fused")
     layer.add_argument("--models", help="comma-separated (default: all)")
     layer.add_argument("--m", type=integers, metavar="M,...", help="tokens (default: 1,16,64,1024,8192)")
     layer.add_argument("--samples", type=int, default=SAMPLES, help=f"samples of each timing (default: {SAMPLES})")
     vllm = suites.add_parser("vllm", help="vLLM serving a DeepSeek-R1 shard: as it comes, unfused, and with normquant")
     _add_vllm(vllm)
-    for suite in (kernels, linear, layer, vllm):
+    for suite in (kernels, linear, decode, layer, vllm):
         suite.add_argument("--output", type=Path, metavar="FILE", help="write the records here, one JSON object a line")
         add_quiet(suite)
 
@@ -159,6 +167,8 @@ def total(args: argparse.Namespace) -> int:
         return sum(len(job.batches) for group in vllm_groups(args, Path()) for job in group)
     if args.suite == "linear":
         return len(linear_cases(args))
+    if args.suite == "decode":
+        return len(args.m)
     if args.suite == "layer":
         from normquant.bench import decoder_layers
 
@@ -223,6 +233,17 @@ def linear_cases(args: argparse.Namespace) -> list[ProductCase]:
     if not cases:
         raise ValueError(f"no product of {', '.join(models)} has k in {args.k}")
     return cases
+
+
+def decode_suite(args: argparse.Namespace) -> Found:
+    """Each number of tokens: the records of all providers and a line about them."""
+    from normquant.bench import decode
+
+    names = installed(args.providers, decode.TODAY)
+    if not names:
+        raise ValueError("no provider is left")
+    for records in decode.measure(args.m, names, args.samples):
+        yield records, decode.line(records)
 
 
 def ranks_suite(args: argparse.Namespace) -> Found:
@@ -334,4 +355,10 @@ def findings(cache: Path) -> dict[str, int]:
     return dict(Counter(finding.rule for report in reports for finding in report.findings))
 
 
-SUITES = {"kernels": kernel_suite, "linear": linear_suite, "layer": layer_suite, "vllm": vllm_suite}
+SUITES = {
+    "kernels": kernel_suite,
+    "linear": linear_suite,
+    "decode": decode_suite,
+    "layer": layer_suite,
+    "vllm": vllm_suite,
+}

@@ -80,6 +80,11 @@ def choose(part: str, k: int, n: int, m: int, device: torch.device, wanted: Want
     return _choose(part, k, n, m, _capability(device), wanted)
 
 
+def measurement(part: str, k: int, n: int, m: int, device: torch.device) -> Measured | None:
+    """What was measured for m rows on a device; None where nothing was."""
+    return _speaking_for(m, _entries(part, k, n, _capability(device)))
+
+
 def pays(part: str, k: int, n: int, device: torch.device, m: int | None = None) -> ProductChoice:
     """Whether split kernels were the fastest for m rows; m None: for some number of rows."""
     if m is not None:
@@ -99,11 +104,14 @@ def _choose(part: str, k: int, n: int, m: int, capability: tuple[int, int] | Non
             return ProductChoice(True, f"asked for; K in {split_of(k, n)} parts")
         return ProductChoice(False, f"{m} rows; split products are for {FEW_ROWS} rows at the most")
     entries = _entries(part, k, n, capability)
-    for entry in entries:
-        if entry.first <= m <= entry.last:
-            return ProductChoice(entry.fastest == OURS, f"measured: {entry.text}")
+    if entry := _speaking_for(m, entries):
+        return ProductChoice(entry.fastest == OURS, f"measured: {entry.text}")
     known = f"{m} rows; measured were {entries[0].first} to {entries[-1].last}" if entries else ""
     return ProductChoice(False, known or _lacking(part, k, n, capability))
+
+
+def _speaking_for(m: int, entries: list[Measured]) -> Measured | None:
+    return next((entry for entry in entries if entry.first <= m <= entry.last), None)
 
 
 def _entries(part: str, k: int, n: int, capability: tuple[int, int] | None) -> list[Measured]:

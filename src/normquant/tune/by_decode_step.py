@@ -13,14 +13,15 @@ from functools import partial
 
 import torch
 
+from normquant.bench import shard_step
 from normquant.bench.cases import MS, Case
 from normquant.bench.precompile import Told, everywhere
+from normquant.bench.shard_step import DEEPSEEK_R1, LAYERS, SPEC, Layer, StepInputs
 from normquant.bench.timing import capture_once, interleaved, middle_mean
 from normquant.kernels import configs, tiling
 from normquant.kernels.configs import RELEASES, Config, ConfigRow, ConfigTable, read_row
 from normquant.ops import OPS
-from normquant.tune import decode_step
-from normquant.tune.decode_step import DEEPSEEK_R1, LAYERS, SPEC, Configs, Gemm
+from normquant.tune.decode_step import Configs, Gemm, step_of
 from normquant.tune.launch_configs import PREFETCH_UP_TO, PROGRAMS, clusters, joined, launch_once
 
 DECODE_MS = (1, 16, 64)
@@ -148,17 +149,21 @@ def tune(ms: Sequence[int], replays: int, gemm: Gemm, progress: Callable[[str], 
     """Measure steps of each number of tokens on this GPU, ascending; `progress` is told each result."""
     capability = torch.cuda.get_device_capability()
     progress(f"a decode step of {LAYERS} layers of DeepSeek-R1, one of eight shards; GEMM: {gemm.name}")
-    layers = decode_step.layers(DEEPSEEK_R1, LAYERS, gemm)
-    step = decode_step.DecodeStep(DEEPSEEK_R1, layers, decode_step.launch_op, gemm)
+    layers = shard_step.layers(DEEPSEEK_R1, LAYERS, gemm.layout)
     found = []
     for m in sorted(set(ms)):
-        run = partial(decode_step.run, step, decode_step.inputs(DEEPSEEK_R1, m))
+        run = partial(run_with, layers, gemm, shard_step.inputs(DEEPSEEK_R1, m))
         times = partial(layer_us, run, len(layers), replays)
         together = partial(layer_us, run, len(layers), TOGETHER * replays)
         configs = present_configs(DEEPSEEK_R1.widths, m, capability)
         found.append(tune_rows(m, DEEPSEEK_R1.widths, configs, times, together, progress))
         torch.cuda.empty_cache()
     return found
+
+
+def run_with(layers: tuple[Layer, ...], gemm: Gemm, inputs: StepInputs, configs: Configs) -> object:
+    """A step with these configs."""
+    return shard_step.run(step_of(layers, gemm, configs), inputs)
 
 
 def layer_us(run: Callable[[Configs], object], count: int, replays: int, variants: Sequence[Configs]) -> list[float]:
