@@ -113,6 +113,7 @@ def _scaled_mm(i: ProductInputs) -> Multiply:
 
 def _deepgemm(i: ProductInputs) -> Multiply:
     deep_gemm = import_module(deepgemm_module() or "deep_gemm")
+    start_early(deep_gemm)
 
     def multiply(data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         out = data.new_empty((data.shape[0], weight.shape[0]), dtype=DTYPE)

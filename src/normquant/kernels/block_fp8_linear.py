@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from normquant.kernels._device import release_dependents, wait_for_predecessor
-from normquant.kernels.capability import target
+from normquant.kernels.capability import multiprocessors, target
 from normquant.kernels.launch import Output, Plan, launch, plan
 from normquant.kernels.partial_rows import row_stride
 from normquant.kernels.product_configs import (
@@ -31,6 +31,7 @@ from normquant.kernels.product_configs import (
     blocks_of_part,
     product_config,
     rows_of_program,
+    shared_memory,
     split_of,
 )
 
@@ -118,14 +119,16 @@ def plan_block_fp8_linear(
     split = split or split_of(k, n)
     rows, unit = rows_of_program(m), ALIGN if data.stride(0) % ALIGN == 0 or m == 1 else 1
     out = Output((split * m, n), (row_stride(n), 1), torch.float32, split * m * row_stride(n))
+    columns = -(-n // config.columns)
     return plan(
         block_fp8_linear_kernel,
-        grid=(-(-n // config.columns), split, -(-m // rows)),
+        grid=(columns, split, -(-m // rows)),
         inputs=(data, scale, weight, weight_scale),
         outputs=(out,),
         numbers=(m, data.stride(0) // unit, *scale.stride(), weight_scale.stride(0)),
         where=where,
         config=config,
+        shared=shared_memory(columns * split, *multiprocessors(data.device)),
         N=n,
         K=k,
         PER=blocks_of_part(k, split),

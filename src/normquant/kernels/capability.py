@@ -50,6 +50,15 @@ class LaunchTarget:
 
 
 @cache
+def multiprocessors(device: torch.device) -> tuple[int, int]:
+    """How many multiprocessors a GPU has, and the bytes of shared memory of each; none on a CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_multiprocessor
+
+
+@cache
 def target(device: torch.device) -> LaunchTarget:
     """The launch target of a device; raises ValueError where the kernels cannot run."""
     if device.type == "cpu":

@@ -85,6 +85,7 @@ class Plan:
     The kernel takes its inputs, its outputs, numbers that it does not specialize on, and constants, in this order.
     given: which inputs are not None; the kernel gets None for the others, as for outputs that are None.
     grid: of clusters of `cluster` programs each, along x; no kernel is launched where a side of it is 0.
+    shared: bytes of shared memory that a program is given where it needs fewer, so that fewer fit on a multiprocessor.
     """
 
     kernel: Any
@@ -96,6 +97,7 @@ class Plan:
     constants: dict[str, Any]
     options: dict[str, object]
     cluster: int = 1
+    shared: int = 0
 
 
 def plan(
@@ -108,12 +110,13 @@ def plan(
     where: LaunchTarget,
     config: Config,
     cluster: int = 1,
+    shared: int = 0,
     **constants: Any,
 ) -> Plan:
     """The plan for inputs like these, the first of them not None; the constants in the kernel's order."""
     device = inputs[0].device  # type: ignore[union-attr]
     given = tuple(t is not None for t in inputs)
-    return Plan(kernel, grid, device, given, outputs, numbers, constants, where.options(config), cluster)
+    return Plan(kernel, grid, device, given, outputs, numbers, constants, where.options(config), cluster, shared)
 
 
 class Launch:
@@ -160,27 +163,31 @@ class Launch:
         plan, names = self.plan, list(self.plan.constants)
         placed = dict(zip(self._places, tensors, strict=True))
         args = *(placed.get(at) for at in range(len(self._pointers))), *plan.numbers
-        ask = plan.kernel[plan.grid] if plan.cluster == 1 else partial(plan.kernel.warmup, grid=plan.grid)
+        changed = plan.cluster > 1 or plan.shared > 0
+        ask = partial(plan.kernel.warmup, grid=plan.grid) if changed else plan.kernel[plan.grid]
         binary = ask(*args, **plan.constants, **plan.options)
         if binary is None:  # the interpreter has none
             return
         if plan.kernel.arg_names[-len(names) :] != names:
             raise TypeError(f"{plan.kernel.__name__} takes its constants as {plan.kernel.arg_names[-len(names) :]}")
-        if plan.cluster > 1:
-            set_cluster(binary, plan.cluster)
+        if changed:
+            change_launch(binary, plan)
             binary[plan.grid](*args, *plan.constants.values())
         self._run, self._binary = binary.run, (binary.function, binary.packed_metadata)
         self._stream = driver.active.get_current_stream
 
 
-def set_cluster(binary: Any, programs: int) -> None:
-    """Have Triton's launcher make a cluster of `programs` programs, along the grid's x, for each place in the grid.
+def change_launch(binary: Any, plan: Plan) -> None:
+    """Have Triton launch a binary as a plan says, before it is loaded.
 
-    It does so for its own num_ctas; told about that, the compiler would spread one program over the cluster, and cannot
-    compile a sum over one.
+    Its launcher makes a cluster of as many programs, along the grid's x, as its own num_ctas says, for each place in
+    the grid; told about that, the compiler would spread one program over the cluster, and cannot compile a sum over
+    one. Shared memory is asked for when the binary is loaded, and again at each launch.
     """
-    metadata = binary.metadata._replace(num_ctas=programs)
-    binary.packed_metadata = make_backend(metadata.target).pack_metadata(metadata)
+    shared = max(binary.metadata.shared, plan.shared)
+    binary.metadata = binary.metadata._replace(shared=shared)
+    packed = binary.metadata._replace(num_ctas=plan.cluster)
+    binary.packed_metadata = make_backend(packed.target).pack_metadata(packed)
 
 
 def maker(output: Output, device: torch.device) -> Callable[[], torch.Tensor]:

@@ -24,6 +24,8 @@ MIN_ROWS = 16  # of a program, which computes no fewer
 COLUMNS = (64, 128)  # of N that a program may take: 64 is what the widest instruction of the tensor core needs
 PROGRAMS = 264  # wanted by the rule: two for each multiprocessor of an H100
 MAX_SPLIT = 16
+MOST_PROGRAMS = 3  # of a product on one multiprocessor, for which it matters where they are
+SHARED_UNIT, OWN_SHARED = 128, 1024  # bytes: of shared memory that are given out together, and that CUDA adds
 
 ProductRow = dict[str, Any]  # {"up_to": largest M, field of a ProductConfig: value, ...}, without defaults
 
@@ -75,6 +77,19 @@ def without_empty_parts(k: int, split: int) -> int:
 def rows_of_program(m: int) -> int:
     """Rows that a program takes of m, a power of two."""
     return min(max(power_of_two(m), MIN_ROWS), FEW_ROWS)
+
+
+def shared_memory(programs: int, multiprocessors: int, shared: int) -> int:
+    """Bytes of shared memory for a program, so that no multiprocessor gets more of the programs than it has to.
+
+    shared: bytes of shared memory of a multiprocessor. The programs of a product come while those of the kernel before
+    it are at work. Where these have places to spare on some multiprocessors only, two or three came to one and none to
+    others, which took up to half as long again (an H100). With more than three on each it comes to no difference.
+    """
+    most = -(-programs // multiprocessors) if multiprocessors else MOST_PROGRAMS + 1
+    if most > MOST_PROGRAMS:
+        return 0
+    return -(-(shared // (most + 1) + 1) // SHARED_UNIT) * SHARED_UNIT - OWN_SHARED
 
 
 def product_config(k: int, n: int, m: int, capability: tuple[int, int] | None) -> ProductConfig:
