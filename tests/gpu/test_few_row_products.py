@@ -21,8 +21,8 @@ from normquant.ops import OPS, Examples
 SPEC = QuantSpec(layout="col_tma")
 DEEPSEEK_R1 = [(7168, 2112), (1536, 3072), (2048, 7168), (7168, 4608), (2304, 7168)]  # K, N of one GPU of eight
 OTHERS = [(5120, 1280), (8192, 7168), (384, 300), (1664, 70), (256, 16)]
-CONFIGS = [ProductConfig(*c) for c in itertools.product((4, 8), (64, 128), (1, 3, 6), (True, False))]
-CONFIGS += [ProductConfig(release=release) for release in ("start", "waited")]
+CONFIGS = [ProductConfig(*c) for c in itertools.product((4, 8), (64, 128), (1, 3, 6))]
+CONFIGS += [ProductConfig(release=release) for release in ("waited", "loaded")]
 
 
 def factors(m, k, n, spec=SPEC, x=None):

@@ -210,6 +210,16 @@ def test_programs_of_a_row_are_launched_as_clusters(launched, config, grid):
         assert ((x, y, z), metadata[:2]) == ((3, 1, 1), (4, grid[1]))
 
 
+def test_a_program_is_given_the_shared_memory_that_its_plan_asks_for(launched):
+    x = rows(4, 3 * K)
+    plan = replace(group_quant.plan_group_quant(x, SPEC), shared=115840)
+    run = Launch(plan)
+    run(x), run(x), Launch(replace(plan, shared=64))(x)  # which the binary has already
+    binaries, metadata = {id(binary) for binary, _ in launched}, [split(launch)[1][5] for launch in launched]
+    assert len(binaries) == 1 and [packed[2] for packed in metadata] == [115840] * 3
+    assert launched[0][0].metadata.shared == 115840  # what Triton asks CUDA for when it loads the binary
+
+
 def test_no_rows_launch_nothing(launched):
     data, scale = norm(rows(0))
     assert data.shape == (0, K) and scale.shape == (0, K // SPEC.group) and not launched

@@ -15,6 +15,8 @@ TABLE = {
     "entries": [
         {"part": PRODUCT, "k": 7168, "n": 2112, "m": [1, 16], "us": {"normquant": 7.9, "deepgemm": 14.2}},
         {"part": PRODUCT, "k": 7168, "n": 2112, "m": [17, 64], "us": {"normquant": 9.9, "deepgemm": 9.7}},
+        {"part": "rope_last", "k": 1536, "n": 3072, "m": [1, 8], "us": {"normquant": 5.1, "deepgemm": 6.2}},
+        {"part": "rope_last", "k": 1536, "n": 3072, "m": [9, 64], "us": {"normquant": 5.3, "deepgemm": 6.2}},
         {"part": "silu_mul_quant", "k": 7168, "n": 4608, "m": [1, 32], "us": {"normquant": 14.1, "scaled_mm": 17.0}},
     ],
 }
@@ -45,16 +47,22 @@ def test_nothing_is_chosen_that_was_not_measured(on_hopper):
 def test_what_is_committed_for_hopper(on_hopper):
     readers = {"latent_norm_quant": (7168, 2112), "silu_mul_quant": (7168, 4608), "add_rms_norm_quant": (2304, 7168)}
     for reader, (k, n) in readers.items():
-        assert [choose(reader, k, n, m, GPU).split for m in (1, 16, 17, 64, 65)] == [True, True, False, False, False]
+        assert [choose(reader, k, n, m, GPU).split for m in (1, 16, 31, 32, 64, 65)] == [True] * 3 + [False] * 3
         assert not choose(reader, k, n, 1, CPU).split
 
 
-@pytest.mark.parametrize(("m", "split"), [(1, True), (16, True), (17, False), (64, False), (65, False)])
+@pytest.mark.parametrize(("m", "split"), [(1, True), (16, True), (17, False), (31, False), (64, False), (65, False)])
 def test_the_fastest_for_each_number_of_rows(measured, m, split):
     found = choose(PRODUCT, 7168, 2112, m, GPU)
     assert found.split == split
     assert ("normquant 7.9 us" in found.reason) == (m <= 16)
-    assert ("measured were 1 to 64" in found.reason) == (m > 64)
+    assert ("deepgemm 9.7 us" in found.reason) == (17 <= m < 32)
+    assert (f"{m} rows; products of 32 rows and more" in found.reason) == (m >= 32)
+
+
+def test_from_32_rows_on_nothing_is_split_however_fast_it_is_alone(measured):
+    assert [choose("rope_last", 1536, 3072, m, GPU).split for m in (8, 31, 32, 64)] == [True, True, False, False]
+    assert pays("rope_last", 1536, 3072, GPU).split
 
 
 def test_a_pair_has_measurements_of_its_own(measured):

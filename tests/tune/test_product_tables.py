@@ -17,7 +17,7 @@ from normquant.linear.choice import parse
 from normquant.tune import product_tables
 from normquant.tune.product_tables import Way, choose, compare, merged, splits, ways, write
 
-A, B = ProductConfig(), ProductConfig(8, 128, 3, True, "waited")
+A, B = ProductConfig(), ProductConfig(8, 128, 3, "waited")
 
 
 def us(times: dict[Way, float]) -> dict[Way, Timing]:
@@ -33,7 +33,7 @@ def test_the_split_is_one_for_all_numbers_of_rows() -> None:
     assert found.split == 8  # 1.0 and 1.11 times the best, against 1.67 and 1.0
     assert found.us == {1: 6.0, 64: 10.0}
     assert found.tables[0] == {"7168x2112": 8}
-    other = {"num_warps": 8, "columns": 128, "stages": 3, "prefetch": True, "release": "waited"}
+    other = {"num_warps": 8, "columns": 128, "stages": 3, "release": "waited"}
     assert found.tables[1] == {"7168x2112": [{"up_to": 1}, {"up_to": 64} | other]}
     assert "7168x2112 in 8 parts: m=1 6.00 us" in found.text
 
@@ -50,7 +50,7 @@ def test_the_ways_of_a_product(case: ProductCase) -> None:
     for split in splits(case.k, case.n):
         assert 1 <= split <= min(16, case.k // 128)
         assert product_configs.without_empty_parts(case.k, split) == split
-    assert {config.columns for _, config in found} == {64, 128} and {c.prefetch for _, c in found} == {True, False}
+    assert {config.columns for _, config in found} == {64, 128}
     assert product_configs.split_of(case.k, case.n) in splits(case.k, case.n)
 
 
@@ -127,6 +127,17 @@ def test_committed_splits_leave_no_part_empty() -> None:
 def test_a_config_that_would_change_bits_or_nothing_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         ProductConfig(**bad)
+
+
+@pytest.mark.parametrize("programs", [1, 96, 112, 132, 133, 216, 264, 300, 396])
+def test_no_more_programs_fit_on_a_multiprocessor_than_it_has_to_take(programs: int) -> None:
+    whole, most = 228 * 1024, -(-programs // 132)
+    taken = product_configs.shared_memory(programs, 132, whole) + product_configs.OWN_SHARED
+    assert taken % 128 == 0 and whole // taken == most
+
+
+def test_many_programs_and_no_gpu_take_what_they_need() -> None:
+    assert product_configs.shared_memory(397, 132, 228 * 1024) == 0 == product_configs.shared_memory(96, 0, 0)
 
 
 def test_a_split_depends_on_k_and_n_alone() -> None:

@@ -179,8 +179,9 @@ def _write_configs(path: Path, table: ConfigTable, found: ConfigTable) -> None:
 def _merge(path: Path, table: dict[str, Any]) -> None:
     """Put a product's part of a table into the one that is there."""
     merged = _present(path) | table
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(merged[name])}" for name in sorted(merged))
     with replacing(path) as part:
-        part.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
+        part.write_text(f"{{\n{lines}\n}}\n")
 
 
 def strategies(args: argparse.Namespace, cases: list[Case]) -> Path:

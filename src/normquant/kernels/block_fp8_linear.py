@@ -8,9 +8,9 @@ in their order (`partial_rows.load_rows`).
 
 Bytes moved for [M, K] by [N, K] in P parts: read NK + NK/4096 once, and M(K + K/32) for each column of programs, from
 the L2; written 4PMN. With few rows all of it is the weight, so what counts is that every multiprocessor has bytes on
-their way from the first moment to the last: they come in a pipeline of asynchronous copies. A weight is nobody's
-output, so a program may also ask the L2 for all of its weights before it waits for the kernel ahead of it (`prefetch`).
-The programs of the kernel behind it are let in at once (`release`): they wait beside this one's, not behind its last.
+their way from the first moment to the last: they come in a pipeline of asynchronous copies. The programs of the kernel
+behind it are let in at once (`release`): they wait beside this one's, not behind its last. (Asking the L2 for weights
+before the wait for the kernel ahead, and tensor map copies, were tried on an H100: neither was faster between readers.)
 
 Grid: (N / columns, parts, M / rows of a program). The weight is the left operand of the tensor core, whose side is 64
 at the least; the rows are the right one, of 16 at the least.
@@ -56,7 +56,6 @@ def block_fp8_linear_kernel(
     COLUMNS: tl.constexpr,  # of N that a program takes: one block of the weight, or half of one
     ROWS: tl.constexpr,  # of M that a program takes, a power of two
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,  # threads that ask the L2 for a share of the weights each, before the wait, or 0
     OUT_STRIDE: tl.constexpr,
     DATA_UNIT: tl.constexpr,
     PDL: tl.constexpr,
@@ -67,8 +66,6 @@ def block_fp8_linear_kernel(
     first = part * PER
     last = tl.minimum(first + PER, K // 128)
     # What is past the edge is the last row or column once more: it costs no mask, and is not stored.
-    if PREFETCH > 0:
-        prefetch_weights(weight_ptr, tl.program_id(0) * COLUMNS, first, last, N, K, COLUMNS, PREFETCH)
     wait_for_predecessor(PDL)
     k = tl.arange(0, 128)
     own = tl.minimum(row, m - 1).to(tl.int64)
@@ -86,22 +83,6 @@ def block_fp8_linear_kernel(
     release_dependents(PDL)
     out = (part * m + row).to(tl.int64)[None, :] * OUT_STRIDE + column[:, None]
     tl.store(parts_ptr + out, total, mask=(row < m)[None, :] & (column < N)[:, None])
-
-
-@triton.jit
-def prefetch_weights(
-    weight_ptr, first_column, first, last, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr,
-    THREADS: tl.constexpr,
-):  # fmt: skip
-    # Asks the L2 for the blocks of K `first` to `last` of each column's weights, 128 bytes a thread at a time, in the
-    # order in which they are read. A prefetch reads no value.
-    lane = tl.arange(0, THREADS)
-    at = weight_ptr.to(tl.int64) + tl.minimum(first_column + lane % COLUMNS, N - 1).to(tl.int64) * K
-    for block in range(first, last, THREADS // COLUMNS):
-        line = at + tl.minimum(block + lane // COLUMNS, last - 1) * 128
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 def plan_block_fp8_linear(
@@ -135,7 +116,6 @@ def plan_block_fp8_linear(
         COLUMNS=config.columns,
         ROWS=rows,
         STAGES=config.stages,
-        PREFETCH=32 * config.num_warps if config.prefetch and where.pdl else 0,
         OUT_STRIDE=row_stride(n),
         DATA_UNIT=unit,
         PDL=where.release(config),

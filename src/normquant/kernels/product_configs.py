@@ -36,7 +36,6 @@ class ProductConfig:
 
     num_warps: warps of a program, 4 or 8: with fewer the tensor core would get another instruction, and other bits.
     columns: of N that a program takes, one of COLUMNS. stages: blocks of K that are on their way at a time.
-    prefetch: whether a program asks the L2 for all of its weights while the kernel before it is still running.
     release: when the next kernel may be scheduled, one of RELEASES. The programs of a reader are small and find a place
         beside those of the product: with "start" they are there when the last part is.
     """
@@ -44,7 +43,6 @@ class ProductConfig:
     num_warps: int = 4
     columns: int = 64
     stages: int = 4
-    prefetch: bool = False
     release: str = "start"
 
     def __post_init__(self) -> None:

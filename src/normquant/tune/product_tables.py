@@ -39,7 +39,6 @@ from normquant.tune.launch_configs import NOISE
 
 FEWEST, MOST = 60, 800  # programs of a split that is worth measuring; where none has so many, the largest splits
 SAMPLE_US = 300.0
-EARLINESS = ((False, "start"), (False, "loaded"), (True, "waited"))  # prefetch and release
 Way = tuple[int, ProductConfig]  # a split, and how its kernel is launched
 
 
@@ -69,10 +68,7 @@ def ways(k: int, n: int) -> list[Way]:
     """The splits and configs worth measuring. A split that is in the table stays: another would change results."""
     known = split_in_table(k, n)
     shapes = ((4, COLUMNS[0]), (4, COLUMNS[1]), (8, COLUMNS[1]))
-    configs = [
-        ProductConfig(warps, wide, stages, prefetch, release)
-        for (warps, wide), stages, (prefetch, release) in product(shapes, (4, 6), EARLINESS)
-    ]
+    configs = [ProductConfig(warps, wide, stages) for (warps, wide), stages in product(shapes, (3, 4, 6))]
     return list(product([known] if known else splits(k, n), configs))
 
 

@@ -1,6 +1,7 @@
 """Launch configs of the ops that read partial sums, each timed behind the product that makes them.
 
-Alone, an op may let the next kernel come early; here that is a product, whose programs are large.
+Alone, an op may let the next kernel come early; here that is a product, whose programs take much shared memory, and
+come when the op has loaded its rows.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from normquant.ops import OPS
 from normquant.tune import launch_configs
 from normquant.tune.launch_configs import SAMPLE_US
 
-RELEASES = ("waited", "loaded")
-
 
 def read(cases: Sequence[ProductCase]) -> list[ProductCase]:
     """Those whose product is read by an op that has launch configs, each op and width once for each M.
@@ -40,8 +39,7 @@ def read(cases: Sequence[ProductCase]) -> list[ProductCase]:
 def candidates(case: ProductCase) -> list[Config]:
     """The configs worth measuring."""
     shapes = launch_configs.candidates(Case(case.reader, case.m, reader_width(case)))
-    plain = dict.fromkeys(replace(shape, release="loaded") for shape in shapes if not shape.prefetch)
-    return [replace(config, release=release) for config in plain for release in RELEASES]
+    return list(dict.fromkeys(replace(shape, release="loaded") for shape in shapes if not shape.prefetch))
 
 
 def calls(case: ProductCase, config: Config, i: ProductInputs) -> list[Call]:
