@@ -11,7 +11,7 @@ import normquant.vllm.fp8_linear  # noqa: F401  # defines the operator of vLLM's
 from normquant import QuantSpec, reference, specs
 from normquant.linear import PAIRS, dequantized_linear
 from normquant.linear.split_product import split_product
-from normquant.ops import OPS, Examples
+from normquant.ops import OPS, Examples, Op
 
 K = 1280  # 10 blocks: several parts for every N here
 NARROW = {"latent_norm_quant": 128, "latent_norm_quant_with_kv": 128}
@@ -153,22 +153,26 @@ def test_a_lost_gradient_is_refused():
 @pytest.mark.parametrize("otherwise", ["", "normquant_vllm::block_fp8_linear 32 1"])
 def test_a_product_that_is_not_split_calls_implementations_and_no_dispatcher(otherwise, monkeypatch):
     args = arguments("silu_mul_quant", 5, wanted="auto")
-    product, op = torch.ops.normquant.block_fp8_linear.default, OPS["silu_mul_quant"].overload
+    product = torch.ops.normquant.block_fp8_linear.default
     if otherwise:
         product = torch.ops.normquant_vllm.block_fp8_linear.default
-    given = []
+    given, planned = [], []
 
     def multiply(data, scale, weight, weight_scale, *own):
         given.append(own)
         return split_product(data, scale, weight, weight_scale, torch.bfloat16)
 
+    def planned_for(op, x, limit, spec):
+        planned.append(op.name)
+        return lambda x: list(op.reference(x, limit, QuantSpec.decode(spec)))
+
     monkeypatch.setattr(product, "launch", multiply)
-    read = OPS["silu_mul_quant"].reference
-    monkeypatch.setattr(op, "launch", lambda x, limit, spec: read(x, limit, QuantSpec.decode(spec)))
-    pair = PAIRS["silu_mul_quant"]
-    outputs = pair.launcher(*encoded((*args[:6], otherwise, *args[7:])))(*args[:4])
-    assert_bitwise(outputs, by_hand("silu_mul_quant", args))
-    assert given == [(32, True)] if otherwise else given == [(torch.bfloat16,)]
+    monkeypatch.setattr(Op, "launch", planned_for)
+    launch = PAIRS["silu_mul_quant"].launcher(*encoded((*args[:6], otherwise, *args[7:])))
+    for _ in range(2):
+        assert_bitwise(launch(*args[:4]), by_hand("silu_mul_quant", args))
+    assert given == [(32, True) if otherwise else (torch.bfloat16,)] * 2
+    assert planned == ["silu_mul_quant"], "the op's launch is the same for every call"
 
 
 def test_inputs_stay_as_they_are():

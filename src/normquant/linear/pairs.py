@@ -83,18 +83,25 @@ class Pair:
         return self.op.warmup_settings(_rows_like(product), *rest), (product[0].shape[1], product[2].shape[0])
 
     def _unfolded(self, args: tuple[Any, ...]) -> Launcher:
-        """The product of today and the op, on the tensors among arguments like these."""
-        known = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
-        multiply = _unsplit_product(args[OF_PRODUCT + 1])
-        places = [at for at, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+        """The product of today and the op, on the tensors among arguments like these.
 
-        def launch(*tensors: torch.Tensor) -> list[torch.Tensor]:
-            given = known.copy()
-            for at, tensor in zip(places, tensors, strict=True):
-                given[at] = tensor
-            product, _, rest = _parts(tuple(given))
-            outputs = launch_of(self.op.overload)(multiply(*product), *rest)
-            return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        What a product gives for the same shapes is laid out alike, so the op's launch is made once, at the first call.
+        """
+        product, _, rest = _parts(args)
+        multiply, dtype, read = _unsplit_product(args[OF_PRODUCT + 1]), product[-1], None
+
+        def launch(
+            data: torch.Tensor,
+            scale: torch.Tensor,
+            weight: torch.Tensor,
+            weight_scale: torch.Tensor,
+            *others: torch.Tensor,
+        ) -> list[torch.Tensor]:
+            nonlocal read
+            x = multiply(data, scale, weight, weight_scale, dtype)
+            if read is None:
+                read = self.op.launch(x, *rest)
+            return read(x, *others)
 
         return launch
 
