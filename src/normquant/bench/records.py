@@ -146,6 +146,7 @@ class VllmRecord(Provenance):
         installed. switches: environment variables that chose a kernel.
     tensor_parallel: GPUs that computed the model together; the figures are the first one's, replay_us the slowest's.
     products: normquant's rule for products of few rows, "" in records from before it was measured, and without it.
+    compiled: whether vLLM compiled the model; else it captured its decode steps as they are.
     """
 
     suite: str
@@ -177,6 +178,7 @@ class VllmRecord(Provenance):
     switches: dict[str, str] = field(default_factory=dict)
     tensor_parallel: int = 1
     products: str = ""
+    compiled: bool = True
 
 
 Record = KernelRecord | LinearRecord | DecodeRecord | LayerRecord | VllmRecord

@@ -72,3 +72,10 @@ def test_several_gpus_are_ranks_of_our_own_and_say_how_they_reach_each_other(tmp
     arguments = engine_arguments(four)
     assert arguments["tensor_parallel_size"] == 4 and arguments["distributed_executor_backend"] == "external_launcher"
     assert "tensor_parallel_size" not in engine_arguments(one)
+
+
+def test_a_model_that_vllm_does_not_compile_is_captured_as_it_is(tmp_path: Path):
+    one = replace(job(tmp_path, "installed", linear="installed"), compiled=False)
+    assert engine_arguments(one)["compilation_config"] == {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    assert one.name == f"{replace(one, compiled=True).name}-uncompiled" and read(write(one)) == one
+    assert switches(one) == {}

@@ -16,6 +16,7 @@ PASSES = {
     "off": {"fuse_norm_quant": False},
     "unfused": {"fuse_norm_quant": False, "fuse_act_quant": False},
 }
+UNCOMPILED = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 LINEARS = ("deepgemm", "cutlass")
 FLASHINFER_LINEAR = "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER"
 CHOICES = ("NORMQUANT", "NORMQUANT_ALL_REDUCE", FLASHINFER_LINEAR)  # not taken over from the environment
@@ -54,6 +55,7 @@ class Job:
     model: the model's config.json. engine: arguments of `vllm.LLM` that replace ours.
     tensor_parallel: GPUs that compute the model together. all_reduce: whether the plugin fuses their all-reduces.
     policy, products: the plugin's settings of these names.
+    compiled: False for vLLM as it runs models that it does not compile, whose decode steps it captures as they are.
     """
 
     setting: str
@@ -72,13 +74,14 @@ class Job:
     tensor_parallel: int = 1
     all_reduce: bool = False
     products: str = "auto"
+    compiled: bool = True
 
     @property
     def name(self) -> str:
         """The job in logs and folders."""
         linear = "" if self.installed else f"-{self.linear}"
         ranks = f"-tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
-        return f"{self.setting}{linear}{'-moe' * (self.moe > 0)}{ranks}"
+        return f"{self.setting}{linear}{'-moe' * (self.moe > 0)}{ranks}{'' if self.compiled else '-uncompiled'}"
 
     @property
     def installed(self) -> bool:
@@ -160,6 +163,8 @@ def engine_arguments(job: Job) -> dict[str, Any]:
     batch = max(job.batches)
     tokens = max(batch * (PROMPT + job.decoded + 64), job.longest)
     compilation: dict[str, Any] = {} if job.installed else {"cudagraph_capture_sizes": sorted(job.batches)}
+    if not job.compiled:
+        compilation |= UNCOMPILED
     if job.setting in PASSES:
         compilation["pass_config"] = dict(PASSES[job.setting])
     arguments: dict[str, Any] = {

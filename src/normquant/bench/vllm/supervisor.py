@@ -180,6 +180,7 @@ def record(job: Job, facts: dict[str, Any], prefill: dict[str, Any], batch: dict
         products=job.products if job.plugin else "",
         switches=switches(job),
         tensor_parallel=job.tensor_parallel,
+        compiled=job.compiled,
         version=VERSION,
         command=current_command(),
         date=today(),
