@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,14 +140,21 @@ def linear(args: argparse.Namespace) -> Path:
             _merge(path, table)
     product_tables.read_again()
     readers(args, cases, samples)
-    entries = []
-    for entry in product_tables.compare(cases, names, samples):
-        entries.append(entry)
+    for _, product in groupby(_told(product_tables.compare(cases, names, samples)), key=lambda e: (e["k"], e["n"])):
+        entries = list(product)
+        with replacing(paths[2]) as part:  # what was measured is there if the rest is not
+            product_tables.write(
+                part, product_tables.merged(_present(paths[2]), entries, capability, current_command())
+            )
+    return paths[2]
+
+
+def _told(entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The entries of the table that chooses, each printed when it is there."""
+    for entry in entries:
         times = ", ".join(f"{name} {us} us" for name, us in entry["us"].items())
         print(f"{entry['part']} {entry['k']}x{entry['n']} m={entry['m'][1]}: {times}", flush=True)
-    with replacing(paths[2]) as part:
-        product_tables.write(part, product_tables.merged(_present(paths[2]), entries, capability, current_command()))
-    return paths[2]
+        yield entry
 
 
 def readers(args: argparse.Namespace, cases: list[ProductCase], samples: int) -> None:
@@ -156,10 +164,13 @@ def readers(args: argparse.Namespace, cases: list[ProductCase], samples: int) ->
     from normquant.kernels import configs
     from normquant.tune import launch_configs, reader_configs
 
+    read = reader_configs.read(cases)
+    if not read:
+        return
     with compiling(args.quiet) as told:
         if trouble := reader_configs.precompile(cases, told):
             print(trouble, file=sys.stderr)
-    with showing(len(reader_configs.read(cases)), args.quiet) as progress:
+    with showing(len(read), args.quiet) as progress:
         found = reader_configs.tune(cases, samples, progress.result)
     path = launch_configs.table_path(torch.cuda.get_device_capability())
     _write_configs(path, _present(path), found)
