@@ -31,9 +31,13 @@ BATCH = {
     "sum_us_per_step": 110.0,
     "classes": {"gemm": 60.0, "norm_quant": 40.0},
     "kernels": 300,
-    "tpot_ms": 0.2,
     "replay_us": 98.0,
 }
+
+
+def note(turns: Path, text: str) -> None:
+    with turns.open("a") as file:
+        file.write(f"{text}\n")
 
 
 def say(message: dict) -> None:
@@ -52,17 +56,20 @@ def main() -> None:
     if job["policy"] == "chats":
         print("INFO a line\n3\n{}", flush=True)
     say(READY)
-    assert sys.stdin.readline() == "go\n"
-    with turns.open("a") as file:
-        file.write(f"{job['setting']} begins\n")
+    times = iter((9.5, 12.0, 9.0, 9.25, 70.0))  # of the prompt; of a step a fiftieth
+    while (asked := sys.stdin.readline()) == "wall\n":
+        note(turns, f"{job['setting']} wall")
+        ms = next(times)
+        say({"kind": "wall", "prefill_ms": {"2048": ms}, "tpot_ms": {str(b): ms / 50 for b in job["batches"]}})
+    assert asked == "kernels\n"
+    note(turns, f"{job['setting']} begins")
     if job["policy"] == "dies later":
         sys.exit("illegal memory access")
-    say({"kind": "prefill", "ms": {"2048": 9.5}, "gpu_us": {"2048": 9000.0}})
+    say({"kind": "prefill", "gpu_us": {"2048": 9000.0}})
     for batch in job["batches"]:
         time.sleep(0.2)
         say({"kind": "batch", "batch": batch, **BATCH})
-    with turns.open("a") as file:
-        file.write(f"{job['setting']} ends\n")
+    note(turns, f"{job['setting']} ends")
     say({"kind": "done"})
 
 

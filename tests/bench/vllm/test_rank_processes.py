@@ -1,4 +1,4 @@
-"""The processes of other ranks: they are told to go, are ended, and end the first when they die."""
+"""The processes of other ranks: they are told what to measure, are ended, and end the first when they die."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ time.sleep(60)
 """
 
 
-def test_others_are_told_to_go_and_end(capfd: pytest.CaptureFixture[str]) -> None:
+def test_others_are_told_what_to_measure_and_end(capfd: pytest.CaptureFixture[str]) -> None:
     others = OtherRanks([[sys.executable, "-c", LISTENS]] * 2)
-    others.go()
+    others.ask("wall")
     others.stop()
-    assert capfd.readouterr().err.count("go") == 2
+    assert capfd.readouterr().err.count("wall") == 2
 
 
 def test_one_that_hangs_is_ended_in_time() -> None:

@@ -98,11 +98,11 @@ class OtherRanks:
                         other.kill()
                     os._exit(FAILED)
 
-    def go(self) -> None:
-        """Start the measurement on all of them."""
+    def ask(self, what: str) -> None:
+        """Have all of them measure what the first rank was asked for."""
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write("go\n")
+            process.stdin.write(f"{what}\n")
             process.stdin.flush()
 
     def stop(self, grace_s: float = 10.0) -> None:

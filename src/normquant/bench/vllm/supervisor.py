@@ -1,7 +1,8 @@
 """The parent of `normquant bench vllm`: settings of vLLM side by side, each in a process and with caches of its own.
 
-Processes of one group start together, as most of a start is compiling on the CPU; once all of them are ready, one after
-the other measures, alone on the GPU.
+Processes of one group start together, as most of a start is compiling on the CPU. Once all of them are ready, they take
+turns measuring wall times, since what else a host does changes from minute to minute; then one after the other measures
+what its GPU does. One at a time has the GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import queue
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -89,11 +91,11 @@ class WorkerProcess:
                 if isinstance(message, dict) and "kind" in message:
                     return message
 
-    def go(self) -> None:
-        """Start the measurement."""
+    def ask(self, what: str) -> None:
+        """Have it measure: "wall" times, or "kernels", after which it ends."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended, which `message` says
-            self._process.stdin.write("go\n")
+            self._process.stdin.write(f"{what}\n")
             self._process.stdin.flush()
 
     def stop(self) -> None:
@@ -140,20 +142,44 @@ def _measure_group(processes: Sequence[WorkerProcess], timeout: float, inspect: 
         except WorkerFailed as error:
             process.stop()
             yield process.failure(f"starting: {error}")
+    walls: dict[WorkerProcess, list[dict[str, Any]]] = {process: [] for process, _ in ready}
+    for _ in range(max((process.job.samples for process, _ in ready), default=0)):
+        for process in list(walls):
+            try:
+                process.ask("wall")
+                walls[process].append(_expect(process, "wall", time.monotonic() + timeout))
+            except WorkerFailed as error:
+                del walls[process]
+                process.stop()
+                yield process.failure(f"measuring: {error}")
     for process, facts in ready:
+        if process not in walls:
+            continue
         try:
-            yield from _records(process, facts | {"findings": dict(inspect(process.job.cache))}, timeout)
+            facts |= {"findings": dict(inspect(process.job.cache))}
+            yield from _records(process, facts, medians(walls[process]), timeout)
         except WorkerFailed as error:
             yield process.failure(f"measuring: {error}")
         process.stop()  # before the next one measures
 
 
-def _records(process: WorkerProcess, facts: dict[str, Any], timeout: float) -> Iterator[VllmRecord]:
+def medians(walls: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each figure of some messages of one form the median."""
+    return {
+        name: {size: round(statistics.median(wall[name][size] for wall in walls), 4) for size in walls[0][name]}
+        for name in walls[0]
+    }
+
+
+def _records(
+    process: WorkerProcess, facts: dict[str, Any], wall: dict[str, dict[str, float]], timeout: float
+) -> Iterator[VllmRecord]:
     deadline = time.monotonic() + timeout
-    process.go()
-    prefill = _expect(process, "prefill", deadline)
+    process.ask("kernels")
+    prefill = {"ms": wall["prefill_ms"], **_expect(process, "prefill", deadline)}
     for _ in process.job.batches:
-        yield record(process.job, facts, prefill, _expect(process, "batch", deadline))
+        batch = _expect(process, "batch", deadline)
+        yield record(process.job, facts, prefill, {"tpot_ms": wall["tpot_ms"][str(batch["batch"])], **batch})
     _expect(process, "done", deadline)
 
 

@@ -1,8 +1,9 @@
 """One process of `normquant bench vllm`: `python -m normquant.bench.vllm.worker JOB.json [RANK PORT]`.
 
 Of a job on several GPUs it is the first rank, and starts the others with a rank and the port at which they meet.
-It starts vLLM, compares the logits with float32, writes a line, waits for a line on its standard input, measures, and
-writes a line for each figure. Lines are JSON objects on the standard output; everything else goes to standard error.
+It starts vLLM, compares the logits with float32 and writes a line. Asked on its standard input for "wall" it measures
+wall times and writes a line, as often as it is asked; asked for "kernels" it measures what the GPU does, writes a line
+for each figure, and ends. Lines are JSON objects on the standard output; everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -59,12 +60,15 @@ def main(path: str, rank: str = "0", port: str = "") -> None:
     engine, loaded = start(job, ranks)
     warm_up(engine, job)
     send({"kind": "ready", **facts(engine), **compare(engine, job, loaded), **check_scales(engine, job)})
-    if sys.stdin.readline().strip() != "go":
-        return
-    if others is not None:
-        others.go()
-    measure(engine, job, send)
-    send({"kind": "done"})
+    while asked := sys.stdin.readline().strip():
+        if others is not None:
+            others.ask(asked)
+        if asked == "wall":
+            send({"kind": "wall", **wall_times(engine, job)})
+            continue
+        measure_kernels(engine, job, send)
+        send({"kind": "done"})
+        break
     if others is not None:
         others.stop()
 
@@ -143,26 +147,38 @@ def warm_up(engine: Engine, job: Job) -> None:
         engine.finish()
 
 
-def measure(engine: Engine, job: Job, send: Send) -> None:
-    """Wall times first: once a profiler has run, every later launch is slower."""
-    ms = {str(length): prefill_ms(engine, job, length) for length in job.prefill}
-    tpot = {batch: step_ms(engine, job, batch) for batch in job.batches}
-    replay = {batch: replay_us(engine, job, batch) for batch in job.batches}
-    for length in job.prefill:
-        keep_calls(job, f"prefill-{length}-calls{engine.ranks.suffix}", partial(prefill, engine, job, length))
-    send({"kind": "prefill", "ms": ms, "gpu_us": {str(n): prefill_us(engine, job, n) for n in job.prefill}})
-    for batch in job.batches:
-        step = {"kind": "batch", "batch": batch, "tpot_ms": tpot[batch], "replay_us": replay[batch]}
-        send(step | profile_batch(engine, job, batch))
+def wall_times(engine: Engine, job: Job) -> dict[str, dict[str, float]]:
+    """Milliseconds of each prompt, and of a step of each batch. No profiler has run: later launches would be slower."""
+    settled = time.monotonic() + SETTLE_S
+    while engine.ranks.agreed(time.monotonic() < settled):
+        for length in job.prefill:
+            prefill(engine, job, length)
+    return {
+        "prefill_ms": {str(length): prefill_ms(engine, job, length) for length in job.prefill},
+        "tpot_ms": {str(batch): step_ms(engine, job, batch) for batch in job.batches},
+    }
 
 
 def prefill_ms(engine: Engine, job: Job, length: int) -> float:
-    """Wall time of a prompt of `length` tokens."""
-    run = partial(prefill, engine, job, length)
-    settled = time.monotonic() + SETTLE_S
-    while engine.ranks.agreed(time.monotonic() < settled):
-        run()
-    return round(statistics.median(timed(run) for _ in range(2 * job.samples)) * 1e3, 3)
+    """Wall time of a prompt of `length` tokens: the median of three."""
+    return round(statistics.median(timed(partial(prefill, engine, job, length)) for _ in range(3)) * 1e3, 3)
+
+
+def step_ms(engine: Engine, job: Job, batch: int) -> float:
+    """Wall time of a step that decodes `batch` requests, in a window of them."""
+    with decoding(engine, job, batch):
+        seconds = timed(lambda: decode(engine, batch, job.steps))
+    return round(seconds / job.steps * 1e3, 4)
+
+
+def measure_kernels(engine: Engine, job: Job, send: Send) -> None:
+    """What the GPU does: captured steps alone, prompts and steps by kernel."""
+    replay = {batch: replay_us(engine, job, batch) for batch in job.batches}
+    for length in job.prefill:
+        keep_calls(job, f"prefill-{length}-calls{engine.ranks.suffix}", partial(prefill, engine, job, length))
+    send({"kind": "prefill", "gpu_us": {str(length): prefill_us(engine, job, length) for length in job.prefill}})
+    for batch in job.batches:
+        send({"kind": "batch", "batch": batch, "replay_us": replay[batch], **profile_batch(engine, job, batch)})
 
 
 def prefill_us(engine: Engine, job: Job, length: int) -> float:
@@ -193,13 +209,6 @@ def decoding(engine: Engine, job: Job, batch: int) -> Iterator[None]:
     decode(engine, batch, WARM_UP)
     yield
     engine.finish()
-
-
-def step_ms(engine: Engine, job: Job, batch: int) -> float:
-    """Wall time of a step that decodes `batch` requests."""
-    with decoding(engine, job, batch):
-        windows = [timed(lambda: decode(engine, batch, job.steps)) for _ in range(job.samples)]
-    return round(statistics.median(windows) / job.steps * 1e3, 4)
 
 
 def replay_us(engine: Engine, job: Job, batch: int) -> float | None:
