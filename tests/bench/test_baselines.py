@@ -252,6 +252,12 @@ def test_what_a_reader_of_partial_sums_costs_is_quoted():
     assert f"at most {more:.2f} us more" in text and f"to {adding:.1f}, is saved" in text
 
 
+def test_what_a_norm_costs_beside_a_sum_is_quoted():
+    pair, summed = products("normquant", "pair"), products("normquant", "product")
+    more = max(pair[key] / summed[key] - 1 for key in pair if key[2] == "add_rms_norm_quant")
+    assert f"at most {100 * more:.1f} % longer" in words(section("Products and their readers"))
+
+
 def test_the_decode_step_is_quoted():
     us = {(r["provider"], r["m"]): r["us"] for r in RECORDS if r["suite"] == "decode"}
     sizes, providers = (1, 16, 64), ("scaled_mm", "deepgemm", "flashinfer", "best", "normquant")
