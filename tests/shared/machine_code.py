@@ -34,15 +34,21 @@ _WIDTH = re.compile(r"\.(?:(256|128|64)|[US](16|8))\b")  # of a SASS access; one
 
 @dataclass(frozen=True)
 class Code:
-    """One compiled kernel: its PTX, its SASS (one instruction a line) and what `cuobjdump -res-usage` counts."""
+    """One compiled kernel: its PTX and what `cuobjdump -res-usage` counts. The SASS takes half a second; it is made
+    when it is looked at."""
 
     options: object
     ptx: str
-    sass: tuple[str, ...]
+    cubin: bytes
     registers: int
     stack: int
     local: int
     threads: int
+
+    @property
+    def sass(self) -> tuple[str, ...]:
+        """One instruction a line."""
+        return _disassemble(self.cubin)
 
     def places(self, opcode: str) -> list[int]:
         """Line numbers of the SASS instructions whose opcode starts with `opcode`."""
@@ -59,26 +65,31 @@ def _width(line: str) -> int:
 
 
 @cache
-def _disassemble(cubin: bytes) -> tuple[tuple[str, ...], dict[str, int]]:
+def _disassemble(cubin: bytes) -> tuple[str, ...]:
+    text = _told("nvdisasm", "-c", cubin)
+    return tuple(line.strip() for line in re.findall(r"/\*[0-9a-f]{4,}\*/(.*?);", text))
+
+
+@cache
+def _usage(cubin: bytes) -> dict[str, int]:
+    text = _told("cuobjdump", "-res-usage", cubin)
+    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def _told(tool: str, flag: str, cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        sass, usage = (
-            subprocess.run([_BIN / tool, *flags, path], capture_output=True, text=True, check=True).stdout
-            for tool, *flags in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
-        )
-    instructions = tuple(line.strip() for line in re.findall(r"/\*[0-9a-f]{4,}\*/(.*?);", sass))
-    counts = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return instructions, counts
+        return subprocess.run([_BIN / tool, flag, path], capture_output=True, text=True, check=True).stdout
 
 
 def code(kernel: triton.compiler.CompiledKernel) -> Code:
-    """What Triton compiled, disassembled."""
-    sass, counts = _disassemble(kernel.asm["cubin"])
+    """What Triton compiled."""
+    counts = _usage(kernel.asm["cubin"])
     return Code(
         options=kernel.metadata,
         ptx=kernel.asm["ptx"],
-        sass=sass,
+        cubin=kernel.asm["cubin"],
         registers=counts["REG"],
         stack=counts["STACK"],
         local=counts["LOCAL"],

@@ -1,14 +1,13 @@
 """The engines that the tests look at, each in a process of its own and run once, and what every process of vLLM gets.
 
-A test asks for an engine by the name of its setting.
+A test asks for an engine by the name of its setting. Engines are forks of one process that has imported vLLM. They run
+from the start of the session; tests that start vLLM by themselves come first, so that no core waits for another.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shared import forked_engines
 
 from normquant.vllm.graph_records import FILE, GraphRecord, find, read
 
@@ -23,6 +23,7 @@ Environment = Callable[[Path], dict[str, str]]
 HERE = Path(__file__).parent
 # vLLM binds a thread to every core; where several processes run at once, each waits at every barrier for the others'.
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 ALWAYS = {"additional_config": {"normquant": {"policy": "always"}}}
 # What DeepSeek-R1 has; vLLM spells this rotary embedding in another way than the plain one.
 YARN = {
@@ -159,27 +160,25 @@ class Run:
 
 
 def run_engine(folder: Path, options: dict[str, Any], environ: dict[str, str]) -> Run:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "engine.py"), json.dumps(options)],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=folder,
-    )
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-6000:]
+    code, log = forked_engines.run(HERE / "engine.py", options, environ, folder, seconds=900)
+    assert code == 0, log[-6000:]
     # The processes of other ranks may write after the engine's own line.
-    result = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"calls"')))
+    result = json.loads(next(line for line in reversed(log.splitlines()) if line.startswith('{"calls"')))
     report = Path(result["cache"]) / FILE if result["cache"] else next(iter(find(folder / "vllm")), folder / FILE)
     return Run(result, log, report.read_text() if report.exists() else None, folder)
 
 
 @pytest.fixture(scope="session")
-def environment() -> Environment:
-    """The environment of a process whose caches lie under a folder."""
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """The environment of a process whose caches lie under a folder; but what vLLM finds out of a model's class, with a
+    process that imports vLLM once more, is found out once."""
+    models = tmp_path_factory.mktemp("modelinfos")
 
     def of(folder: Path) -> dict[str, str]:
+        (folder / "vllm").mkdir(parents=True, exist_ok=True)
+        link = folder / "vllm" / "modelinfos"
+        if not link.exists():
+            link.symlink_to(models)
         stock = {name: value for name, value in os.environ.items() if not name.startswith("NORMQUANT")}
         return {
             **stock,
@@ -192,7 +191,7 @@ def environment() -> Environment:
     return of
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def engines(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, environment: Environment
 ) -> Iterator[dict[str, Future[Run]]]:
@@ -205,15 +204,22 @@ def engines(
         setting = SETTINGS[name]
         folder = runs[setting.after].result().folder if setting.after else base / name
         folder.mkdir(exist_ok=True)
-        environ = environment(folder) | {"NORMQUANT_SHIM_OUT": str(folder)} | setting.environ
+        environ = environment(folder) | IN_PROCESS | {"NORMQUANT_SHIM_OUT": str(folder)} | setting.environ
         return run_engine(folder, setting.options, environ)
 
+    if wanted:
+        forked_engines.start(environment(base) | IN_PROCESS)
     with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
         for name in SETTINGS:
             if name in wanted:
                 runs[name] = pool.submit(run, name)
         yield runs
         pool.shutdown(cancel_futures=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests that wait for an engine behind those that start processes of their own."""
+    items.sort(key=lambda item: item.path.is_relative_to(HERE) and bool(needed([item])))
 
 
 def needed(items: list[pytest.Item]) -> set[str]:

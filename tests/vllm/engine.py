@@ -1,4 +1,4 @@
-"""Run vLLM once in this process and print, as the last line, a JSON object of what it did. `python engine.py '{...}'`
+"""Run vLLM once in this process, for an object of what it did.
 
 The model is a DeepSeek-V3 small enough for a CPU: three dense layers, block FP8, weights made up from a seed. What the
 options have under "config" is another model's config.json, what they have under "compilation" replaces settings of the
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,8 +118,3 @@ def calls_of(run: Callable[[], object]) -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         run()
     return {e.key.removeprefix("normquant::"): e.count for e in trace.key_averages() if e.key.startswith("normquant::")}
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    print(json.dumps(main(json.loads(sys.argv[1] if len(sys.argv) > 1 else "{}"))), flush=True)

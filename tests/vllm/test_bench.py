@@ -44,8 +44,9 @@ def found(folder: Path, environment: Environment) -> Callable[[], list[VllmRecor
         jobs = [job(folder, "off"), job(folder, "normquant")]
         refused = replace(job(folder, "default"), linear="deepgemm")
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment(folder).items():
-                patch.setenv(name, value)
+            for each in (*jobs, refused):
+                for name, value in environment(Path(each.folder)).items():
+                    patch.setenv(name, value)
             return list(measure([[*jobs, refused]], 500, lambda cache: {}))
 
     return cache(run)
@@ -98,7 +99,7 @@ def no_shared_memory_left() -> Iterator[None]:
 def test_ranks_stay_together_and_the_first_speaks(tmp_path: Path, environment: Environment) -> None:
     two = replace(job(tmp_path, "normquant"), tensor_parallel=2, all_reduce=True, batches=(2,), samples=2)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(tmp_path).items():
+        for name, value in environment(Path(two.folder)).items():
             patch.setenv(name, value)
         (record,) = measure([[two]], 900, lambda cache: {})
     assert isinstance(record, VllmRecord), record
