@@ -10,9 +10,11 @@ from itertools import product
 
 import pytest
 import torch
+import torch.distributed as dist
 from shared.compare import assert_bitwise
 from shared.inputs import activations, awkward, weights
-from shared.ranks import run_ranks
+from shared.products import factors
+from shared.ranks import free_port, run_ranks
 
 from normquant import QuantSpec, reference
 
@@ -133,3 +135,44 @@ def test_ranks_may_have_their_parts_as_partial_sums(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     epochs = run_ranks(call_with_partial_sums, world, made_buffers(world), timeout=100)
     assert epochs == [2 * len(ROWS)] * world
+
+
+def call_pairs(rank: int, world: int, buffers: list[torch.Tensor], port: int) -> int:
+    from shared.interpreter import repaired
+
+    from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, TWO_SHOT, Choice, GroupRunner
+    from normquant.distributed.workspace import Workspace
+    from normquant.kernels.configs import Config
+    from normquant.ops._group_calls import runners
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    group, memory = dist.group.WORLD, exchange(rank, buffers)
+    with repaired():
+        for number, (m, algorithm) in enumerate(product((1, 5), (ONE_SHOT, TWO_SHOT, COLLECTIVE))):
+            workspace = Workspace(group, torch.device("cpu"), 30.0, number, buffers[rank], memory)
+            choice = Choice(algorithm, Config(4))
+            runners[group.group_name] = GroupRunner(workspace, lambda *_, choice=choice: choice)
+            check_pair(group, number, m)
+    return ended(rank, buffers, memory)
+
+
+def check_pair(group: dist.ProcessGroup, number: int, m: int) -> None:
+    """What a GPU is given to launch, launched in the interpreter."""
+    from normquant.linear import GROUP_PAIRS
+    from normquant.linear.split_product import split_product
+
+    add, spec = number % 2 == 0, SPECS[0]
+    given = [factors(m, K, K, x=activations(m, K, seed=r)) for r in range(group.size())]
+    parts = torch.stack([split_product(*factor, torch.bfloat16) for factor in given])
+    residual = activations(m, K, seed=99) if add else None
+    expected = reference.all_reduce_add_rms_norm_quant(parts, residual, weights(K), 1e-6, spec)
+    tensors = [t for t in (residual, weights(K)) if t is not None]
+    pair = GROUP_PAIRS[f"all_reduce_{'add_' * add}rms_norm_quant_with_norm"]
+    rest = (1e-6, 0.0, False, group.group_name, spec.encode())
+    assert_bitwise(list(pair.cuda(*given[group.rank()], torch.bfloat16, "always", "", *tensors, *rest)), list(expected))
+
+
+def test_a_pair_launches_the_product_and_a_kernel_that_reads_its_partial_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert run_ranks(call_pairs, 2, made_buffers(2), free_port(), timeout=200) == [4, 4]

@@ -148,7 +148,7 @@ def pairs_are_checked(rank: int, world: int, group: dist.ProcessGroup) -> None:
     rest = (activations(3, K), SPECS[0], OUTPUTS[0], False, group)
     with checking_agreement(group):
         call_pair(rank, given, "always", *rest)
-        with pytest.raises(ValueError, match="rank 1 of group .* has eps"):
+        with pytest.raises(ValueError, match=r"rank 1 of group .* has eps"):
             call_pair(rank, given, "always", *rest, eps=EPS * (1 + (rank == 1)))
     with pytest.raises(ValueError, match="eps is 0"):
         call_pair(rank, given, "always", *rest, eps=0.0)

@@ -7,6 +7,9 @@ Two shots: a rank sends each row to its owner, which does it and sends what come
 bytes for a row that it owns, and for an own one K + K/32, with 2K more for the sum, unless it stays with the owner, and
 for the norm. The ranks own neighbouring rows, `chunk` each.
 
+A rank's rows may lie there as the partial sums of the product that made them (`partial_rows`): they are added and
+rounded before they are sent, so that its peers see the same as with plain rows.
+
 Grid: of one shot the rows, of two shots a rank's own rows, each over a cluster. A program sends before it
 waits, and waits only for programs of the same number on other ranks: those get their turn, however many fit on a GPU.
 """
