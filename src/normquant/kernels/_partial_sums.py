@@ -118,9 +118,10 @@ def load_own_part(
     if PARTIAL.parts == 0:
         words = load_part(x_ptr, row, first, m, stride_xm, K, SPEC, G)
     else:
+        DTYPE: tl.constexpr = row_dtype(PARTIAL, None)
         _, column, mask = row_tile(0, first, 1, K, SPEC, 1, G)
         x = load_rows(x_ptr, row, column, mask & (row < m), m, stride_xm, PARTIAL, 8, ON_CUDA)
-        words = sendable(words_of(x.to(row_dtype(PARTIAL, None))))
+        words = sendable(words_of(x.to(DTYPE)))
     return words
 
 
