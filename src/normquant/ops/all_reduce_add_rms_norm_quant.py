@@ -161,11 +161,6 @@ class GroupOp:
         """What torch calls."""
         return getattr(torch.ops.normquant, self.name).default
 
-    @property
-    def argument_names(self) -> tuple[str, ...]:
-        """Names of the arguments, the spec left out."""
-        return tuple(argument.name for argument in self.overload._schema.arguments[:-1])
-
     def __call__(
         self,
         x: torch.Tensor,

@@ -407,12 +407,11 @@ def test_a_row_parallel_product_of_vllm_is_paired_where_that_is_asked_for(produc
 
     rules = Rules("always", products=products)
     _, graph = rewritten(fn, policy=rules, fusions=(QuantizedInputs(), *vllm_fusions()))
+    _, *found = calls(graph, "normquant", "normquant_vllm")  # without the quantization of x
     reader = "all_reduce_add_rms_norm_quant"
-    apart = ["block_fp8_linear", reader]
-    paired = calls(graph, "normquant", "normquant_vllm")[1:]
-    names = [node.target._opname for node in paired]
-    assert names == (apart if products == "auto" else [f"block_fp8_linear_{reader}"])
-    assert products == "auto" or paired[0].args[5:7] == ("always", "normquant_vllm::block_fp8_linear 32 1")
+    apart, paired = ["block_fp8_linear", reader], [f"block_fp8_linear_{reader}"]
+    assert [node.target._opname for node in found] == (apart if products == "auto" else paired)
+    assert products == "auto" or found[0].args[5:7] == ("always", "normquant_vllm::block_fp8_linear 32 1")
 
 
 def test_a_norm_that_vllm_fuses_with_its_all_reduce_is_left_to_it() -> None:

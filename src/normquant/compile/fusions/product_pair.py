@@ -52,8 +52,9 @@ def find(graph: Graph) -> Findings:
 def _found(reader: Node, pair: AnyPair, regions: dict[Node, int]) -> Candidate | Rejection | None:
     args = arguments_of(reader)
     product = product_of(args[0])
-    either = pair.op.argument_names[1:2] == ("residual",) and not isinstance(pair, GroupPair)
-    if product is None and either:  # a sum has no first and second; a group's residual is no part of what is reduced
+    # A sum has no first and second; but of a group's the residual is no part of what is reduced.
+    either = not isinstance(pair, GroupPair) and pair.op.argument_names[1:2] == ("residual",)
+    if product is None and either:
         args = (args[1], args[0], *args[2:])
         product = product_of(args[0])
     if product is None:
