@@ -12,15 +12,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from shared import traced_graphs
+from shared.compare import assert_bitwise
 from shared.inputs import activations, weights
+from shared.linear_weights import weight_of
 from shared.ranks import free_port, run_ranks
 from torch.fx import Graph
 
-from normquant import distributed
+from normquant import QuantSpec, block_fp8_linear, distributed, group_quant, quantize_weight, reference
 from normquant.compile import Site, driver
 from normquant.compile.policy import Rules
 from normquant.distributed import MissingRank
+from normquant.linear.split_product import split_product
 
+INNER = 640  # of a product: five blocks, in two parts
 K, LIMIT_S = 256, 400.0  # a start of several processes on a busy machine
 
 
@@ -33,11 +37,13 @@ def join(rank: int, world: int, port: int, timeout_s: float = 60.0, opened: bool
     return group
 
 
-def run(fn: Any, *args: torch.Tensor, all_reduce: bool = True) -> tuple[Any, list[Site], list[str]]:
+def run(
+    fn: Any, *args: torch.Tensor, all_reduce: bool = True, products: Any = "auto"
+) -> tuple[Any, list[Site], list[str]]:
     fusions = driver.ALL_REDUCE_FUSIONS if all_reduce else driver.FUSIONS
 
     def rewrite(graph: Graph) -> tuple[Site, ...]:
-        report = driver.run(graph, Rules("always"), strict=True, fusions=fusions)
+        report = driver.run(graph, Rules("always", products=products), strict=True, fusions=fusions)
         return *report.sites, *report.others
 
     return traced_graphs.run(rewrite, fn, *args)
@@ -81,6 +87,34 @@ def block(group: dist.ProcessGroup, weight: torch.Tensor) -> Any:
         return torch.nn.functional.rms_norm(h, (K,), weight, 1e-6), h
 
     return fn
+
+
+def row_parallel(rank: int, world: int, port: int) -> list[str]:
+    group, weight, spec = join(rank, world, port), weights(K), QuantSpec(layout="col_tma")
+    inputs = [activations(4, INNER, seed=r) for r in range(world)]
+    shards = [quantize_weight(weight_of(K, INNER) * (r + 1)) for r in range(world)]
+
+    def fn(x, residual):
+        part = block_fp8_linear(group_quant(x, spec=spec), *shards[rank])
+        total = funcol.all_reduce(part, "sum", group) + residual
+        q = group_quant(torch.nn.functional.rms_norm(total, (K,), weight, 1e-6), spec=spec)
+        return q.data, q.scale, total
+
+    residual = activations(4, K, seed=9)
+    with distributed.checking_agreement(group):
+        got, sites, left = run(fn, inputs[rank], residual, products="always")
+    quantized = [group_quant(x, spec=spec) for x in inputs]
+    parts = torch.stack(
+        [split_product(q.data, q.scale, *w, torch.bfloat16) for q, w in zip(quantized, shards, strict=True)]
+    )
+    expected = reference.all_reduce_add_rms_norm_quant(parts, residual, weight, 1e-6, QuantSpec.decode(sites[0].spec))
+    assert_bitwise(list(got), list(expected[:3]))
+    return [name for name in left if "all_reduce" in name]
+
+
+def test_a_row_parallel_product_is_split_and_its_sum_sent() -> None:
+    for left in run_ranks(row_parallel, 2, free_port(), timeout=LIMIT_S):
+        assert left == ["normquant.block_fp8_linear_all_reduce_add_rms_norm_quant.default"]
 
 
 def disagreement(rank: int, world: int, port: int) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from shared.compare import assert_bitwise
 from shared.inputs import activations, awkward, weights
+from shared.products import factors
 from shared.ranks import free_port, run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,11 +22,15 @@ from normquant.distributed import (
     all_reduce_add_rms_norm,
     all_reduce_add_rms_norm_quant,
     check_agreement,
+    checking_agreement,
     open_workspace,
 )
+from normquant.linear import GROUP_PAIRS, dequantized_linear
+from normquant.linear.split_product import split_product
 from normquant.ops.all_reduce_add_rms_norm_quant import op_name, own_rows
 
 K, EPS = 512, 1e-6
+INNER = 640  # of a product: five blocks, in two parts
 SPECS = (
     QuantSpec(),
     QuantSpec(layout="col_tma", sum="rounded", rounding="twice"),
@@ -88,10 +93,11 @@ def functions(rank: int, world: int, port: int) -> None:
     fakes_are_like_the_outputs(rank, group, parts, residual)
 
 
-def fakes_are_like_the_outputs(rank: int, group: dist.ProcessGroup, parts, residual) -> None:
-    def layout(outputs) -> list[tuple]:
-        return [(t.shape, t.stride(), t.dtype) for t in outputs]
+def layout(outputs) -> list[tuple]:
+    return [(t.shape, t.stride(), t.dtype) for t in outputs]
 
+
+def fakes_are_like_the_outputs(rank: int, group: dist.ProcessGroup, parts, residual) -> None:
     for spec, outputs, add in product(SPECS, OUTPUTS, (True, False)):
         rest = (residual if add else None, spec, outputs, False, group)
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -101,6 +107,59 @@ def fakes_are_like_the_outputs(rank: int, group: dist.ProcessGroup, parts, resid
 
 def test_the_functions_take_any_leading_dimensions_and_the_fakes_are_like_the_outputs() -> None:
     run_ranks(functions, 2, free_port())
+
+
+def call_pair(rank, given, wanted, residual, spec, outputs, sharded, group, eps=EPS):
+    tensors = (residual, weights(K))
+    rest = (*(t for t in tensors if t is not None), eps, 0.0, sharded, group.group_name, spec.encode())
+    pair = GROUP_PAIRS[op_name(residual is not None, *outputs)].overload
+    return pair(*given[rank], torch.bfloat16, wanted, "", *rest)
+
+
+def every_pair(rank: int, world: int, port: int) -> None:
+    torch.set_num_threads(1)
+    group = join(rank, world, port)
+    cases = product(((1, "always"), (7, "always"), (7, "auto"), (65, "always")), OUTPUTS, (True, False))
+    for number, ((m, wanted), outputs, add) in enumerate(cases):
+        spec, sharded = SPECS[number % 3], number % 2 == 1
+        given = [factors(m, K, INNER, x=activations(m, INNER, seed=r)) for r in range(world)]
+        whole, split = (
+            torch.stack([multiply(*factor, torch.bfloat16) for factor in given])
+            for multiply in (dequantized_linear, split_product)
+        )
+        assert m == 1 or not torch.equal(whole, split), "nothing would show which product it is"
+        parts = split if (m, wanted) in ((1, "always"), (7, "always")) else whole
+        residual = activations(m, K, seed=99) if add else None
+        data, scale, total, norm = reference.all_reduce_add_rms_norm_quant(parts, residual, weights(K), EPS, spec)
+        args = (rank, given, wanted, residual, spec, outputs, sharded, group)
+        got = list(call_pair(*args))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert layout(call_pair(*args)) == layout(got)
+        at = 2 * outputs[0]
+        if sharded:
+            own = own_rows(m, rank, world)
+            got[at], total = got[at][own], total[own]
+        assert_bitwise(got, [*[data, scale] * outputs[0], total, *[norm] * outputs[1]])
+    pairs_are_checked(rank, world, group)
+
+
+def pairs_are_checked(rank: int, world: int, group: dist.ProcessGroup) -> None:
+    given = [factors(3, K, INNER)] * world
+    rest = (activations(3, K), SPECS[0], OUTPUTS[0], False, group)
+    with checking_agreement(group):
+        call_pair(rank, given, "always", *rest)
+        with pytest.raises(ValueError, match=r"rank 1 of group .* has eps"):
+            call_pair(rank, given, "always", *rest, eps=EPS * (1 + (rank == 1)))
+    with pytest.raises(ValueError, match="eps is 0"):
+        call_pair(rank, given, "always", *rest, eps=0.0)
+    with pytest.raises(ValueError, match="'sometimes'"):
+        call_pair(rank, given, "sometimes", *rest)
+    with pytest.raises(RuntimeError, match="block_fp8_linear_all_reduce_add_rms_norm_quant has no gradient"):
+        call_pair(rank, given, "always", rest[0].clone().requires_grad_(), *rest[1:])
+
+
+def test_every_pair_gives_what_the_product_and_the_op_give() -> None:
+    run_ranks(every_pair, 2, free_port())
 
 
 def a_rank_is_silent(rank: int, world: int, port: int, dies: bool) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -16,9 +17,10 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from shared.compare import assert_bitwise
 from shared.inputs import activations, awkward, weights
+from shared.linear_weights import weight_of
 from shared.ranks import free_port, run_ranks
 
-from normquant import QuantSpec, group_quant, inductor_options, reference
+from normquant import QuantSpec, group_quant, inductor_options, quantize_weight, reference
 from normquant.bench.ranks import join
 from normquant.compile import last_report
 from normquant.distributed import (
@@ -31,6 +33,9 @@ from normquant.distributed import (
 )
 from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, TWO_SHOT, Choice, GroupRunner, launch_config
 from normquant.kernels.configs import Config
+from normquant.linear import GROUP_PAIRS
+from normquant.linear.split_product import launch_product
+from normquant.ops._group_calls import runners
 from normquant.ops.all_reduce_add_rms_norm_quant import op_name, own_rows
 
 EPS, K = 1e-6, 7168
@@ -233,3 +238,47 @@ def test_a_compiled_model_has_the_bits_of_the_reference_and_every_rank_decides_a
     first, *others = run_ranks(compiled, world, free_port(), timeout=300)
     assert "all_reduce_add_rms_norm_quant" in first and "measured: faster" in first
     assert all(other == first for other in others)
+
+
+def pairs(rank: int, world: int, port: int) -> None:
+    group, inner, dtype = start(rank, world, port, timeout_s=20.0), 2304, torch.bfloat16
+    name, weight = group.group_name, weights(K).cuda()
+    shard = [t.cuda() for t in quantize_weight(weight_of(K, inner))]
+    pair = GROUP_PAIRS["all_reduce_add_rms_norm_quant"].overload
+    algorithms = ((ONE_SHOT, False), (TWO_SHOT, False), (TWO_SHOT, True), (COLLECTIVE, False))
+    for n, (m, (algorithm, sharded)) in enumerate(product((1, 7, 16, 64), algorithms)):
+        choice = Choice(algorithm, CONFIGS[0])
+        workspace = replace(workspaces[name], serial=1000 + n)  # launches are cached by it, not by the choice
+        runners[name] = GroupRunner(workspace, lambda *_, choice=choice: choice)
+        q = group_quant(activations(m, inner, seed=rank).cuda(), spec=SPEC)
+        factors, residual = (q.data, q.scale, *shard), activations(m, K, seed=77).cuda()
+        (part,) = launch_product(*factors, dtype)(*factors)
+        parts = part.new_empty(world, m, K)
+        dist.all_gather_into_tensor(parts.view(-1, K), part)
+        expected = list(reference.all_reduce_add_rms_norm_quant(parts, residual, weight, EPS, SPEC)[:3])
+        args = (*factors, dtype, "always", "", residual, weight, EPS, 0.0, sharded, name, SPEC.encode())
+        own = own_rows(m, rank, world) if sharded else slice(0, m)
+        got = pair(*args)
+        assert_bitwise([*got[:2], got[2][own]], [*expected[:2], expected[2][own]])
+        if algorithm != COLLECTIVE:
+            replayed(lambda args=args: pair(*args), expected[:2])
+    leave()
+
+
+def replayed(call, expected: list[torch.Tensor]) -> None:
+    """A graph of a call many times over, each product launched while the kernel before it still runs."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    dist.barrier()
+    with torch.cuda.graph(graph):
+        outputs = [call()[:2] for _ in range(20)]
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    for got in outputs:
+        assert_bitwise(list(got), expected)
+
+
+@on_ranks
+def test_a_row_parallel_product_and_its_all_reduce_have_the_bits_of_both_apart(world: int) -> None:
+    run_ranks(pairs, world, free_port(), timeout=240)

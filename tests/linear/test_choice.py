@@ -44,6 +44,12 @@ def test_nothing_is_chosen_that_was_not_measured(on_hopper):
             assert not pays(part, 7168, 2240, device).split
 
 
+def test_the_tuner_is_no_remedy_for_an_op_of_a_group(on_hopper):
+    for part, remedy in (("add_rms_norm_quant", True), ("all_reduce_add_rms_norm_quant", False)):
+        reason = choose(part, 7168, 2240, 1, GPU).reason
+        assert "no measurements" in reason and ("normquant tune" in reason) == remedy
+
+
 def test_what_is_committed_for_hopper(on_hopper):
     readers = {"latent_norm_quant": (7168, 2112), "silu_mul_quant": (7168, 4608), "add_rms_norm_quant": (2304, 7168)}
     for reader, (k, n) in readers.items():

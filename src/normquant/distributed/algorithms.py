@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from normquant.distributed.collective import through_collectives
+from normquant.distributed.collective import summed_first, through_collectives
 from normquant.distributed.workspace import Workspace
 from normquant.kernels import all_reduce_add_rms_norm_quant as kernels
 from normquant.kernels.configs import Config
 from normquant.kernels.exchange_layout import one_shot_bytes, two_shot_bytes
 from normquant.kernels.launch import Launch
+from normquant.kernels.partial_rows import PartialRows
 from normquant.kernels.parts_plan import Outputs
 from normquant.kernels.tiling import power_of_two
-from normquant.ops._op import cached
+from normquant.ops._op import Launcher, cached
 from normquant.ops.all_reduce_add_rms_norm_quant import check
 from normquant.spec import QuantSpec
 
@@ -76,18 +77,25 @@ class GroupRunner:
         """The op's outputs; launches of the same kind are worked out once."""
         call = self._calls.get(op)
         if call is None:
-
-            def work_out(*args: Any) -> Callable[..., list[torch.Tensor]]:
-                inputs = args if with_residual else (args[0], None, *args[1:])
-                return self.work_out(Outputs(quantized, normed), *inputs)
-
-            call = self._calls[op] = cached(f"{op}@{self.workspace.serial}", work_out)
+            call = self.cached(op, partial(self.launcher, with_residual, quantized, normed))
         return call(*args)
+
+    def cached(self, name: str, make: Callable[..., Launcher]) -> Callable[..., Any]:
+        """What calls on the group; `make` is asked for a launcher once for arguments of each kind."""
+        call = self._calls.get(name)
+        if call is None:
+            call = self._calls[name] = cached(f"{name}@{self.workspace.serial}", make)
+        return call
+
+    def launcher(self, with_residual: bool, quantized: bool, normed: bool, *args: Any) -> Launcher:
+        """What runs an op on the tensors of arguments like these; partial sums of x in its place where x is such."""
+        inputs = args if with_residual else (args[0], None, *args[1:])
+        return self.work_out(Outputs(quantized, normed), *inputs)
 
     def work_out(
         self,
         wanted: Outputs,
-        x: torch.Tensor,
+        x: torch.Tensor | PartialRows,
         residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float,
@@ -95,18 +103,20 @@ class GroupRunner:
         sharded: bool,
         group_name: str,
         spec_text: str,
-    ) -> Callable[..., list[torch.Tensor]]:
-        """What runs the op on tensors like these."""
+    ) -> Launcher:
+        """The same for the arguments by name. Partial rows have been checked."""
         spec = QuantSpec.decode(spec_text).at(x.shape[0])
-        check(x, residual, weight, eps, weight_offset, spec)
+        if not isinstance(x, PartialRows):
+            check(x, residual, weight, eps, weight_offset, spec)
         for name, t in (("x", x), ("residual", residual)):
-            if t is not None and t.data_ptr() % 16:
+            if isinstance(t, torch.Tensor) and t.data_ptr() % 16:
                 raise ValueError(f"{name} starts at {t.data_ptr():#x}; accepted: a multiple of 16 bytes")
         exchange, group = self.workspace.exchange, self.workspace.group
         choice = self.choose(x.shape[0], x.shape[1], group.size(), self.workspace.half, sharded)
         settings = eps, weight_offset, spec, wanted
         if exchange is None or choice.algorithm == COLLECTIVE:
-            return through_collectives(group, *settings, sharded, choice.config, residual is not None)
+            call = through_collectives(group, *settings, sharded, choice.config, residual is not None)
+            return summed_first(x, call) if isinstance(x, PartialRows) else call
         args = (x, residual, weight, *settings, exchange, choice.config)
         one_shot = choice.algorithm == ONE_SHOT
         launch = Launch(kernels.plan_one_shot(*args) if one_shot else kernels.plan_two_shot(*args, sharded))

@@ -6,8 +6,6 @@ depends on the rank, and the bits on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,7 +14,10 @@ from normquant import reference
 from normquant.kernels.add_parts_rms_norm_quant import plan_add_parts
 from normquant.kernels.configs import Config
 from normquant.kernels.launch import Launch
+from normquant.kernels.partial_rows import PartialRows
 from normquant.kernels.parts_plan import Outputs
+from normquant.kernels.sum_of_parts import plan_sum_of_parts
+from normquant.ops._op import Launcher
 from normquant.ops.all_reduce_add_rms_norm_quant import own_rows
 from normquant.spec import QuantSpec
 
@@ -30,7 +31,7 @@ def through_collectives(
     sharded: bool,
     config: Config,
     with_residual: bool,
-) -> Callable[..., list[torch.Tensor]]:
+) -> Launcher:
     """What runs an op on its tensors, x, the residual if there is one, and the weight."""
 
     def call(x: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -47,6 +48,12 @@ def through_collectives(
         return _gather_results(results, x, own, group, spec, wanted, sharded)
 
     return call
+
+
+def summed_first(x: PartialRows, call: Launcher) -> Launcher:
+    """What runs an op on partial sums of the rows x and its other tensors."""
+    add = Launch(plan_sum_of_parts(x))
+    return lambda sums, *tensors: call(*add(sums), *tensors)
 
 
 def exchange_parts(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

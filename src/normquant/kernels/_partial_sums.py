@@ -11,6 +11,7 @@ from normquant.kernels._cluster import sum_of_all
 from normquant.kernels._device import divide_by_constant, round_to, row_offset, scale_by_weight
 from normquant.kernels._exchange import at_offset, sendable, wait_for_words
 from normquant.kernels._rows import prefetch_row, row_tile, sums_of_squares
+from normquant.kernels.partial_rows import load_rows, row_dtype
 
 
 @triton.jit
@@ -29,6 +30,13 @@ def halves(words, DTYPE: tl.constexpr):
     low = words.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
     high = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
     return low, high
+
+
+@triton.jit
+def words_of(values):
+    # values of 16 bits [G, N] -> words int32 [G, N/2]; `halves` takes them apart
+    low, high = tl.split(tl.reshape(values.to(tl.int16, bitcast=True), (values.shape[0], values.shape[1] // 2, 2)))
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
 
 
 @triton.jit
@@ -99,6 +107,22 @@ def load_part(x_ptr, row, first, m, stride_xm, K: tl.constexpr, SPEC: tl.constex
     # Words of a row of x, as they may be sent.
     at, mask = word_places(x_ptr.to(tl.pointer_type(tl.int32)), row_offset(row, stride_xm, 4), first, K, 2, SPEC, G)
     return sendable(tl.load(at, mask=mask & (row < m), other=0))
+
+
+@triton.jit
+def load_own_part(
+    x_ptr, row, first, m, stride_xm, PARTIAL: tl.constexpr, K: tl.constexpr, SPEC: tl.constexpr, G: tl.constexpr,
+    ON_CUDA: tl.constexpr,
+):  # fmt: skip
+    # The same of this rank's part, whose rows may lie there as the partial sums of the product that made them.
+    if PARTIAL.parts == 0:
+        words = load_part(x_ptr, row, first, m, stride_xm, K, SPEC, G)
+    else:
+        DTYPE: tl.constexpr = row_dtype(PARTIAL, None)
+        _, column, mask = row_tile(0, first, 1, K, SPEC, 1, G)
+        x = load_rows(x_ptr, row, column, mask & (row < m), m, stride_xm, PARTIAL, 8, ON_CUDA)
+        words = sendable(words_of(x.to(DTYPE)))
+    return words
 
 
 @triton.jit

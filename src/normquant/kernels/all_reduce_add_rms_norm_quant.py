@@ -7,6 +7,9 @@ Two shots: a rank sends each row to its owner, which does it and sends what come
 bytes for a row that it owns, and for an own one K + K/32, with 2K more for the sum, unless it stays with the owner, and
 for the norm. The ranks own neighbouring rows, `chunk` each.
 
+A rank's rows may lie there as the partial sums of the product that made them (`partial_rows`): they are added and
+rounded before they are sent, so that its peers see the same as with plain rows.
+
 Grid: of one shot the rows, of two shots a rank's own rows, each over a cluster. A program sends before it
 waits, and waits only for programs of the same number on other ranks: those get their turn, however many fit on a GPU.
 """
@@ -21,7 +24,7 @@ from normquant.kernels._cluster import leave_mailbox, open_mailbox
 from normquant.kernels._device import release_dependents, wait_for_predecessor
 from normquant.kernels._exchange import begin, finish, load_addresses
 from normquant.kernels._partial_sums import (
-    load_part,
+    load_own_part,
     load_residual,
     load_values,
     norm_of_parts,
@@ -35,13 +38,14 @@ from normquant.kernels._sent_rows import gather_rows, send_row
 from normquant.kernels.configs import Config
 from normquant.kernels.exchange_layout import UNIT_BYTES, Exchange
 from normquant.kernels.launch import Plan
+from normquant.kernels.partial_rows import PartialRows, partial, row_dtype
 from normquant.kernels.parts_plan import Outputs, plan_rows, row_strides
 from normquant.spec import QuantSpec
 
 
 @triton.jit(do_not_specialize=["m", "stride_xm", "stride_rm", "scale_rows", "half_units", "eps"])
 def one_shot_kernel(
-    x_ptr,  # [M, K] bf16 or fp16, this rank's part
+    x_ptr,  # [M, K] bf16 or fp16, this rank's part, or partial sums of such rows
     residual_ptr,  # [M, K] like x, or None
     weight_ptr,  # [K] bf16, fp16 or fp32
     table_ptr,  # [ranks + 2] int64: as `_exchange` has it
@@ -64,12 +68,13 @@ def one_shot_kernel(
     LOG_WARP: tl.constexpr,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
+    PARTIAL: tl.constexpr,  # whether and how the rows of x are partial sums
     PREFETCH: tl.constexpr,
     LATE_WEIGHT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = row_dtype(PARTIAL, x_ptr.dtype.element_ty)
     row = tl.program_id(0) // CLUSTER
     first = tl.program_id(0) % CLUSTER * G
     mailbox = None
@@ -80,7 +85,7 @@ def one_shot_kernel(
         prefetch_inputs(x_ptr, residual_ptr, weight_ptr, row, first, stride_xm, stride_rm, K, SPEC, G)
     wait_for_predecessor(PDL)
     epoch, start = begin(state_ptr, half_units)
-    own = load_part(x_ptr, row, first, m, stride_xm, K, SPEC, G)
+    own = load_own_part(x_ptr, row, first, m, stride_xm, PARTIAL, K, SPEC, G, ON_CUDA)
     for rank in tl.static_range(WORLD):
         if rank != RANK:
             place, mask = part_places(addresses[rank], start, row, RANK, first, K, SPEC, G, WORLD)
@@ -127,12 +132,13 @@ def two_shot_kernel(
     WORLD: tl.constexpr,
     SHARDED: tl.constexpr,  # of the residual and the sum a rank reads and writes the rows that it owns only
     KINDS: tl.constexpr,  # bytes of a value of each output that is sent, in the order of send_row
+    PARTIAL: tl.constexpr,
     PREFETCH: tl.constexpr,
     LATE_WEIGHT: tl.constexpr,
     PDL: tl.constexpr,
     ON_CUDA: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = row_dtype(PARTIAL, x_ptr.dtype.element_ty)
     index = tl.program_id(0) // CLUSTER  # of a row among those of its owner
     first = tl.program_id(0) % CLUSTER * G
     row = RANK * chunk + index
@@ -149,7 +155,7 @@ def two_shot_kernel(
 
     sent = ()
     for rank in tl.static_range(WORLD):
-        sent += (load_part(x_ptr, rank * chunk + index, first, m, stride_xm, K, SPEC, G),)
+        sent += (load_own_part(x_ptr, rank * chunk + index, first, m, stride_xm, PARTIAL, K, SPEC, G, ON_CUDA),)
     for rank in tl.static_range(WORLD):
         if rank != RANK:
             place, mask = part_places(addresses[rank], start, index, RANK, first, K, SPEC, G, WORLD)
@@ -184,7 +190,7 @@ def two_shot_kernel(
 
 
 def plan_one_shot(
-    x: torch.Tensor,
+    x: torch.Tensor | PartialRows,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
@@ -199,12 +205,12 @@ def plan_one_shot(
     numbers = (m, *row_strides(x, residual), spec.scale_rows(m), exchange.half // UNIT_BYTES, eps)
     return plan_rows(
         one_shot_kernel, m, (x, residual, weight, exchange.table, exchange.state), numbers, weight_offset, spec, wanted,
-        config, dict(RANK=exchange.rank, WORLD=exchange.world), prefetch=True,
+        config, dict(RANK=exchange.rank, WORLD=exchange.world, PARTIAL=partial(x)), prefetch=True,
     )  # fmt: skip
 
 
 def plan_two_shot(
-    x: torch.Tensor,
+    x: torch.Tensor | PartialRows,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
@@ -219,7 +225,9 @@ def plan_two_shot(
     m = x.shape[0]
     chunk = -(-m // exchange.world)
     numbers = (m, chunk, *row_strides(x, residual), spec.scale_rows(m), exchange.half // UNIT_BYTES, eps)
-    own = dict(RANK=exchange.rank, WORLD=exchange.world, SHARDED=sharded, KINDS=wanted.kinds(sharded))
+    own = dict(
+        RANK=exchange.rank, WORLD=exchange.world, SHARDED=sharded, KINDS=wanted.kinds(sharded), PARTIAL=partial(x)
+    )  # fmt: skip
     return plan_rows(
         two_shot_kernel, chunk, (x, residual, weight, exchange.table, exchange.state), numbers,
         weight_offset, spec, wanted, config, own, prefetch=True,

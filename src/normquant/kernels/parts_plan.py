@@ -10,6 +10,7 @@ import triton
 from normquant.kernels.capability import target
 from normquant.kernels.configs import Config
 from normquant.kernels.launch import Plan, kernel_spec, matrix, plan, quantized
+from normquant.kernels.partial_rows import PartialRows
 from normquant.kernels.tiling import divided
 from normquant.spec import QuantSpec
 
@@ -28,7 +29,7 @@ class Outputs:
         return (1, 4) * self.quantized + (2,) * self.normed + (2,) * (not sharded)
 
 
-def row_strides(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, int]:
+def row_strides(x: torch.Tensor | PartialRows, residual: torch.Tensor | None) -> tuple[int, int]:
     """Of x and the residual, in units of STRIDE_UNIT."""
     return x.stride(0) // STRIDE_UNIT, residual.stride(0) // STRIDE_UNIT if residual is not None else 0
 
@@ -36,7 +37,7 @@ def row_strides(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, in
 def plan_rows(
     kernel: triton.JITFunction,
     rows: int,
-    inputs: tuple[torch.Tensor | None, ...],
+    inputs: tuple[torch.Tensor | PartialRows | None, ...],
     numbers: tuple[float, ...],
     weight_offset: float,
     spec: QuantSpec,
@@ -45,7 +46,10 @@ def plan_rows(
     group: dict[str, object],
     prefetch: bool = False,
 ) -> Plan:
-    """rows: that the grid has. A row is split over a cluster or not at all: a program reads its own part only."""
+    """rows: that the grid has. A row is split over a cluster or not at all: a program reads its own part only.
+
+    prefetch: whether the kernel has a constant PREFETCH, which partial sums are too young for.
+    """
     x = inputs[0]
     assert x is not None
     m, k = x.shape[-2:]
@@ -57,7 +61,7 @@ def plan_rows(
         matrix(m, k, x.dtype),
         matrix(m, k, x.dtype) if wanted.normed else None,
     )
-    ahead = {"PREFETCH": config.prefetch and where.pdl} if prefetch else {}
+    ahead = {"PREFETCH": config.prefetch and where.pdl and not isinstance(x, PartialRows)} if prefetch else {}
     return plan(
         kernel, grid=(rows * (row.programs // row.cluster), 1, 1), inputs=inputs, outputs=outputs, numbers=numbers,
         where=where, config=config, cluster=row.cluster, weight_offset=weight_offset, K=k, SPEC=kernel_spec(spec),

@@ -3,12 +3,13 @@
 from normquant.linear.choice import ProductChoice, choose
 from normquant.linear.convert import SKIP, ConversionReport, block_fp8, convert_linears
 from normquant.linear.module import LINEAR_SPEC, BlockFP8Linear
-from normquant.linear.pairs import PAIRS, Pair
+from normquant.linear.pairs import GROUP_PAIRS, PAIRS, GroupPair, Pair
 from normquant.linear.product import HOPPER, block_fp8_linear, dequantized_linear
 from normquant.linear.weights import BLOCK, DequantizedWeight, dequantize_weight, pad_weight_scale, quantize_weight
 
 __all__ = [
     "BLOCK",
+    "GROUP_PAIRS",
     "HOPPER",
     "LINEAR_SPEC",
     "PAIRS",
@@ -16,6 +17,7 @@ __all__ = [
     "BlockFP8Linear",
     "ConversionReport",
     "DequantizedWeight",
+    "GroupPair",
     "Pair",
     "ProductChoice",
     "block_fp8",

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from normquant.kernels.product_configs import FEW_ROWS, split_of
+from normquant.ops import OPS
 from normquant.spec import one_of
 
 Wanted = Literal["auto", "always"]
@@ -129,7 +130,8 @@ def _entries(part: str, k: int, n: int, capability: tuple[int, int] | None) -> l
 def _lacking(part: str, k: int, n: int, capability: tuple[int, int] | None) -> str:
     where = "on a CPU" if capability is None else f"on sm_{capability[0]}{capability[1]}"
     what = "the product" if part == PRODUCT else f"the product with {part}"
-    return f"no measurements of {what} for K={k}, N={n} {where}; {REMEDY}"
+    remedy = f"; {REMEDY}" if part == PRODUCT or part in OPS else ""  # the tuner has one GPU, and no group
+    return f"no measurements of {what} for K={k}, N={n} {where}{remedy}"
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

@@ -10,33 +10,39 @@ Which kernels run is decided at the call, for its number of rows (`choice`): the
 partial sums, or the product of today and the op. A compiled graph holds one op for any number of rows. `otherwise` is
 the operator of a product that is not split, with what it takes beside the four tensors, in integers: "" for
 `block_fp8_linear`, "normquant_vllm::block_fp8_linear 32 1". Only CUDA has others.
+
+The ops of a group have pairs of their own, for row-parallel products: a rank adds the partial sums of its part, rounds
+them once, and sends that. Rows are sent in the same form with and without a split, so the ranks need not agree on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from normquant.linear.choice import choose
 from normquant.linear.product import check_product, dequantized_linear
-from normquant.linear.split_product import Launcher, launch_pair, split_product
+from normquant.linear.split_product import launch_pair, split_product
 from normquant.ops import OPS, Op
 from normquant.ops._gradients import refuse_gradients
-from normquant.ops._op import cached, define, launch_of
+from normquant.ops._group_calls import is_prepared, prepare, runner
+from normquant.ops._op import Launcher, cached, define, launch_of
+from normquant.ops.all_reduce_add_rms_norm_quant import GROUP_OPS, GroupOp
 from normquant.spec import ACTIVATION_DTYPES, QuantSpec
 
 OF_PRODUCT = 5  # arguments: data, scale, weight, weight_scale, dtype
 GIVEN = "Tensor data, Tensor scale, Tensor weight, Tensor weight_scale, ScalarType dtype, str wanted, str otherwise"
+OpT = TypeVar("OpT", Op, GroupOp)
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(Generic[OpT]):
     """The pair of an op. Its functions take the arguments of the pair."""
 
-    op: Op
+    op: OpT
 
     @property
     def name(self) -> str:
@@ -77,7 +83,7 @@ class Pair:
         product, wanted, rest = _parts(self._checked(args))
         return launch_pair(self.op, product, rest) if self._is_split(product, wanted) else self._unfolded(args)
 
-    def warmup_settings(self, *args: Any) -> tuple[dict[str, Any], tuple[int, int]]:
+    def warmup_settings(self: Pair[Op], *args: Any) -> tuple[dict[str, Any], tuple[int, int]]:
         """The op's own for arguments of the pair, the spec encoded, and K and N of the product."""
         product, _, rest = _parts(args)
         return self.op.warmup_settings(_rows_like(product), *rest), (product[0].shape[1], product[2].shape[0])
@@ -117,6 +123,26 @@ class Pair:
         return choose(self.op.name, k, n, m, data.device, wanted).split
 
 
+@dataclass(frozen=True)
+class GroupPair(Pair[GroupOp]):
+    """The pair of an op of a group."""
+
+    def cpu(self, *args: Any) -> Any:
+        """The reference's outputs."""
+        self._prepare(args)
+        return self.reference(*args)
+
+    def cuda(self, *args: Any) -> Any:
+        """What the group's runner makes of it, or of the op after the product."""
+        self._prepare(args)
+        return runner(args[-2]).cached(self.name, self.launcher)(*args)
+
+    def _prepare(self, args: tuple[Any, ...]) -> None:
+        product, _, rest = _parts(args)
+        if not is_prepared(rest[-2]):
+            prepare(self.op.name, _rows_like(product), *rest)
+
+
 def _parts(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]]:
     """The arguments of the product, `wanted`, and the op's own; `otherwise` is left out."""
     return args[:OF_PRODUCT], args[OF_PRODUCT], args[OF_PRODUCT + 2 :]
@@ -142,10 +168,17 @@ def _rows_like(product: tuple[Any, ...]) -> torch.Tensor:
     return data.new_empty((data.shape[0], weight.shape[0]), dtype=dtype)
 
 
-def _register(op: Op) -> Pair:
+def _register(op: Op) -> Pair[Op]:
     pair = Pair(op)
     define(pair.name, pair.schema, pair.fake, pair.reference, cached(pair.name, pair.launcher))
     return pair
 
 
+def _register_of_group(op: GroupOp) -> GroupPair:
+    pair = GroupPair(op)
+    define(pair.name, pair.schema, pair.fake, pair.cpu, pair.cuda)
+    return pair
+
+
 PAIRS = {op.name: _register(op) for op in OPS.values()}
+GROUP_PAIRS = {op.name: _register_of_group(op) for op in GROUP_OPS.values()}

@@ -5,7 +5,6 @@ A launcher takes checked tensors and knows everything else; `normquant.ops` cach
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +12,11 @@ import torch
 from normquant import reference
 from normquant.kernels.product_configs import blocks_of_part, split_of
 from normquant.ops import Op
+from normquant.ops._op import Launcher
+from normquant.ops.all_reduce_add_rms_norm_quant import GroupOp
 
 if TYPE_CHECKING:
     from normquant.kernels.configs import Config
-
-Launcher = Callable[..., list[torch.Tensor]]
 
 
 def split_product(
@@ -40,17 +39,19 @@ def launch_product(
     return _in_turn(Launch(product), Launch(plan_sum_of_parts(rows)))
 
 
-def launch_pair(op: Op, product_args: tuple[Any, ...], rest: tuple[Any, ...], config: Config | None = None) -> Launcher:
+def launch_pair(
+    op: Op | GroupOp, product_args: tuple[Any, ...], rest: tuple[Any, ...], config: Config | None = None
+) -> Launcher:
     """A launcher of the product and of an op that reads it as its x: their tensors in turn -> the op's outputs.
 
     product_args: data, scale, weight, weight_scale, dtype. rest: the op's other arguments, the spec decoded.
-    config: the op's, unless it chooses itself.
+    config: the op's, unless it chooses itself; an op of a group does.
     """
     from normquant.kernels.launch import Launch
 
     product, rows = _planned(*product_args)
     chosen = {} if config is None else {"config": config}
-    return _in_turn(Launch(product), Launch(op.plan(rows, *rest, **chosen)))
+    return _in_turn(Launch(product), op.launcher(rows, *rest, **chosen))
 
 
 def _planned(

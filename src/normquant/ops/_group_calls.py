@@ -7,12 +7,20 @@ from typing import Any, Protocol
 
 import torch
 
+from normquant.ops._op import Launcher
+
 
 class Runner(Protocol):
     """What runs the ops of a group on its GPUs."""
 
     def __call__(self, op: str, with_residual: bool, quantized: bool, normed: bool, *args: Any) -> Any:
         """The op's outputs for its arguments, the residual among them where there is one."""
+
+    def launcher(self, with_residual: bool, quantized: bool, normed: bool, *args: Any) -> Launcher:
+        """What runs such an op on the tensors of arguments like these; x may be `PartialRows`."""
+
+    def cached(self, name: str, make: Callable[..., Launcher]) -> Callable[..., Any]:
+        """As `normquant.ops._op.cached`, as long as the workspace of the group is open."""
 
 
 runners: dict[str, Runner] = {}  # by the name of the group
@@ -29,6 +37,11 @@ def runner(group_name: str) -> Runner:
             f"rank before the first call"
         )
     return found
+
+
+def is_prepared(group_name: str) -> bool:
+    """Whether nothing has to be done before a call on the ranks of a group."""
+    return group_name in runners and group_name not in before_call
 
 
 def prepare(op: str, *args: Any) -> None:

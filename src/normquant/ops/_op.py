@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -31,6 +31,7 @@ LAUNCH_LIMIT = 4096  # cached launches, some 3 KB each; a model has about ten fo
 
 Impl = Callable[..., Any]
 Traffic = tuple[int, int]  # bytes read, bytes written
+Launcher = Callable[..., list[torch.Tensor]]  # tensors -> outputs; a Launch, or several steps
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,13 @@ class Op:
 
     def launch(self, *args: Any) -> Launch:
         """A launch for arguments like these, the spec encoded."""
+        return checked(self, self.launcher)(*args)
+
+    def launcher(self, *args: Any, config: Config | None = None) -> Launch:
+        """The same for checked arguments, the spec decoded; x may be `PartialRows`."""
         from normquant.kernels.launch import Launch  # Triton is imported where something is launched
 
-        return Launch(_checked(self, self.plan)(*args))
+        return Launch(self.plan(*args, config=config))
 
     def run(self, *args: Any, config: Config | None = None) -> tuple[torch.Tensor | None, ...]:
         """The outputs of the kernel on checked arguments, the spec decoded, launched with a config; None as planned."""
@@ -99,7 +104,7 @@ OPS: dict[str, Op] = {}
 def register(op: Op) -> Op:
     """Define an op in torch, and add it to `OPS`."""
     op = replace(op, stem=op.stem or op.name)
-    define(op.name, op.schema, _checked(op, op.fake), _checked(op, op.reference), cached(op.name, op.launch))
+    define(op.name, op.schema, checked(op, op.fake), checked(op, op.reference), cached(op.name, op.launch))
     if op.eps_overload:
         _register_tensor_eps(op)
     OPS[op.name] = op
@@ -139,7 +144,19 @@ def without_gradient(name: str) -> None:
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
-def _checked(op: Op, run: Impl) -> Impl:
+class Checked(Protocol):
+    """An op that knows what it accepts, the spec decoded."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def check(self) -> Impl: ...
+
+
+def checked(op: Checked, run: Impl) -> Impl:
+    """`run` for arguments of an op, which are checked first and whose spec it gets decoded."""
+
     def call(*args: Any) -> Any:
         refuse_gradients(op.name, args)
         args = (*args[:-1], QuantSpec.decode(args[-1]))
@@ -167,7 +184,6 @@ def _register_tensor_eps(op: Op) -> None:
     torch.library.register_fake(f"normquant::{op.name}.tensor", fake, lib=LIBRARY)
 
 
-Launcher = Callable[..., list[torch.Tensor]]  # tensors -> outputs; a Launch, or several steps
 _launches: dict[tuple, Launcher] = {}
 
 

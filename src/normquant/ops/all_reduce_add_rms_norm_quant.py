@@ -19,9 +19,8 @@ import torch.distributed as dist
 from normquant import reference
 from normquant.ops._examples import EPS
 from normquant.ops._gather import gather, group_of
-from normquant.ops._gradients import refuse_gradients
 from normquant.ops._group_calls import prepare, runner
-from normquant.ops._op import DEFAULT, define
+from normquant.ops._op import DEFAULT, Launcher, checked, define
 from normquant.ops._tensors import activation, check_eps, check_norm, check_weight_offset, fake_quant, rows
 from normquant.spec import QuantizedActivation, QuantSpec
 
@@ -134,7 +133,11 @@ def on_cpu(
 
 @dataclass(frozen=True)
 class GroupOp:
-    """One of the ops, by its inputs and outputs: what torch's dispatcher calls for it."""
+    """One of the ops, by its inputs and outputs.
+
+    check, fake, reference and launcher take its arguments with the spec decoded, as those of an `Op`; cpu and cuda are
+    what torch's dispatcher calls.
+    """
 
     with_residual: bool
     quantized: bool
@@ -153,6 +156,11 @@ class GroupOp:
         inputs = f"Tensor x, {residual}Tensor weight, float eps, float weight_offset, bool sharded, str group, str spec"
         return f"({inputs}) -> ({', '.join(outputs)})"
 
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """What torch calls."""
+        return getattr(torch.ops.normquant, self.name).default
+
     def __call__(
         self,
         x: torch.Tensor,
@@ -166,36 +174,52 @@ class GroupOp:
     ) -> tuple[torch.Tensor, ...]:
         """Call torch's op."""
         tensors = (rows("x", x), *(() if residual is None else (rows("residual", residual),)), weight)
-        overload = getattr(torch.ops.normquant, self.name).default
-        return overload(*tensors, eps, weight_offset, sharded, group.group_name, spec.encode())
+        return self.overload(*tensors, eps, weight_offset, sharded, group.group_name, spec.encode())
 
-    def checked(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Arguments with a residual, or None, and the spec decoded."""
-        args = args if self.with_residual else (args[0], None, *args[1:])
-        refuse_gradients(self.name, args)
-        args = (*args[:-1], QuantSpec.decode(args[-1]))
-        x, residual, weight, eps, weight_offset, *_, spec = args
+    def check(self, *args: Any) -> None:
+        """Raise ValueError for arguments that are not accepted."""
+        x, residual, weight, eps, weight_offset, *_, spec = self._filled(args)
         check(x, residual, weight, eps, weight_offset, spec)
-        return args
 
     def fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """Outputs of the right shapes."""
-        x, *_, spec = self.checked(args)
+        x, spec = args[0], args[-1]
         made = fake_quant(x, x.shape[0], x.shape[1], spec) if self.quantized else ()
         return *made, *(x.new_empty(x.shape) for _ in range(1 + self.normed))
 
-    def cpu(self, *args: Any) -> tuple[torch.Tensor, ...]:
+    def reference(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """The outputs, on CPUs."""
+        data, scale, total, norm = on_cpu(*self._filled(args))
+        return *(data, scale)[: 2 * self.quantized], total, *(norm,)[: self.normed]
+
+    def launch(self, *args: Any) -> Launcher:
+        """What launches on the tensors of arguments like these, the spec encoded."""
+        return checked(self, self.launcher)(*args)
+
+    def launcher(self, *args: Any) -> Launcher:
+        """The same for checked arguments, the spec decoded; x may be `PartialRows`."""
+        rest, spec = args[:-1], args[-1]
+        return runner(args[-2]).launcher(self.with_residual, self.quantized, self.normed, *rest, spec.encode())
+
+    def cpu(self, *args: Any) -> Any:
         """The reference's outputs."""
         prepare(self.name, *args)
-        data, scale, total, norm = on_cpu(*self.checked(args))
-        return *(data, scale)[: 2 * self.quantized], total, *(norm,)[: self.normed]
+        return checked(self, self.reference)(*args)
 
     def cuda(self, *args: Any) -> Any:
         """What the group's runner makes of it."""
         prepare(self.name, *args)
         return runner(args[-2])(self.name, self.with_residual, self.quantized, self.normed, *args)
 
+    def _filled(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments with a residual, or None."""
+        return args if self.with_residual else (args[0], None, *args[1:])
 
-for _with_residual, _outputs in product((False, True), ((True, False), (True, True), (False, True))):
-    _op = GroupOp(_with_residual, *_outputs)
-    define(_op.name, _op.schema, _op.fake, _op.cpu, _op.cuda)
+
+def _register(op: GroupOp) -> GroupOp:
+    define(op.name, op.schema, checked(op, op.fake), op.cpu, op.cuda)
+    return op
+
+
+_KINDS = product((False, True), ((True, False), (True, True), (False, True)))  # quantized, with the norm
+GROUP_OPS = {op.name: _register(op) for op in (GroupOp(add, *outputs) for add, outputs in _KINDS)}

@@ -395,6 +395,25 @@ def test_a_linear_kernel_that_quantizes_inside_gets_what_the_op_quantizes() -> N
     assert called(graph) == [site.op] and called(graph, "normquant_vllm") == ["block_fp8_linear"]
 
 
+@pytest.mark.parametrize("products", ["always", "auto"])
+def test_a_row_parallel_product_of_vllm_is_paired_where_that_is_asked_for(products: Any) -> None:
+    weight, scale = torch.zeros(K, K).to(torch.float8_e4m3fn), torch.ones(K // 128, K // 128)
+
+    def fn(x, residual):
+        part = torch.ops.vllm.dynamic_flashinfer_deepgemm_blockscale_gemm(x, weight, scale, 128, True)
+        total = torch.ops.vllm.all_reduce(part, "tp:0")
+        y, h = torch.ops.vllm_ir.fused_add_rms_norm(total, residual, NORM.weight, 1e-6)
+        return *vllm_ops.per_token_group_fp8_quant(y), h
+
+    rules = Rules("always", products=products)
+    _, graph = rewritten(fn, policy=rules, fusions=(QuantizedInputs(), *vllm_fusions()))
+    _, *found = calls(graph, "normquant", "normquant_vllm")  # without the quantization of x
+    reader = "all_reduce_add_rms_norm_quant"
+    apart, paired = ["block_fp8_linear", reader], [f"block_fp8_linear_{reader}"]
+    assert [node.target._opname for node in found] == (apart if products == "auto" else paired)
+    assert products == "auto" or found[0].args[5:7] == ("always", "normquant_vllm::block_fp8_linear 32 1")
+
+
 def test_a_norm_that_vllm_fuses_with_its_all_reduce_is_left_to_it() -> None:
     for fuses_later in (True, False):
         fusions = (AllReduceNormQuant(off="x"), NormQuantBesideVllm(partial(bool, fuses_later)))

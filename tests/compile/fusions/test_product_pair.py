@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from shared import traced_graphs
 from shared.compare import assert_bitwise
+from shared.fake_group import fake_group
 from shared.inputs import activations
 from shared.pass_harness import Outcome, run_with_pass
 
 import normquant as nq
+from normquant.compile import FusionReport, driver
 from normquant.compile.fusions import product_pair
 from normquant.compile.policy import Rules
 from normquant.linear import ProductChoice
@@ -138,6 +143,64 @@ def test_a_reason_where_a_measured_pair_stays(monkeypatch: pytest.MonkeyPatch) -
     ):
         site = run(fn, activations(5, K)).site
         assert not site.fused and reason in site.reason
+
+
+def reduced(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    h = funcol.all_reduce(product(x), "sum", dist.group.WORLD) + residual
+    q = nq.group_quant(torch.nn.functional.rms_norm(h, (N,), NORM_WEIGHT, 1e-6), spec=SPEC)
+    return q.data, q.scale, h
+
+
+def reduced_without_residual(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(funcol.all_reduce(product(x), "sum", dist.group.WORLD), (N,), NORM_WEIGHT, 1e-6)
+
+
+def added_behind(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    h = funcol.all_reduce(2 * residual, "sum", dist.group.WORLD) + product(x)
+    return torch.nn.functional.rms_norm(h, (N,), NORM_WEIGHT, 1e-6)
+
+
+def reduced_and_read(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = product(x)
+    return *reduced_of(y, residual), y + 1
+
+
+def reduced_of(y: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    h = funcol.all_reduce(y, "sum", dist.group.WORLD) + residual
+    return torch.nn.functional.rms_norm(h, (N,), NORM_WEIGHT, 1e-6), h
+
+
+def of_group(fn: Callable[..., Any], products: Any = "always") -> tuple[FusionReport, list[str]]:
+    """What the pass makes of a graph with an all-reduce; its values are tested in distributed/test_compiled."""
+    with fake_group():
+        gm, _ = traced_graphs.traced(fn, activations(5, K), activations(5, N, seed=1))
+        rules = Rules("always", products=products)
+        report = driver.run(gm.graph, rules, strict=True, fusions=driver.ALL_REDUCE_FUSIONS)
+        gm.graph.lint()
+    targets = [node.target for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return report, [target._opname for target in targets if "rms_norm" in target._opname]
+
+
+@pytest.mark.parametrize(
+    ("fn", "reader"),
+    [(reduced, "all_reduce_add_rms_norm_quant"), (reduced_without_residual, "all_reduce_rms_norm")],
+)
+def test_a_row_parallel_product_and_the_op_of_its_group(fn: Callable[..., Any], reader: str) -> None:
+    report, left = of_group(fn)
+    assert left == [f"block_fp8_linear_{reader}"]
+    site = report.sites[-1]
+    assert site.fused and site.name.endswith(f"-> {reader}") and "products always" in site.reason
+    for products in ("auto", "never"):  # no table has measurements of several GPUs
+        report, left = of_group(fn, products)
+        assert left == [reader] and len(report.sites) == 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "left"),
+    [(added_behind, "all_reduce_add_rms_norm"), (reduced_and_read, "all_reduce_add_rms_norm")],
+)
+def test_a_product_that_is_not_the_part_alone_stays(fn: Callable[..., Any], left: str) -> None:
+    assert of_group(fn)[1] == [left]
 
 
 def test_the_switch_is_part_of_the_identity() -> None:

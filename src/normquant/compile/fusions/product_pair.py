@@ -1,7 +1,7 @@
 """A block-FP8 product and the op of ours that reads it become one op, which can split the product over K.
 
     x = block_fp8_linear(data, scale, weight, weight_scale)     [M, N] bf16 or fp16, read by nothing else
-    y = silu_mul_quant(x)                                       or any other op of ours that takes rows
+    y = silu_mul_quant(x)                                       or any other op of ours that takes rows, a group's, too
 
 `linear.pairs` says what the pair computes. With the product split, a row's sum is added up in another order than in the
 product that is replaced, so pairs have a switch of their own, `Rules.products`: by default those are made that were
@@ -25,32 +25,36 @@ from normquant.compile.find.graph import (
     is_call,
     mutation_regions,
     op_name,
-    overload_name,
     value,
 )
 from normquant.compile.find.graph import arguments as arguments_of
 from normquant.compile.fusions.candidate import Candidate, Findings, Rejection, rejected, site_name, source_line
 from normquant.compile.policy import Decision
-from normquant.linear import PAIRS, Pair
+from normquant.linear import GROUP_PAIRS, PAIRS, GroupPair, Pair
 from normquant.linear.choice import pays
-from normquant.ops import OPS
+from normquant.ops import Op
 from normquant.spec import QuantSpec
+
+AnyPair = Pair[Op] | GroupPair
+ALL_PAIRS: tuple[AnyPair, ...] = (*PAIRS.values(), *GROUP_PAIRS.values())
+READERS = {pair.op.overload: pair for pair in ALL_PAIRS}
 
 
 def find(graph: Graph) -> Findings:
     """Every op of ours whose rows a product makes."""
     for reader in list(graph.nodes):
-        name = overload_name(reader.target).removeprefix("normquant::") if reader.op == "call_function" else ""
-        if name in OPS and reader.target is OPS[name].overload:
-            found = _found(reader, PAIRS[name], mutation_regions(graph))
+        if reader.op == "call_function" and (pair := READERS.get(reader.target)) is not None:
+            found = _found(reader, pair, mutation_regions(graph))
             if found is not None:
                 yield found
 
 
-def _found(reader: Node, pair: Pair, regions: dict[Node, int]) -> Candidate | Rejection | None:
+def _found(reader: Node, pair: AnyPair, regions: dict[Node, int]) -> Candidate | Rejection | None:
     args = arguments_of(reader)
     product = product_of(args[0])
-    if product is None and pair.op.argument_names[1:2] == ("residual",):  # a sum has no first and second
+    # A sum has no first and second; but of a group's the residual is no part of what is reduced.
+    either = not isinstance(pair, GroupPair) and pair.op.argument_names[1:2] == ("residual",)
+    if product is None and either:
         args = (args[1], args[0], *args[2:])
         product = product_of(args[0])
     if product is None:
@@ -74,7 +78,7 @@ def _found(reader: Node, pair: Pair, regions: dict[Node, int]) -> Candidate | Re
     )  # fmt: skip
 
 
-def _check(reader: Node, args: tuple[Any, ...], product: Product, pair: Pair, spec: QuantSpec) -> None:
+def _check(reader: Node, args: tuple[Any, ...], product: Product, pair: AnyPair, spec: QuantSpec) -> None:
     """Raise Unsupported where the pair would not compute what both do."""
     first, *rest = args
     if product.refused:
@@ -105,7 +109,9 @@ def _readers(node: Node) -> Iterator[Node]:
             yield user
 
 
-def _replace(reader: Node, rest: tuple[Any, ...], product: Product, pair: Pair, wanted: str, new: Builder) -> Rewrite:
+def _replace(
+    reader: Node, rest: tuple[Any, ...], product: Product, pair: AnyPair, wanted: str, new: Builder
+) -> Rewrite:
     with new.before(reader):
         made = new(pair.overload, *_first_arguments(product, wanted), *rest)
     return Rewrite(((reader, made),), like=reader, note="the kernel can add a split product's partial sums")
