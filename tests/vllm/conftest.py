@@ -165,7 +165,8 @@ def run_engine(folder: Path, options: dict[str, Any], environ: dict[str, str]) -
     # The processes of other ranks may write after the engine's own line.
     result = json.loads(next(line for line in reversed(log.splitlines()) if line.startswith('{"calls"')))
     report = Path(result["cache"]) / FILE if result["cache"] else next(iter(find(folder / "vllm")), folder / FILE)
-    return Run(result, log, report.read_text() if report.exists() else None, folder)
+    said = log.replace(str(HERE.parents[1]), ".")  # a checkout's path may name normquant, which tests look for
+    return Run(result, said, report.read_text() if report.exists() else None, folder)
 
 
 @pytest.fixture(scope="session")
