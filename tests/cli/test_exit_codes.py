@@ -80,6 +80,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     (tmp_path / "folder").mkdir()
     (tmp_path / "users_model.py").write_text("def build():\n    raise RuntimeError('out of luck')\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "users_model", raising=False)  # of another test
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return {name: str(tmp_path / name) for name in ("fast", "slow", "empty", "broken", "folder", "made")}
 
