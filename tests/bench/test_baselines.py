@@ -11,7 +11,7 @@ from shared.pages import row, table, words
 
 from normquant.bench.cases import BENCHMARKED, kernel_cases
 from normquant.bench.comparison import key
-from normquant.bench.records import problems, read
+from normquant.bench.record_files import problems, read
 from normquant.compile.policy import UNMEASURED
 from normquant.linear.choice import AUTO_ROWS
 

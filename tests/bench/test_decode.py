@@ -22,7 +22,8 @@ from normquant.bench.cases import ADD_NORM, LATENTS, ROPE, SILU
 from normquant.bench.comparison import compare
 from normquant.bench.decode import BEST, CHECKED, PRODUCTS, TODAY, fastest, pair_or
 from normquant.bench.products import OURS, ProductProvider
-from normquant.bench.records import Provenance, problems, read, writing
+from normquant.bench.record_files import problems, read, writing
+from normquant.bench.records import Provenance
 from normquant.bench.shard_step import DEEPSEEK_R1, SPEC, DecodeStep, followed
 from normquant.bench.timing import Timing
 from normquant.cli import bench as command
@@ -249,12 +250,13 @@ def test_records_of_two_numbers_of_tokens_are_two_cases(no_gpu_needed, measured)
 def test_todays_products_are_those_of_the_linear_bench(monkeypatch) -> None:
     assert set(TODAY) == set(products.PRODUCT_PROVIDERS) - {OURS}
     started: list = []
-    monkeypatch.setattr(decode, "import_module", lambda name: name)
-    monkeypatch.setattr(decode, "start_early", started.append)
+    monkeypatch.setattr(products, "import_module", lambda name: name)
+    monkeypatch.setattr(products, "start_early", started.append)
     monkeypatch.setattr(decode, "product_inputs", lambda case, sets: products.product_inputs(case, sets, "cpu"))
-    monkeypatch.setitem(TODAY, "deepgemm", ProductProvider(lambda i: plain))
     assert list(decode.todays(("scaled_mm",))) == ["scaled_mm"] and started == []
-    assert decode.todays(("scaled_mm", "deepgemm"))["deepgemm"] is plain and len(started) == 1
+    assert list(decode.todays(("scaled_mm", "deepgemm"))) == ["scaled_mm", "deepgemm"] and len(started) == 1
+    monkeypatch.setitem(TODAY, "deepgemm", ProductProvider(lambda i: plain))
+    assert decode.todays(("scaled_mm", "deepgemm"))["deepgemm"] is plain
 
 
 def parsed(*words: str) -> argparse.Namespace:

@@ -22,7 +22,8 @@ from normquant.bench.products import (
     product_line,
     product_records,
 )
-from normquant.bench.records import Provenance, problems
+from normquant.bench.record_files import problems
+from normquant.bench.records import Provenance
 from normquant.bench.timing import Timing
 from normquant.linear import dequantized_linear
 from normquant.linear.split_product import split_product

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from normquant.bench.records import read
+from normquant.bench.record_files import read
 from normquant.cli.entry import main
 from normquant.report import kernels_plot
 

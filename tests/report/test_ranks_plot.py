@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from normquant.bench.records import read
+from normquant.bench.record_files import read
 from normquant.report import ranks_plot
 
 RECORDS = list(read(Path(__file__).parents[2] / "baselines" / "h200.jsonl"))

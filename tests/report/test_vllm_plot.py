@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from normquant.bench.records import read
+from normquant.bench.record_files import read
 from normquant.report import vllm_plot
 
 BASELINES = Path(__file__).parents[2] / "baselines"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from normquant.bench.records import read
+from normquant.bench.record_files import read
 from normquant.distributed.algorithms import ONE_SHOT, TWO_SHOT
 from normquant.distributed.cost import GroupCall
 

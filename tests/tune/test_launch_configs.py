@@ -83,13 +83,11 @@ def test_a_table_is_written_as_it_is_read(tmp_path, monkeypatch):
     launch_configs.write(tmp_path / "config_tables" / "sm90.json", table)
     assert json.loads((tmp_path / "config_tables" / "sm90.json").read_text()) == table
     monkeypatch.setattr(configs.resources, "files", lambda _: tmp_path)
-    configs._table.cache_clear()
-    configs._rows.cache_clear()
+    configs.read_again()
     try:
         chosen = [configs.config(QUANT, 512, m, (9, 0)) for m in (1, 16, 17, 64, 10**9)]
     finally:
-        configs._table.cache_clear()
-        configs._rows.cache_clear()
+        configs.read_again()
     assert chosen == [Config(2, 4), Config(2, 4), Config(4, 1), Config(4, 1), Config(4, 1)]
 
 

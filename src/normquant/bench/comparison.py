@@ -25,11 +25,8 @@ CASE = (
         "part",
     ),
 )
-LATER = {
-    "tensor_parallel": 1,
-    "products": "auto",
-    "compiled": True,
-}  # of a case, too: what records had before there were these fields
+# Of a case, too: what records had before there were these fields.
+LATER = {"tensor_parallel": 1, "products": "auto", "compiled": True}
 NEEDED = (*TIMES, "us_p10", "us_p90")  # of each record
 
 

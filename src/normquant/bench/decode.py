@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,9 +26,7 @@ from normquant.bench.products import (
     SHAPES,
     Multiply,
     ProductCase,
-    deepgemm_module,
     product_inputs,
-    start_early,
 )
 from normquant.bench.records import DecodeRecord, current_run, time_fields
 from normquant.bench.shard_step import DEEPSEEK_R1, LAYERS, MODEL, SPEC, DecodeStep, Layer, Linear, StepInputs, Then
@@ -97,9 +94,7 @@ def _as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def todays(names: Sequence[str]) -> dict[str, Multiply]:
-    """The products of these names; DeepGEMM starts early in a step, as it does in vLLM's."""
-    if "deepgemm" in names:
-        start_early(import_module(deepgemm_module() or "deep_gemm"))
+    """The products of these names."""
     any_product = product_inputs(ProductCase(128, 128, 1, ""), 1)  # of which only ours takes notice
     return {name: TODAY[name].build(any_product) for name in names}
 

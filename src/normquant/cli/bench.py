@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normquant.bench.records import KernelRecord, Record, writing
+from normquant.bench.record_files import writing
+from normquant.bench.records import KernelRecord, Record
 from normquant.cli import bench_vllm
 from normquant.cli.arguments import chosen, integers
 from normquant.cli.output_files import check_writable

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from normquant.bench.comparison import NEEDED, CaseChange, compare
-from normquant.bench.records import read
+from normquant.bench.record_files import read
 from normquant.cli.output_files import check_writable
 
 

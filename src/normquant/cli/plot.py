@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normquant.bench.records import read
+from normquant.bench.record_files import read
 from normquant.cli.output_files import check_writable, replacing
 from normquant.report import kernels_plot, layer_plot, plot_style, ranks_plot, vllm_plot
 

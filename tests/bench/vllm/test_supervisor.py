@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from shared.vllm_jobs import FOUND, job, run
 
-from normquant.bench.records import VllmRecord, problems
+from normquant.bench.record_files import problems
+from normquant.bench.records import VllmRecord
 from normquant.bench.vllm import supervisor as vllm
 from normquant.bench.vllm.supervisor import Failure
 
