@@ -132,7 +132,8 @@ class VllmRecord(Provenance):
     linear: the block-FP8 kernel that vLLM used. layers: all of them; moe: whether some have experts.
     gpu_us_per_step: microseconds in which any kernel ran; classes: the same by class; sum_us_per_step: the sum of all
         kernels' lengths, more where kernels overlap. kernels: in a step. tpot_ms: wall time of a step.
-    replay_us: the captured step, replayed back to back with no host in between; None where vLLM captured none.
+    replay_us: the captured step, replayed back to back with no host in between. launch_us: the CPU's time to launch it
+        on an idle GPU. None where vLLM captured none; launch_us also in records from before it was measured.
     prefill_ms, prefill_gpu_us: one prompt, by its tokens.
     logit_error: norm of the difference from a float32 run over that run's norm; p10, p90: over positions.
     scales, scales_not_power_of_two: activation scales that reached DeepGEMM in a separate run.
@@ -173,6 +174,7 @@ class VllmRecord(Provenance):
     tensor_parallel: int = 1
     products: str = ""
     compiled: bool = True
+    launch_us: float | None = None
 
 
 Record = KernelRecord | LinearRecord | DecodeRecord | LayerRecord | VllmRecord

@@ -32,12 +32,12 @@ def decoding(records: Sequence[Mapping[str, Any]]) -> str:
     classes = [name for name in SHOWN if any(r["classes"].get(name, 0) >= 0.05 for r in records)]
     others = [name for name in ("installed", "default", "off") if any(r["setting"] == name for r in records)]
     header = ["linear", "batch", "setting", "GPU us/step", *(f"vs {name}" for name in others)]
-    header += ["replay us", "sum us", "kernels", "TPOT ms"]
+    header += ["replay us", "launch us", "sum us", "kernels", "TPOT ms"]
     rows = []
     for r in sorted(records, key=lambda r: (_model(r), r["batch"])):
         row = [_model(r), str(r["batch"]), r["setting"], f"{r['gpu_us_per_step']:.1f}"]
         row += [_change(r, records, other) for other in others]
-        row += ["" if r.get("replay_us") is None else f"{r['replay_us']:.1f}"]
+        row += ["" if r.get(name) is None else f"{r[name]:.1f}" for name in ("replay_us", "launch_us")]
         row += [f"{r['sum_us_per_step']:.1f}", str(r["kernels"]), f"{r['tpot_ms']:.3f}"]
         rows.append([*row, *(f"{r['classes'].get(name, 0):.1f}" for name in classes)])
     return table([*header, *classes], rows, "<><" + ">" * (len(header) + len(classes) - 3))

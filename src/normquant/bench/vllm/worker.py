@@ -173,12 +173,12 @@ def step_ms(engine: Engine, job: Job, batch: int) -> float:
 
 def measure_kernels(engine: Engine, job: Job, send: Send) -> None:
     """What the GPU does: captured steps alone, prompts and steps by kernel."""
-    replay = {batch: replay_us(engine, job, batch) for batch in job.batches}
+    captured = {batch: captured_step(engine, job, batch) for batch in job.batches}
     for length in job.prefill:
         keep_calls(job, f"prefill-{length}-calls{engine.ranks.suffix}", partial(prefill, engine, job, length))
     send({"kind": "prefill", "gpu_us": {str(length): prefill_us(engine, job, length) for length in job.prefill}})
     for batch in job.batches:
-        send({"kind": "batch", "batch": batch, "replay_us": replay[batch], **profile_batch(engine, job, batch)})
+        send({"kind": "batch", "batch": batch, **captured[batch], **profile_batch(engine, job, batch)})
 
 
 def prefill_us(engine: Engine, job: Job, length: int) -> float:
@@ -211,21 +211,23 @@ def decoding(engine: Engine, job: Job, batch: int) -> Iterator[None]:
     engine.finish()
 
 
-def replay_us(engine: Engine, job: Job, batch: int) -> float | None:
-    """GPU time of the captured step, replayed back to back with no host in between, on the slowest rank; None where
-    none was captured.
+def captured_step(engine: Engine, job: Job, batch: int) -> dict[str, float | None]:
+    """The captured step alone: replayed back to back with no host in between, on the slowest rank, and the CPU's time
+    to launch it on an idle GPU; None where none was captured.
 
     The replays write again what the last step of the batch wrote.
     """
     with decoding(engine, job, batch):
+        keep_calls(job, f"decode-{batch}-calls{engine.ranks.suffix}", lambda: decode(engine, batch, job.steps))
         graph = engine.decode_graph(batch)
         if graph is None:
-            return None
+            return {"replay_us": None, "launch_us": None}
         times = []
         for _ in range(job.samples):
             engine.ranks.meet()
             times.append(engine.ranks.slowest(replayed(graph, job.steps)))
-        return round(statistics.median(times), 2)
+        launches = [engine.ranks.slowest(launched(graph)) for _ in range(job.steps)]
+        return {"replay_us": round(statistics.median(times), 2), "launch_us": round(statistics.median(launches), 2)}
 
 
 def replayed(graph: torch.cuda.CUDAGraph, times: int) -> float:
@@ -238,6 +240,15 @@ def replayed(graph: torch.cuda.CUDAGraph, times: int) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e3 / times
+
+
+def launched(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of the CPU until a replay is launched; it has ended on return."""
+    start = time.perf_counter()
+    graph.replay()
+    us = (time.perf_counter() - start) * 1e6
+    synchronize()
+    return us
 
 
 def profile_batch(engine: Engine, job: Job, batch: int) -> dict[str, Any]:
