@@ -42,6 +42,8 @@ def test_groups_are_those_of_a_linear(tmp_path: Path):
     assert names() == names("--as-installed") == [["installed", "installed-normquant"]]
     assert names("--linear", "deepgemm") == names("--settings", "default,off,normquant") == [three]
     assert names("--linear", "deepgemm,cutlass", "--settings", "off") == [["off-deepgemm"], ["off-cutlass"]]
+    rules = ["installed", "installed-normquant", "installed-normquant-products-never"]
+    assert names("--products", "auto,never") == [rules]
     assert names("--linear", "deepgemm", "--workers", "2") == [three[:2], three[2:]]
     both = [*three, *(f"{name}-moe" for name in three)]
     assert names("--linear", "deepgemm", "--moe", "0,4", "--workers", "6") == [both]
@@ -61,6 +63,7 @@ def test_groups_are_those_of_a_linear(tmp_path: Path):
         ("--as-installed", "--linear", "cutlass"),
         ("--tensor-parallel", "3"),
         ("--all-reduce",),
+        ("--products", "auto,some"),
     ],
 )
 def test_arguments_that_are_none(words: tuple[str, ...], tmp_path: Path):

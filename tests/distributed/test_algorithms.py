@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from shared.rank_records import MEASURED_ONE_SHOT, measured
 
-from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, TWO_SHOT, choose, one_shot_rows
+from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, PIECES, TWO_SHOT, choose, one_shot_rows
+from normquant.distributed.pieces import piece_rows
+from normquant.kernels.exchange_layout import two_shot_bytes
 
 K, ROOM = 7168, 1 << 40
 
@@ -47,5 +49,16 @@ def test_a_call_gets_what_the_table_and_the_room_allow(world: int, sharded: bool
     last = one_shot_rows(world, sharded)
     chosen = [choose(m, K, world, ROOM, sharded).algorithm for m in (1, last, last + 1, 1 << 14)]
     assert chosen == [ONE_SHOT, ONE_SHOT, TWO_SHOT, TWO_SHOT]
-    assert choose(2048, K, world, 1 << 20, sharded).algorithm == COLLECTIVE
+    assert choose(2048, K, world, 1 << 22, sharded).algorithm == (COLLECTIVE if sharded else PIECES)
+    assert choose(2048, K, world, 1 << 16, sharded).algorithm == COLLECTIVE  # with no room for four rows of each rank
     assert choose(1, K, world, 0, sharded).algorithm == COLLECTIVE
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+def test_pieces_fit_into_the_room_and_start_where_a_scale_can(world: int) -> None:
+    half = two_shot_bytes(2048, K, world)
+    for m in (2049, 4096, 5000, 8192, 16384):
+        rows = piece_rows(m, K, world, half)
+        assert rows % 4 == 0 and two_shot_bytes(rows, K, world) <= half
+        assert rows * (-(-m // rows) - 1) < m <= rows * -(-m // (2048 // (4 * world) * (4 * world)))
+    assert piece_rows(8192, K, world, 0) == 0

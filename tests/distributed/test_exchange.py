@@ -137,6 +137,43 @@ def test_ranks_may_have_their_parts_as_partial_sums(monkeypatch: pytest.MonkeyPa
     assert epochs == [2 * len(ROWS)] * world
 
 
+def call_in_pieces(rank: int, world: int, buffers: list[torch.Tensor]) -> int:
+    from dataclasses import replace
+
+    from shared.interpreter import repaired
+
+    from normquant.distributed.pieces import in_pieces
+    from normquant.kernels.configs import Config
+    from normquant.kernels.exchange_layout import UNIT_BYTES, two_shot_bytes
+    from normquant.kernels.parts_plan import Outputs
+
+    room = -(-two_shot_bytes(4 * world, K, world) // UNIT_BYTES) * UNIT_BYTES
+    group = replace(exchange(rank, buffers), half=room)
+    with repaired():
+        for number, (rows, spec) in enumerate(product((8, 11), SPECS)):
+            m = 4 * world + rows  # three pieces, the last one with padding and without
+            parts, residual = inputs(number, m, world, torch.bfloat16)
+            given = residual if number % 2 else None
+            expected = reference.all_reduce_add_rms_norm_quant(parts, given, weights(K), 1e-6, spec)
+            settings = 1e-6, 0.0, spec, Outputs(True, True), group, Config(4)
+            call = in_pieces(parts[rank], given, weights(K), *settings)
+            got = call(*(t for t in (parts[rank], given, weights(K)) if t is not None))
+            assert_bitwise(got, list(expected))
+            if spec.layout == "col_tma":
+                scale, padding = got[1], -m % 4
+                below = scale.as_strided((padding, scale.shape[1]), scale.stride(), m)
+                assert not below.any(), "what lies below the last row is no zero"
+    return ended(rank, buffers, group)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_more_rows_than_there_is_room_for_go_in_pieces(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pieces = [-(-(4 * world + rows) // (4 * world)) for rows in (8, 11)]
+    epochs = run_ranks(call_in_pieces, world, made_buffers(world), timeout=100)
+    assert epochs == [len(SPECS) * sum(pieces)] * world and max(pieces) > 1
+
+
 def call_pairs(rank: int, world: int, buffers: list[torch.Tensor], port: int) -> int:
     from shared.interpreter import repaired
 

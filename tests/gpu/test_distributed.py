@@ -31,7 +31,7 @@ from normquant.distributed import (
     open_workspace,
     workspaces,
 )
-from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, TWO_SHOT, Choice, GroupRunner, launch_config
+from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, PIECES, TWO_SHOT, Choice, GroupRunner, launch_config
 from normquant.kernels.configs import Config
 from normquant.linear import GROUP_PAIRS
 from normquant.linear.split_product import launch_product
@@ -115,7 +115,9 @@ def every_shape(rank: int, world: int, port: int) -> int:
             continue
         choice = Choice(algorithm, config or launch_config(k))
         check(group, m, k, spec, wanted, add, sharded, choice, seed := seed + 1, dtype)
-    for m in ROWS:  # as the op is called, with what the table chooses
+    for m, wanted, spec in product((2049, 5003, 8192), ((True, False), (True, True)), SPECS):  # than there is room for
+        check(group, m, K, spec, wanted, True, False, Choice(PIECES, launch_config(K)), seed := seed + 1)
+    for m in (*ROWS, 8192):  # as the op is called, with what the table chooses
         parts, residual = data(m, K, world, seed := seed + 1)
         args = (residual, weights(K).cuda(), EPS, 0.0, False, group.group_name, SPEC.encode())
         got = torch.ops.normquant.all_reduce_add_rms_norm_quant(parts[rank], *args)

@@ -62,8 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=STEPS, help=f"decode steps of a sample (default: {STEPS})")
     add("--policy", default="auto", choices=POLICIES, help="of normquant (default: auto)")
     add(
-        "--products", default="auto", choices=PRODUCTS,
-        help="whether normquant's products of few rows take the place of vLLM's (default: auto, where measured)",
+        "--products", default="auto",
+        help="whether normquant's products of few rows take the place of vLLM's: auto, where measured (default), "
+        "always or never; of several, such as auto,never, each is a setting",
     )  # fmt: skip
     add("--workers", type=int, help="processes that start together (default: those of one model and linear)")
     add("--timeout", type=float, default=900, metavar="S", help="of a start, of a measurement (default: 900)")
@@ -97,17 +98,19 @@ def groups(args: argparse.Namespace, folder: Path) -> list[list[Job]]:
     if min(args.samples, args.steps, args.timeout, args.workers or 1) < 1 or args.samples < 2:
         raise ValueError("--samples starts at 2; --steps, --timeout and --workers start at 1")
     _check_ranks(args)
+    products = chosen(args.products, PRODUCTS, "products")
     jobs = [
         Job(
             setting=setting, linear=linear, layers=args.layers, moe=moe, batches=args.batch, prefill=args.prefill,
             samples=args.samples, steps=args.steps, compared=COMPARED, policy=args.policy, folder="",
             model=config(args.layers, moe, args.tensor_parallel), tensor_parallel=args.tensor_parallel,
-            all_reduce=args.all_reduce, products=args.products, compiled=not args.uncompiled,
+            all_reduce=args.all_reduce, products=rule, compiled=not args.uncompiled,
         )
         for moe in args.moe for linear in linears for setting in settings
+        for rule in (products if setting.endswith("normquant") else products[:1])
     ]  # fmt: skip
     jobs = [replace(job, folder=os.fspath(folder / job.name)) for job in jobs]
-    size = args.workers or len(settings)
+    size = args.workers or len(jobs) // (len(args.moe) * len(linears))
     return [jobs[i : i + size] for i in range(0, len(jobs), size)]
 
 

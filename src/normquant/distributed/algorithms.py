@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from normquant.distributed.collective import summed_first, through_collectives
+from normquant.distributed.pieces import in_pieces, piece_rows
 from normquant.distributed.workspace import Workspace
 from normquant.kernels import all_reduce_add_rms_norm_quant as kernels
 from normquant.kernels.configs import Config
@@ -25,7 +26,7 @@ from normquant.ops.all_reduce_add_rms_norm_quant import check
 from normquant.spec import QuantSpec
 
 TABLE = Path(__file__).with_name("one_shot_rows.json")
-ONE_SHOT, TWO_SHOT, COLLECTIVE = "one_shot", "two_shot", "collective"
+ONE_SHOT, TWO_SHOT, PIECES, COLLECTIVE = "one_shot", "two_shot", "two_shot_in_pieces", "collective"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def choose(m: int, k: int, world: int, half: int, sharded: bool) -> Choice:
         return Choice(ONE_SHOT, config)
     if two_shot_bytes(m, k, world) <= half:
         return Choice(TWO_SHOT, config)
+    if not sharded and piece_rows(m, k, world, half):
+        return Choice(PIECES, config)
     return Choice(COLLECTIVE, config)
 
 
@@ -114,7 +117,9 @@ class GroupRunner:
         exchange, group = self.workspace.exchange, self.workspace.group
         choice = self.choose(x.shape[0], x.shape[1], group.size(), self.workspace.half, sharded)
         settings = eps, weight_offset, spec, wanted
-        if exchange is None or choice.algorithm == COLLECTIVE:
+        if exchange is not None and choice.algorithm == PIECES and isinstance(x, torch.Tensor):
+            return in_pieces(x, residual, weight, *settings, exchange, choice.config)
+        if exchange is None or choice.algorithm in (PIECES, COLLECTIVE):
             call = through_collectives(group, *settings, sharded, choice.config, residual is not None)
             return summed_first(x, call) if isinstance(x, PartialRows) else call
         args = (x, residual, weight, *settings, exchange, choice.config)

@@ -233,7 +233,8 @@ def store_scale(
         if SPEC.layout == "col_tma":
             if may_be_last:  # the last row zeroes the at most three rows of padding below it
                 for pad in tl.static_range(1, 4):
-                    tl.store(at + pad, tl.zeros_like(value), mask=mask & (row == m - 1) & (row + pad < scale_rows))
+                    padding = (row == m - 1) & (row + pad < (m + 3) // 4 * 4)
+                    tl.store(at + pad, tl.zeros_like(value), mask=mask & padding)
 
 
 @triton.jit

@@ -220,11 +220,16 @@ def plan_two_shot(
     exchange: Exchange,
     config: Config,
     sharded: bool,
+    of_rows: int | None = None,
 ) -> Plan:
-    """The same; sharded: each rank has only the rows that it owns of the residual, and of the sum."""
+    """The same; sharded: each rank has only the rows that it owns of the residual, and of the sum.
+
+    of_rows: of the outputs that these rows are written into, from a multiple of 4 on; else they have outputs of their
+    own.
+    """
     m = x.shape[0]
     chunk = -(-m // exchange.world)
-    numbers = (m, chunk, *row_strides(x, residual), spec.scale_rows(m), exchange.half // UNIT_BYTES, eps)
+    numbers = (m, chunk, *row_strides(x, residual), spec.scale_rows(of_rows or m), exchange.half // UNIT_BYTES, eps)
     own = dict(
         RANK=exchange.rank, WORLD=exchange.world, SHARDED=sharded, KINDS=wanted.kinds(sharded), PARTIAL=partial(x)
     )  # fmt: skip

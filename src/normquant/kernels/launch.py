@@ -139,12 +139,15 @@ class Launch:
         self._stream: Callable[[int], int] = int
         self._binary: tuple[Any, Any] = None, None
 
-    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Launch on inputs like those of the plan: -> the outputs; inputs and outputs that are None are left out."""
+    def __call__(self, *inputs: torch.Tensor, into: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """Launch on inputs like those of the plan: -> the outputs; inputs and outputs that are None are left out.
+
+        into: outputs to write, in place of new ones.
+        """
         if self._index is not None and self._index != _current_device():
             with torch.cuda.device(self.plan.device):
-                return self(*inputs)
-        outputs = [make() for make in self._makers]
+                return self(*inputs, into=into)
+        outputs = into or [make() for make in self._makers]
         if 0 in self.plan.grid:
             return outputs
         tensors = *inputs, *outputs
@@ -158,6 +161,13 @@ class Launch:
         stream = self._stream(self._index)  # type: ignore[arg-type]
         self._run(*self.plan.grid, stream, *self._binary, None, None, None, *pointers, *self._values)
         return outputs
+
+    def outputs(self) -> list[torch.Tensor]:
+        """What a call would write, uninitialized."""
+        if self._index is not None and self._index != _current_device():
+            with torch.cuda.device(self.plan.device):
+                return self.outputs()
+        return [make() for make in self._makers]
 
     def _ask_triton(self, tensors: tuple[torch.Tensor, ...]) -> None:
         plan, names = self.plan, list(self.plan.constants)

@@ -81,7 +81,8 @@ class Job:
         """The job in logs and folders."""
         linear = "" if self.installed else f"-{self.linear}"
         ranks = f"-tp{self.tensor_parallel}" if self.tensor_parallel > 1 else ""
-        return f"{self.setting}{linear}{'-moe' * (self.moe > 0)}{ranks}{'' if self.compiled else '-uncompiled'}"
+        rule = f"-products-{self.products}" if self.plugin and self.products != "auto" else ""
+        return f"{self.setting}{rule}{linear}{'-moe' * (self.moe > 0)}{ranks}{'' if self.compiled else '-uncompiled'}"
 
     @property
     def installed(self) -> bool:

@@ -44,6 +44,7 @@ Send = Callable[[dict[str, Any]], None]
 COMMAND = (sys.executable, "-m", "normquant.bench.vllm.worker")
 LOAD_FORMAT = "normquant_bench"
 SETTLE_S = 1.0  # of work before a wall time: this process was waiting for the others, with the GPU idle
+CORES = 4  # of each rank, while wall times are measured
 CALLS = 60  # lines in a listing of Python calls
 
 
@@ -150,13 +151,27 @@ def warm_up(engine: Engine, job: Job) -> None:
 def wall_times(engine: Engine, job: Job) -> dict[str, dict[str, float]]:
     """Milliseconds of each prompt, and of a step of each batch. No profiler has run: later launches would be slower."""
     settled = time.monotonic() + SETTLE_S
-    while engine.ranks.agreed(time.monotonic() < settled):
-        for length in job.prefill:
-            prefill(engine, job, length)
-    return {
-        "prefill_ms": {str(length): prefill_ms(engine, job, length) for length in job.prefill},
-        "tpot_ms": {str(batch): step_ms(engine, job, batch) for batch in job.batches},
-    }
+    with on_fixed_cores(engine.ranks.rank):
+        while engine.ranks.agreed(time.monotonic() < settled):
+            for length in job.prefill:
+                prefill(engine, job, length)
+        return {
+            "prefill_ms": {str(length): prefill_ms(engine, job, length) for length in job.prefill},
+            "tpot_ms": {str(batch): step_ms(engine, job, batch) for batch in job.batches},
+        }
+
+
+@contextlib.contextmanager
+def on_fixed_cores(rank: int) -> Iterator[None]:
+    """Within, this thread runs on the same cores in every setting's process. The GPU waits for Python in short steps,
+    and how long Python takes differs between the cores of a large host by more than between settings."""
+    allowed = os.sched_getaffinity(0)
+    chosen = sorted(allowed)[rank * CORES : (rank + 1) * CORES]
+    os.sched_setaffinity(0, chosen or allowed)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def prefill_ms(engine: Engine, job: Job, length: int) -> float:
