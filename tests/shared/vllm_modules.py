@@ -91,13 +91,13 @@ class Fp8BlockScaledMMLinearKernel:
         )
 
     def _get_layer_params(self, layer: Any) -> Any:
-        return SimpleNamespace(weight=layer.weight, block_scale=layer.weight_scale_inv)
+        return SimpleNamespace(weight=layer.weight, weight_scale_inv=layer.weight_scale_inv, weight_scale=None)
 
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
         self.quantized += 1
         form = ops.group_quant(x.reshape(-1, x.shape[-1]), spec=self.spec)
         params = self._get_layer_params(layer)
-        out = self.apply_block_scaled_mm(A=form.data, B=params.weight, As=form.scale, Bs=params.block_scale)
+        out = self.apply_block_scaled_mm(A=form.data, B=params.weight, As=form.scale, Bs=params.weight_scale_inv)
         return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
     def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> torch.Tensor:

@@ -44,7 +44,7 @@ def layer(**quant: Any) -> SimpleNamespace:
         )
 
         def _get_layer_params(self, layer: Any) -> Any:
-            return SimpleNamespace(weight=layer.weight, block_scale=layer.weight_scale_inv)
+            return SimpleNamespace(weight=layer.weight, weight_scale_inv=layer.weight_scale_inv, weight_scale=None)
 
         def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> torch.Tensor:
             x = A.float() * As.repeat_interleave(128, 1)

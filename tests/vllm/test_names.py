@@ -62,6 +62,7 @@ def test_modules_and_kernels_have_the_names_that_they_are_known_by(vllm: Any) ->
     assert list(inspect.signature(gated.forward_native).parameters)[-1:] == ["x"]
     base = getattr(vllm.block, linear_inputs.BASE)
     assert "apply_weights" in base.__dict__
+    assert {"weight_scale_inv", "weight_scale"} <= set(inspect.get_annotations(vllm.block.FP8BlockParams))
     for name in (linear_inputs.FLASHINFER, linear_inputs.FLASHINFER_OR_DEEPGEMM):
         kernel = getattr(vllm.flashinfer, name)
         assert issubclass(kernel, base) and not kernel.apply_input_quant and "apply_weights" not in kernel.__dict__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from normquant import ops
 from normquant.spec import QuantizedActivation, QuantSpec
 from normquant.specs import FLASHINFER_LINEAR, VLLM, VLLM_UE8M0
 from normquant.vllm.handover import MARK, carrying, differing, drop, fits, in_spec, leave, take
+from normquant.vllm.linear_inputs import block_scale
 
 M, K = 4, 256
 
@@ -133,3 +135,11 @@ def test_differences_are_counted() -> None:
     a = torch.tensor([1.0, float("nan"), 2.0])
     assert differing(a, a.clone()) == 0 and differing(a, torch.tensor([1.0, 3.0, 4.0])) == 2
     assert differing(a, a[:2]) == 3
+
+
+def test_the_scale_of_a_weight_has_either_name() -> None:
+    one, other = (
+        SimpleNamespace(weight_scale_inv=1, weight_scale=None),
+        SimpleNamespace(weight_scale_inv=None, weight_scale=2),
+    )
+    assert (block_scale(one), block_scale(other)) == (1, 2)

@@ -18,8 +18,6 @@ all of this is decided once, while it is captured, for kernels that run in that 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,6 +28,7 @@ from normquant.reference import lay_out_scale
 from normquant.spec import QuantizedActivation, QuantSpec
 
 MARK = "_normquant_form"
+SAME, LAID_OUT_OTHERWISE, UNLIKE = "same", "laid out otherwise", "unlike"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +41,20 @@ class _Left:
     place: tuple[int, ...]
 
 
-@contextmanager
-def carrying() -> Iterator[None]:
-    """Tensors made inside can carry a form, also where inference mode is on outside."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+class carrying:
+    """Tensors made within can carry a form, also where inference mode is on outside. Entered for every norm, and so
+    no generator."""
+
+    __slots__ = ("_grad", "_inference")
+
+    def __enter__(self) -> None:
+        self._inference, self._grad = torch.inference_mode(False), torch.no_grad()
+        self._inference.__enter__()
+        self._grad.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._grad.__exit__(*exception)
+        self._inference.__exit__(*exception)
 
 
 def leave(y: torch.Tensor, form: QuantizedActivation) -> bool:
@@ -77,23 +85,27 @@ def take(x: torch.Tensor, spec: QuantSpec) -> QuantizedActivation | None:
 def in_spec(form: QuantizedActivation, spec: QuantSpec) -> QuantizedActivation | None:
     """A form [M, K] as another spec has it: itself, or with its scales laid out anew; None where the values differ."""
     m, k = form.data.shape
-    if not fits(form.spec, spec, m):
-        return None
-    if quantization(form.spec.at(m)) == quantization(spec.at(m)):
-        return form
-    return QuantizedActivation(form.data, lay_out_scale(form.scale, k, spec.at(m)), spec)
+    wanted = spec.at(m)
+    likeness = _likeness(form.spec.at(m), wanted)
+    if likeness != LAID_OUT_OTHERWISE:
+        return form if likeness == SAME else None
+    return QuantizedActivation(form.data, lay_out_scale(form.scale, k, wanted), spec)
 
 
 def fits(made: QuantSpec, wanted: QuantSpec, m: int) -> bool:
     """Whether m rows quantized by one spec have the values and scales of another; the scales may lie otherwise."""
-    one, other = quantization(made.at(m)), quantization(wanted.at(m))
-    return one == other or (one.scale != "ue8m0_packed" and one.replace(layout=other.layout) == other)
+    return _likeness(made.at(m), wanted.at(m)) != UNLIKE
 
 
 @cache
-def quantization(spec: QuantSpec) -> QuantSpec:
-    """A spec without what it says of the norm: equal specs quantize a rounded norm alike."""
-    return spec.replace(rounding="twice", sum="fp32")
+def _likeness(made: QuantSpec, wanted: QuantSpec) -> str:
+    """How a rounded norm quantized by one spec compares to one by another: what they say of the norm plays no part."""
+    one, other = (spec.replace(rounding="twice", sum="fp32") for spec in (made, wanted))
+    if one == other:
+        return SAME
+    if one.scale != "ue8m0_packed" and one.replace(layout=other.layout) == other:
+        return LAID_OUT_OTHERWISE
+    return UNLIKE
 
 
 def differing(given: torch.Tensor, expected: torch.Tensor) -> int:

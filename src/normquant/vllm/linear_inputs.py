@@ -69,12 +69,13 @@ def quantization_of(quant: Any) -> QuantSpec:
 def product(layer: Any, kernel: Any, given: LinearInput, form: QuantizedActivation, bias: Any = None) -> torch.Tensor:
     """What the kernel computes of an input [M, K] that is quantized: [M, N] in its out dtype."""
     params = kernel._get_layer_params(layer)
-    weight, weight_scale = params.weight, params.block_scale
+    weight, weight_scale = params.weight, block_scale(params)
     if given.rows_below is None:
         out = kernel.apply_block_scaled_mm(A=form.data, B=weight, As=form.scale, Bs=weight_scale)
     else:
         operands = form.data, form.scale, weight, weight_scale
-        out = torch.ops.normquant_vllm.block_fp8_linear(*operands, given.rows_below, given.e8m0)
+        multiply = fp8_linear.block_fp8_linear if weight.is_cuda else torch.ops.normquant_vllm.block_fp8_linear
+        out = multiply(*operands, given.rows_below, given.e8m0)
     return (out if bias is None else out + bias).to(kernel.config.out_dtype)
 
 
@@ -102,3 +103,10 @@ def _is_packed(quant: Any) -> bool:
     from vllm.utils.deep_gemm import DeepGemmQuantScaleFMT
 
     return DeepGemmQuantScaleFMT.from_oracle() == DeepGemmQuantScaleFMT.UE8M0
+
+
+def block_scale(params: Any) -> torch.Tensor:
+    """The scale of a block-FP8 weight, from what a kernel of vLLM reads of its layer: checkpoints name it either way,
+    and vLLM 0.26 does not say which."""
+    found: torch.Tensor = params.weight_scale if params.weight_scale_inv is None else params.weight_scale_inv
+    return found

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 from normquant import ops
 from normquant.spec import QuantSpec
 from normquant.specs import VLLM
-from normquant.vllm.linear_inputs import kernel_of, quantization_of
+from normquant.vllm.linear_inputs import block_scale, kernel_of, quantization_of
 
 __all__ = ["add_rms_norm_quant", "block_linear", "group_quant", "input_spec", "rms_norm_quant", "silu_mul_quant"]
 
@@ -76,7 +76,7 @@ def block_linear(
     if scale.dim() != 2:  # with one leading dimension, a view would restride a single row
         scale = scale.view(-1, scale.shape[-1])
     params = kernel._get_layer_params(layer)
-    out = kernel.apply_block_scaled_mm(A=data, B=params.weight, As=scale, Bs=params.block_scale)  # [M, N]
+    out = kernel.apply_block_scaled_mm(A=data, B=params.weight, As=scale, Bs=block_scale(params))  # [M, N]
     out = out if bias is None else out + bias
     return out.to(kernel.config.out_dtype).view(*activation.orig_shape[:-1], out.shape[-1])
 

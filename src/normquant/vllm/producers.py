@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from normquant.ops import OPS, warmup
+from normquant.ops._op import launch_of
 from normquant.spec import QuantizedActivation, QuantSpec
 from normquant.vllm.handover import carrying
 from normquant.vllm.methods import give_back
@@ -66,11 +67,12 @@ class Producer(ABC):
 
     def run(self, spec: QuantSpec, *inputs: torch.Tensor) -> Made:
         """What our op gives for these inputs. Nothing is changed in place."""
+        op, args = self.call(spec, *inputs)
+        overload = OPS[op].overload
         with carrying():
-            op, args = self.call(spec, *inputs)
-            data, scale, *total, y = OPS[op].overload(*args)
+            data, scale, *total, y = (launch_of(overload) if inputs[0].is_cuda else overload)(*args)
             residual_sum = total[0].view(inputs[0].shape) if total else None
-            return Made(y, QuantizedActivation(data, scale, spec), residual_sum)
+        return Made(y, QuantizedActivation(data, scale, spec), residual_sum)
 
     def warm_up(self, spec: QuantSpec, *inputs: torch.Tensor) -> None:
         """Compile what any number of rows may launch, before a request has it or a CUDA graph is captured."""
