@@ -20,8 +20,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 FILES = sorted((ROOT / "baselines").glob("*.jsonl"))
 RECORDS = list(read(ROOT / "baselines" / "h100.jsonl"))
-INSTALLED_H100 = list(read(ROOT / "baselines" / "h100-installed.jsonl"))
-H200 = list(read(ROOT / "baselines" / "h200.jsonl"))
+H100_VLLM = list(read(ROOT / "baselines" / "h100-vllm-0.26.jsonl"))
+H200_26 = list(read(ROOT / "baselines" / "h200-vllm-0.26.jsonl"))
+H200_33 = list(read(ROOT / "baselines" / "h200-vllm-0.33.jsonl"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -41,10 +42,13 @@ def test_no_case_is_there_twice(path):
 MEASURED = tuple(op for op in BENCHMARKED if op not in UNMEASURED)
 PEERS = ("vllm fused", "vllm unfused", "flashinfer", "flashinfer pdl", "torch.compile")
 MODELS = {"DeepGEMM": ("deepgemm", False), "DeepGEMM, experts": ("deepgemm", True), "Cutlass": ("cutlass", False)}
-INSTALLED = {  # title -> records, and whether there are experts
-    "As installed, dense layers": (INSTALLED_H100, False),
-    "The same on an H200, products left to vLLM": (H200, False),
-    "As installed, experts": (H200, True),
+INSTALLED = {  # title -> records, whether there are experts, whether vLLM compiles the model
+    "As installed, dense layers": (H200_26, False, True),
+    "As installed, experts": (H200_26, True, True),
+    "vLLM 0.33, dense layers": (H200_33, False, True),
+    "Not compiled, vLLM 0.26": (H200_26, False, False),
+    "Not compiled, vLLM 0.33": (H200_33, False, False),
+    "The same on an H100, a version earlier": (H100_VLLM, False, True),
 }
 SETTINGS = ("default", "off", "normquant")
 LABORATORY = ("`VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0`", "one GPU", "no all-reduce")
@@ -167,26 +171,49 @@ def installed_rows(title: str) -> list[str]:
     return found
 
 
-def installed(title: str) -> list[dict]:
-    records, moe = INSTALLED[title]
-    return [r for r in records if r["suite"] == "vllm" and r["moe"] is moe and r["setting"].startswith("installed")]
+def installed(title: str, rules: tuple[str, ...] = ("", "auto")) -> list[dict]:
+    records, moe, compiled = INSTALLED[title]
+    return [
+        r
+        for r in records
+        if r["moe"] is moe
+        and r.get("compiled", True) is compiled
+        and r.get("tensor_parallel", 1) == 1
+        and r.get("products", "") in rules
+    ]
 
 
 @pytest.mark.parametrize("title", INSTALLED)
 def test_vllm_as_installed_is_quoted(title):
     records = installed(title)
     _, *rows = table(section(title))
-    assert len(rows) == 5 and sorted(rows) == sorted(installed_rows(title))
+    assert len(rows) == 3 + len(records[0]["prefill_ms"]) and sorted(rows) == sorted(installed_rows(title))
     (command,) = re.findall(r"^normquant bench vllm .*", section(title), re.M)
-    assert "--as-installed" in command and all(r["command"].startswith(command) for r in records)
-    versions = {(r["vllm"], r["flashinfer"], r["torch"][:4]) for r in records}
-    assert versions == {("0.26.0", "0.6.14", "2.11")} and all(r["switches"] == {} for r in records)
-    text = words(section("vLLM as pip installs it"))
-    assert "vLLM 0.26.0 with FlashInfer 0.6.14, torch 2.11, on one GPU" in text and "no all-reduce" in text
+    assert ("--as-installed" in command) != ("--uncompiled" in command)
+    assert all(r["command"].startswith(command) for r in records)
+    ((vllm, flashinfer, torch),) = {(r["vllm"], r["flashinfer"], r["torch"][:4]) for r in records}
+    text = words(section(title))
+    assert f"vLLM {vllm}, FlashInfer {flashinfer.partition('.post')[0]}, torch {torch}" in text
+    assert all(r["switches"] == {} for r in records)
+    above = words(section("vLLM as pip installs it"))
+    assert "one GPU runs, and no all-reduce" in above
     (gpu,) = {r["gpu"] for r in records}
-    assert f"one {gpu}" in words(section(title))
-    assert all(f"easured {r.get('date') or 'a'}" in words(section(title)) for r in records)
+    assert f"one {gpu}" in (text if "H100" in title else above)
+    assert all(f"easured {r['date']}" in (text if "H100" in title else above) for r in records)
     assert {r["scales_not_power_of_two"] for r in records} == {0}
+
+
+def test_products_of_few_rows_in_vllm_are_quoted():
+    auto, never = (
+        {r["batch"]: r for r in installed("As installed, dense layers", (rule,))} for rule in ("auto", "never")
+    )
+    _, *rows = table(section("The same with vLLM's products"))
+    expected = []
+    for batch, theirs in never.items():
+        one, other = theirs["gpu_us_per_step"], auto[batch]["gpu_us_per_step"]
+        replayed = f"{theirs['replay_us']:.1f} / {auto[batch]['replay_us']:.1f}"
+        expected.append(row(f"batch {batch}", f"{one:.1f}", f"{other:.1f}", change(other, one), replayed))
+    assert rows == expected
 
 
 def test_the_accuracy_of_vllm_as_installed_is_quoted():
@@ -267,7 +294,8 @@ def test_the_decode_step_is_quoted():
 
 
 def test_every_table_of_the_page_is_one_of_these():
-    titles = ("Kernels", "Layers", *PRODUCTS, "A decode layer", *INSTALLED, *MODELS, "Accuracy")
+    titles = ("Kernels", "Layers", *PRODUCTS, "A decode layer", *INSTALLED, "The same with vLLM's products", *MODELS)
+    titles += ("Accuracy",)
     assert sorted(table(PERFORMANCE)) == sorted(line for title in titles for line in table(section(title)))
 
 
@@ -276,23 +304,27 @@ def test_the_page_says_where_the_records_come_from():
     assert {(r["torch"], r["triton"]) for r in RECORDS} == {("2.11.0+cu130", "3.6.0")}
     assert "torch 2.11.0 and Triton 3.6.0" in PERFORMANCE
     commands = re.findall(r"^normquant bench .*", PERFORMANCE, re.M)
-    assert len(commands) == 10
-    ran = {r["command"] for r in (*RECORDS, *INSTALLED_H100, *H200)}
+    assert len(commands) == 13
+    ran = {r["command"] for path in FILES for r in read(path)}
     assert all(any(command.startswith(quoted) for command in ran) for quoted in commands)
 
 
 def test_the_readme_quotes_the_layer_and_vllm():
-    header, kernel, layer, vllm_row = table(README)[:4]
+    header, kernel, layer, *vllm_rows, several = table(README)[:6]
     assert "one H100" in header and COMPILED in kernel and COMPILED in layer
     us = {(m, setting): r["us"] for (model, m, setting), r in layers().items() if model == "deepseek-r1"}
     gains = (change(us[m, "normquant"], us[m, "stock"]) for m in (1, 64, 1024))
     assert f"of 1, 64, 1024 tokens | {COMPILED} | {', '.join(gains)} time |" in layer
-    records = installed("As installed, dense layers")
-    us = {(r["setting"], r["batch"]): r["gpu_us_per_step"] for r in records}
-    us |= {(r["setting"], int(n)): value for r in records for n, value in r["prefill_gpu_us"].items()}
-    steps, prompts = (
-        ", ".join(change(us["installed-normquant", n], us["installed", n]) for n in sizes)
-        for sizes in ((1, 16, 64), (2048, 8192))
-    )
-    assert "as pip installs it" in vllm_row
-    assert vllm_row.endswith(f"without `NORMQUANT=1` | {steps}; {prompts} GPU time |")
+    for text, title in zip(vllm_rows, ("As installed, dense layers", "vLLM 0.33, dense layers"), strict=True):
+        records = installed(title)
+        us = {(r["setting"], r["batch"]): r["gpu_us_per_step"] for r in records}
+        us |= {(r["setting"], int(n)): value for r in records for n, value in r["prefill_gpu_us"].items()}
+        steps, prompts = (
+            ", ".join(change(us["installed-normquant", n], us["installed", n]) for n in sizes)
+            for sizes in ((1, 16, 64), (2048, 8192))
+        )
+        assert text.startswith(f"| vLLM {records[0]['vllm'][:4]} as pip installs it, on one H200")
+        assert text.endswith(f"without `NORMQUANT=1` | {steps}; {prompts} GPU time |")
+    of = {(r["setting"], r["batch"]): r["replay_us"] for r in H200_26 if r["tensor_parallel"] == 4 and not r["moe"]}
+    steps = ", ".join(change(of["installed-normquant", n], of["installed", n]) for n in (1, 16, 64))
+    assert "on four H200" in several and several.endswith(f"NORMQUANT_ALL_REDUCE=1` | {steps} GPU time |")

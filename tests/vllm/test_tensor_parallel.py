@@ -40,7 +40,7 @@ def test_without_the_switch_they_stay_and_the_report_says_why(ranks_without_swit
     others = told(ranks_without_switch, "others")
     assert set(others) == set(OPS)
     for other in others.values():
-        assert other["reason"].endswith("stays: not measured in vLLM here; NORMQUANT_ALL_REDUCE=1 fuses it")
+        assert other["reason"].endswith("in another order; NORMQUANT_ALL_REDUCE=1 fuses it")
 
 
 def test_a_sum_of_two_ranks_has_one_order_and_the_tokens_are_the_same(ranks_on: Any, ranks_without_switch: Any) -> None:

@@ -9,21 +9,8 @@ from normquant.bench.records import TIMES
 
 # What makes two records the same case, of whatever suite; the other fields were measured, or are versions.
 CASE = (
-    *("suite", "op", "model", "setting", "linear", "layers", "moe", "batch", "m", "k"),
-    *(
-        "group",
-        "layout",
-        "scale",
-        "residual",
-        "normed",
-        "provider",
-        "inputs",
-        "policy",
-        "gpu",
-        "ranks",
-        "reader",
-        "part",
-    ),
+    *("suite", "op", "model", "setting", "linear", "layers", "moe", "batch", "m", "k", "group", "layout", "scale"),
+    *("residual", "normed", "provider", "inputs", "policy", "gpu", "ranks", "reader", "part"),
 )
 # Of a case, too: what records had before there were these fields.
 LATER = {"tensor_parallel": 1, "products": "auto", "compiled": True}
@@ -55,8 +42,9 @@ def compare(before: Iterable[dict], after: Iterable[dict]) -> tuple[list[CaseCha
 def key(record: dict) -> tuple:
     """What makes two records the same case."""
     columns = record.get("n") if record.get("suite") == "linear" else None  # elsewhere n counts samples
-    later = (record.get(name) or default for name, default in LATER.items())
-    return (*(str(record.get(name)) for name in CASE), str(columns), *map(str, later))
+    later = {name: record.get(name) for name in LATER}
+    said = (LATER[name] if value in (None, "") else value for name, value in later.items())
+    return (*(str(record.get(name)) for name in CASE), str(columns), *map(str, said))
 
 
 def _change(before: dict, after: dict) -> CaseChange:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from normquant.report import plot_style
 from normquant.report.plot_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from normquant.report.vllm_text import setting_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,25 +28,27 @@ GROUPS = {
 SETTINGS = {
     "installed": "as installed",
     "installed-normquant": "with normquant",
+    "installed-normquant, products never": "with normquant, vLLM's products",
     "default": "default",
     "off": "fusion off",
     "unfused": "unfused",
     "normquant": "with normquant",
 }
-Model = tuple[str, int, bool]
+Model = tuple[str, int, bool, bool]
 
 
 def models(records: Sequence[Mapping[str, Any]]) -> dict[Model, list[Mapping[str, Any]]]:
-    """(linear kernel, layers, with experts) -> its records, by batch and setting.
+    """(linear kernel, layers, with experts, compiled) -> its records, by batch and setting.
 
-    Raises ValueError where there are none.
+    Left out are records of several GPUs, whose profiled steps measure how late the others were. Raises ValueError where
+    no others are there.
     """
     found: dict[Model, dict[tuple[int, int], Mapping[str, Any]]] = {}
     order = list(SETTINGS)
     for r in records:
-        if r["suite"] == "vllm" and r["setting"] in SETTINGS:
-            bars = found.setdefault((r["linear"], r["layers"], r["moe"]), {})
-            bars[r["batch"], order.index(r["setting"])] = r  # of the same case the later one
+        if r["suite"] == "vllm" and r.get("tensor_parallel", 1) == 1:
+            bars = found.setdefault((r["linear"], r["layers"], r["moe"], r.get("compiled", True)), {})
+            bars[r["batch"], order.index(setting_name(r))] = r  # of the same case the later one
     if not found:
         raise ValueError("no records of vLLM's decode steps")
     return {model: [bars[key] for key in sorted(bars)] for model, bars in found.items()}
@@ -86,10 +89,11 @@ def _gaps(held: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _title(model: Model, record: Mapping[str, Any]) -> str:
-    linear, layers, moe = model
+    linear, layers, moe, compiled = model
     installed = "as pip installs it" if record["setting"].startswith("installed") else f"linear kernel {linear}"
     experts = ", some with experts" if moe else ""
-    return f"vLLM {record['vllm']}, {installed}; {layers} layers of DeepSeek-R1{experts}"
+    otherwise = "" if compiled else ", not compiled"
+    return f"vLLM {record['vllm']}, {installed}; {layers} layers of DeepSeek-R1{experts}{otherwise}"
 
 
 def _draw(axes: Axes, title: str, held: Sequence[Mapping[str, Any]]) -> None:
@@ -108,7 +112,7 @@ def _draw(axes: Axes, title: str, held: Sequence[Mapping[str, Any]]) -> None:
         text = "  ".join(filter(None, [f"{r['gpu_us_per_step']:.0f}", change(r, held)]))
         axes.text(left + longest * 0.01, y, text, va="center", fontsize=8)
         ticks.append(y)
-        labels.append(f"batch {batch}, {SETTINGS[r['setting']]}")
+        labels.append(f"batch {batch}, {SETTINGS[setting_name(r)]}")
     axes.set_yticks(ticks, labels)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(y + 0.7, 0.9)

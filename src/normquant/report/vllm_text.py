@@ -15,7 +15,7 @@ SHOWN = (
 
 def line(record: Mapping[str, Any]) -> str:
     """One record, while others are still measured."""
-    case = f"{_setting(record)} {_model(record)} batch={record['batch']}"
+    case = f"{setting_name(record)} {_model(record)} batch={record['batch']}"
     gpu = f"{record['gpu_us_per_step']:.1f} us a step on the GPU in {record['kernels']} kernels"
     return f"{case}: {gpu}, {record['tpot_ms']:.3f} ms a token"
 
@@ -35,7 +35,7 @@ def decoding(records: Sequence[Mapping[str, Any]]) -> str:
     header += ["replay us", "launch us", "sum us", "kernels", "TPOT ms"]
     rows = []
     for r in sorted(records, key=lambda r: (_model(r), r["batch"])):
-        row = [_model(r), str(r["batch"]), _setting(r), f"{r['gpu_us_per_step']:.1f}"]
+        row = [_model(r), str(r["batch"]), setting_name(r), f"{r['gpu_us_per_step']:.1f}"]
         row += [_change(r, records, other) for other in others]
         row += ["" if r.get(name) is None else f"{r[name]:.1f}" for name in ("replay_us", "launch_us")]
         row += [f"{r['sum_us_per_step']:.1f}", str(r["kernels"]), f"{r['tpot_ms']:.3f}"]
@@ -45,31 +45,31 @@ def decoding(records: Sequence[Mapping[str, Any]]) -> str:
 
 def settings(records: Sequence[Mapping[str, Any]]) -> str:
     """A row for each setting: prompts, the logits' error and scales; below, what the auditor found."""
-    firsts = {(_model(r), _setting(r)): r for r in reversed(records)}
+    firsts = {(_model(r), setting_name(r)): r for r in reversed(records)}
     prompts = sorted({tokens for r in records for tokens in r["prefill_ms"]}, key=int)
     header = ["linear", "setting", *(f"{tokens} tokens ms (GPU)" for tokens in prompts)]
     header += ["logit error", "p10 to p90", "scales not 2^n"]
     rows, found = [], []
     for r in reversed(firsts.values()):
-        row = [_model(r), _setting(r)]
+        row = [_model(r), setting_name(r)]
         row += [f"{r['prefill_ms'][tokens]:.2f} ({r['prefill_gpu_us'][tokens] / 1e3:.2f})" for tokens in prompts]
         row += [f"{r['logit_error']:.5f}", f"{r['logit_error_p10']:.4f} to {r['logit_error_p90']:.4f}"]
         rows.append([*row, f"{r['scales_not_power_of_two']} of {r['scales']}"])
         rules = ", ".join(f"{count} {rule}" for rule, count in sorted(r["findings"].items()))
-        found.append(f"{_model(r)} {_setting(r)}, generated code: {rules or 'nothing found'}")
+        found.append(f"{_model(r)} {setting_name(r)}, generated code: {rules or 'nothing found'}")
     return "\n".join([table(header, rows, "<<" + ">" * (len(header) - 2)), "", *found])
+
+
+def setting_name(record: Mapping[str, Any]) -> str:
+    """The setting, and normquant's rule for products of few rows where it is not "auto"."""
+    rule = record.get("products", "")
+    return record["setting"] + (f", products {rule}" if rule not in ("", "auto") else "")
 
 
 def _model(record: Mapping[str, Any]) -> str:
     """The linear kernel, whether the model has experts, and on how many GPUs it ran."""
     ranks = record.get("tensor_parallel", 1)
     return f"{record['linear']}{', experts' if record['moe'] else ''}{f', TP{ranks}' if ranks > 1 else ''}"
-
-
-def _setting(record: Mapping[str, Any]) -> str:
-    """The setting, and normquant's rule for products of few rows where it is not "auto"."""
-    rule = record.get("products", "")
-    return record["setting"] + (f", products {rule}" if rule not in ("", "auto") else "")
 
 
 def _change(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]], setting: str) -> str:

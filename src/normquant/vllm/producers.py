@@ -37,8 +37,14 @@ class Made:
 
     def returned(self, x: torch.Tensor) -> Any:
         """What the module returns for its first input x [..., *]."""
-        y = self.y if x.dim() == 2 else self.y.view(*x.shape[:-1], self.y.shape[-1])
+        y = shaped(self.y, x)
         return y if self.total is None else (y, self.total)
+
+
+def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y [M, N] with the leading dimensions of x [..., K]: itself where x is a matrix, as a view takes the host longer
+    than many a kernel."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 @dataclass
@@ -71,7 +77,7 @@ class Producer(ABC):
         overload = OPS[op].overload
         with carrying():
             data, scale, *total, y = (launch_of(overload) if inputs[0].is_cuda else overload)(*args)
-            residual_sum = total[0].view(inputs[0].shape) if total else None
+            residual_sum = shaped(total[0], inputs[0]) if total else None
         return Made(y, QuantizedActivation(data, scale, spec), residual_sum)
 
     def warm_up(self, spec: QuantSpec, *inputs: torch.Tensor) -> None:

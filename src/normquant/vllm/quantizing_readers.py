@@ -20,6 +20,7 @@ from normquant.specs import VLLM, VLLM_UE8M0
 from normquant.vllm.handover import differing
 from normquant.vllm.linear_inputs import LinearInput, input_of, kernel_of, product
 from normquant.vllm.methods import give_back
+from normquant.vllm.producers import shaped
 
 PREPARES = ("MoEPrepareAndFinalizeNoDPEPModular", "MoEPrepareAndFinalizeNoDPEPMonolithic")
 FEW, MANY = 8, 40  # rows on both sides of the number from which on another kernel computes a linear
@@ -86,7 +87,7 @@ class LinearReader(Reader):
     def read(self, form: QuantizedActivation, *args: Any, **kwargs: Any) -> Any:
         layer, x, bias = (*args, *kwargs.values(), None)[:3]
         out = product(layer, self.owner, self.given, form, bias)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return shaped(out, x)
 
     def unlike(self, *args: Any, **kwargs: Any) -> str:
         layer, x, *bias = *args, *kwargs.values()

@@ -13,7 +13,7 @@ from normquant.compile.fusions import norm_quant
 from normquant.compile.fusions.all_reduce_norm_quant import AllReduceNormQuant
 from normquant.compile.fusions.candidate import Findings
 
-OFF = "not measured in vLLM here; NORMQUANT_ALL_REDUCE=1 fuses it"
+OFF = "off by default, as it adds the ranks' parts in another order; NORMQUANT_ALL_REDUCE=1 fuses it"
 ALL_REDUCE_FUSIONS = ("AllReduceFusionPass", "RocmAiterAllReduceFusionPass")
 LEFT = "left to vLLM's fusion of all-reduce and norm"
 
