@@ -32,6 +32,8 @@ KERNELS: Mapping[str, tuple[str, str]] = {
     FLASHINFER_OR_DEEPGEMM: ("FlashInfer or DeepGEMM, by rows", SELF_QUANTIZING),
     PRODUCT: ("FlashInfer or DeepGEMM, by rows, on FP8 inputs", ""),
 }
+PAIR = "normquant::block_fp8_linear_"  # with what its name ends with
+PAIRED = "vLLM's, or normquant's for few rows, in an op with what reads the product"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,14 @@ def find(root: Path) -> list[Path]:
 
 def linear_kernels(graph: Graph) -> dict[str, int]:
     """Name of each known linear kernel -> how many calls of it the graph has."""
-    return dict(Counter(KERNELS[name][0] for name in map(called, graph.nodes) if name in KERNELS))
+    return dict(Counter(filter(None, (_kernel(called(node)) for node in graph.nodes))))
+
+
+def _kernel(name: str) -> str:
+    """How a person calls the linear kernel in an operation; "" where there is none."""
+    if name.startswith(PAIR):
+        return PAIRED
+    return KERNELS[name][0] if name in KERNELS else ""
 
 
 def remark(kernel: str) -> str:
