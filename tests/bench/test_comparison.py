@@ -27,6 +27,6 @@ def test_steps_of_vllm_are_compared_too():
 
 def test_products_and_numbers_of_gpus_are_cases_and_older_records_have_the_defaults():
     old = record(1.0, suite="vllm")
-    for other in ({"products": "never"}, {"tensor_parallel": 4}):
+    for other in ({"products": "never"}, {"tensor_parallel": 4}, {"compiled": False}):
         changes, gone, added = compare([old], [old | {"products": "auto", "tensor_parallel": 1}, old | other])
         assert (len(changes), gone, added) == (1, 0, 1)
