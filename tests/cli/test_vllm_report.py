@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,9 +38,12 @@ def test_layers_of_one_type_are_one_line(tmp_path: Path, capsys: Any) -> None:
     assert main(["vllm-report", str(written(tmp_path / "rank_0_0", *records))]) == 0
     out = capsys.readouterr().out
     assert "2 of 2 sites fused in 2 compiled graphs" in out
-    (line,) = [line for line in out.splitlines() if "input_layernorm" in line]
-    assert "layers.*.input_layernorm K=7168" in line and "(layer 3, 12)" in line and "add_rms_norm_quant" in line
-    assert "stock  layers.*.mlp.down_proj.quant_fp8: its input is aten.mul, not an RMSNorm (layer 3)" in out
+    lines = [line.strip() for line in out.splitlines()]
+    (at,) = [number for number, line in enumerate(lines) if "input_layernorm" in line]
+    assert "layers.*.input_layernorm K=7168" in lines[at] and "(layer 3, 12)" in lines[at]
+    assert "add_rms_norm_quant" in lines[at + 1] and lines[at + 2] == "policy auto"
+    at = lines.index("stock  layers.*.mlp.down_proj.quant_fp8 (layer 3)")
+    assert lines[at + 1] == "its input is aten.mul, not an RMSNorm"
     assert "linear kernel: DeepGEMM, 9 calls" in out
     assert "normquant 0.1.0, vLLM 0.32.0, policy auto" in out
 
@@ -67,6 +70,26 @@ def test_the_cache_written_last_is_shown(tmp_path: Path, capsys: Any) -> None:
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [Path(line["path"]).parent.name for line in lines] == ["new", "old"]
     assert asdict(record(ADD)).items() <= lines[0].items()
+
+
+def test_ranks_that_did_the_same_are_told_of_once(tmp_path: Path, capsys: Any) -> None:
+    for rank in range(3):
+        written(tmp_path / f"rank_{rank}_0", record(ADD))
+    written(tmp_path / "other", record(NEXT))
+    main(["vllm-report", "--all", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert out.count("1 of 1 sites fused") == 2
+    first = out.index(str(tmp_path / "rank_0_0"))
+    assert out[first:].splitlines()[:3] == [str(tmp_path / f"rank_{rank}_0") for rank in range(3)]
+
+
+def test_a_terminal_is_not_overrun(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    written(tmp_path, record(replace(ADD, reason="measured: " + ", ".join(f"provider {n} us" for n in range(30)))))
+    main(["vllm-report", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    sites = lines[lines.index(next(line for line in lines if "sites fused" in line)) + 1 : -1]
+    assert len(sites) > 8 and max(map(len, sites)) <= 60
 
 
 @pytest.mark.parametrize("content", [None, "{}\n", "no json\n", "[1]\n"])

@@ -15,10 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normquant.cli.terminal import wrapped
+from normquant.report.formatting import count
+
 if TYPE_CHECKING:  # what imports torch is imported where records are read
     from normquant.vllm.graph_records import GraphRecord
 
 SHARED = "Layers whose graph is the same share one compiled graph; it is listed once, under the first of them."
+BELOW = " " * 9  # before what belongs to a site
 INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -39,8 +43,15 @@ def run(args: argparse.Namespace) -> int:
     files = find(root)
     if not files:
         raise ValueError(f"no {FILE} under {root}; vLLM compiled nothing there with normquant switched on")
+    folders: dict[str, list[str]] = {}  # of a report; the ranks of a group have the same
     for path in files if args.all else files[:1]:
-        print(_report(path, args.json))
+        report = _report(path, args.json)
+        if args.json:
+            print(report)
+        else:
+            folders.setdefault(report, []).append(str(path.parent))
+    for report, of in folders.items():
+        print("\n".join([*sorted(of), report]))
     return 0
 
 
@@ -52,7 +63,7 @@ def _report(path: Path, as_json: bool) -> str:
         records = list(read(path))
         if as_json:
             return "\n".join(json.dumps(asdict(record) | {"path": str(path)}) for record in records)
-        return f"{path.parent}\n{text(records)}"
+        return text(records)
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} does not hold what the plugin writes: {type(error).__name__}: {error}") from error
 
@@ -87,9 +98,10 @@ def text(records: Iterable[GraphRecord]) -> str:
     versions = sorted({f"normquant {r.normquant}, vLLM {r.vllm}, policy {r.report['policy']}" for r in records})
     apart = [record.rows for record in records if record.rows.startswith(NOT_COMPILED)]
     graphs = len(records) - len(apart)
-    where = f"{graphs} compiled graphs" if not apart else f"a model that is {apart[0]}"
+    where = count(graphs, "compiled graph") if not apart else f"a model that is {apart[0]}"
     lines = [*versions, f"{fused} of {sites} sites fused in {where}"]
-    lines += [f"  {_line(kind, layers)}" for kind, layers in sorted(kinds.items(), key=lambda item: item[0])]
+    for kind, layers in sorted(kinds.items(), key=lambda item: item[0]):
+        lines += _lines(kind, layers)
     lines += [f"  linear kernel: {name}, {n} calls{_note(name)}" for name, n in sorted(linear.items())]
     lines += [f"  a graph was compiled as it was: {r.report['error']}" for r in records if r.report["error"]]
     if graphs:
@@ -106,10 +118,12 @@ def _kind(site: Mapping[str, Any]) -> tuple[str, ...]:
     return site["strategy"], INDEX.sub("*", site["name"]), shape, what, site["reason"]
 
 
-def _line(kind: tuple[str, ...], layers: set[str]) -> str:
+def _lines(kind: tuple[str, ...], layers: set[str]) -> list[str]:
+    """Where, what and why, a line each, in the width of the terminal."""
     strategy, name, shape, what, reason = kind
-    where = f" (layer {', '.join(sorted(layers, key=int))})" if layers else ""
-    return f"{strategy:<6} {' '.join(filter(None, (name, shape, what)))}: {reason}{where}"
+    where = f"(layer {', '.join(sorted(layers, key=int))})" if layers else ""
+    head = f"  {strategy:<6} {' '.join(filter(None, (name, shape, where)))}"
+    return [wrapped(head, BELOW), *(wrapped(BELOW + line, BELOW) for line in (what, reason) if line)]
 
 
 def _note(kernel: str) -> str:

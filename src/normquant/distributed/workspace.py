@@ -58,8 +58,8 @@ def open_workspace(
 ) -> Workspace:
     """Make the workspace of a group, for calls of up to `rows` rows of k values; every rank of the group calls this.
 
-    Larger calls go in pieces, those that keep the residual with its owners through NCCL, as all do where the GPUs cannot
-    reach each other's memory; the bits are the same.
+    Larger calls go in pieces. Those that keep the residual with its owners go through NCCL, and so do all where the
+    GPUs cannot reach each other's memory. The bits are the same.
     one_shot_rows: up to how many rows a rank may send its part to all others. timeout_s: after which a rank that
     waits for another one ends with an error that names it. The calls of a group must follow one another in one order on
     all ranks, on one stream or on streams that wait for each other. An open workspace of the group is closed.
