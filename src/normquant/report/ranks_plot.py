@@ -38,7 +38,7 @@ def figure(records: Sequence[Mapping[str, Any]], model: Model, date: str = "") -
 
     model: (ranks, rows, sharded) -> predicted microseconds.
     """
-    used = [r for r in records if "ranks" in r and r["provider"] in PANELS]
+    used = [r for r in records if "ranks" in r and r["provider"] in PANELS and r["m"] in ROWS]
     with plot_style.figure(8.8, 4.2, used, date) as drawing:
         axes = drawing.subplots(1, len(PANELS), sharey=True)
         for panel, (provider, title) in zip(axes, PANELS.items(), strict=True):
