@@ -135,6 +135,32 @@ def test_every_algorithm_shape_and_output_has_the_bits_of_the_reference(world: i
     assert len(set(run_ranks(every_shape, world, free_port(), timeout=240))) == 1
 
 
+def many_rows(rank: int, world: int, port: int, wanted: int) -> int:
+    group, clock = start(rank, world, port, timeout_s=30.0), random.Random(0)
+    generator = torch.Generator("cuda").manual_seed(0)  # the same numbers on every rank
+    weight, rows = weights(K).cuda(), 0
+    ways = [(ONE_SHOT, False), (TWO_SHOT, False), (TWO_SHOT, True), (PIECES, False), (COLLECTIVE, False)]
+    while rows < wanted:
+        algorithm, sharded = clock.choice(ways)
+        m = clock.randint(1, 512 if algorithm == ONE_SHOT else 2048) + 2048 * (algorithm == PIECES)
+        wide = torch.randn(world + 1, m, K, generator=generator, device="cuda") * 4.0 ** clock.randint(-6, 6)
+        *parts, residual = wide.bfloat16()
+        parts = torch.stack(parts)
+        *expected, total, _ = reference.all_reduce_add_rms_norm_quant(parts, residual, weight, EPS, SPEC)
+        choice = Choice(algorithm, CONFIGS[0])
+        *got, own_total = call(group, parts, residual, weight, SPEC, (True, False), sharded, choice)
+        own = own_rows(m, rank, world) if sharded else slice(m)
+        assert_bitwise([*got, own_total[own]], [*expected, total[own]])
+        rows += m
+    leave()
+    return rows
+
+
+@on_ranks
+def test_a_million_random_rows_have_the_bits_of_the_reference(world: int) -> None:
+    assert min(run_ranks(many_rows, world, free_port(), 1_000_000, timeout=240)) >= 1_000_000
+
+
 def replays(rank: int, world: int, port: int, count: int) -> int:
     group = start(rank, world, port, timeout_s=20.0)
     clock, weight = random.Random(rank), weights(K).cuda()
