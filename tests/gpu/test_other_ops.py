@@ -18,6 +18,7 @@ from normquant.kernels.gated_norm_quant import gated_norm_quant
 from normquant.kernels.latent_norm_quant import latent_norm_quant
 from normquant.kernels.rope_last import rope_last
 from normquant.kernels.silu_mul_quant import silu_mul_quant
+from normquant.vllm import expert_products
 
 Q, C, R = 1536, 512, 64  # DeepSeek-R1
 SPECS = {
@@ -186,3 +187,12 @@ def test_the_quotient_of_every_fp32_mantissa(exponent):
     out = torch.empty_like(amax, device="cuda")
     quotient_kernel[(len(amax) // 1024,)](amax.cuda(), out, 1024, enable_fp_fusion=False)
     assert_bitwise((out.cpu(),), (torch.full_like(amax, 448.0) / amax,))
+
+
+@pytest.mark.parametrize("m", [1, 33, 4096])
+def test_a_gated_product_of_experts_is_written_where_it_is_told(m):
+    spec = specs.VLLM_UE8M0.replace(rounding="twice")
+    x, output = activations(m, 512).cuda(), torch.zeros(m, 256, dtype=torch.bfloat16, device="cuda")
+    for _ in range(2):  # the second call does not ask Triton
+        given = expert_products._write(x, output.zero_(), spec.encode())
+        assert_bitwise((*given, output), reference.silu_mul_quant(x, spec))

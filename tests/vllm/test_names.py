@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from normquant import ops
 from normquant.specs import VLLM
 from normquant.vllm import (
     activation_modules,
+    expert_products,
     experts_op,
     first_forward,
     linear_inputs,
@@ -32,7 +34,9 @@ def vllm() -> Any:
     import vllm  # noqa: F401  first, as its parts import each other
     from vllm.model_executor.kernels.linear.scaled_mm import BlockScaledMMLinearKernel, flashinfer
     from vllm.model_executor.layers import activation, layernorm
+    from vllm.model_executor.layers.fused_moe import activation as moe_activation
     from vllm.model_executor.layers.fused_moe import config
+    from vllm.model_executor.layers.fused_moe.experts import fallback, triton_moe
     from vllm.model_executor.layers.fused_moe.prepare_finalize import no_dp_ep
     from vllm.model_executor.layers.fused_moe.runner import moe_runner
 
@@ -44,6 +48,9 @@ def vllm() -> Any:
         config=config,
         no_dp_ep=no_dp_ep,
         moe_runner=moe_runner,
+        moe_activation=moe_activation,
+        triton_moe=triton_moe,
+        fallback=fallback,
     )
 
 
@@ -74,6 +81,21 @@ def test_experts_get_their_input_where_the_reader_looks_for_it(vllm: Any) -> Non
     assert names[1] == "a1" and names[6:9] == ["apply_router_weight_on_input", "quant_config", "defer_input_quant"]
     names = [*inspect.signature(monolithic).parameters]
     assert names[1:5] == ["a1", "router_logits", "quant_config", "defer_input_quant"]
+
+
+def test_experts_write_and_quantize_their_gated_product_as_is_known(vllm: Any) -> None:
+    experts = getattr(vllm.triton_moe, expert_products.EXPERTS)
+    assert list(inspect.signature(experts.activation).parameters)[1:4] == ["activation", "output", "input"]
+    quantize = inspect.signature(getattr(vllm.triton_moe, expert_products.QUANTIZE))
+    assert list(quantize.parameters)[2:5] == list(expert_products.RULE)
+    assert vllm.moe_activation.MoEActivation.SILU.value == "silu"
+    source = inspect.getsource(experts.apply)
+    written = source.index("self.activation(")
+    taken = source.index(f"{expert_products.QUANTIZE}(", written)
+    assert len(re.findall(r"\bintermediate_cache2\b", source[written:taken])) == 1, "something is done between both"
+    assert "intermediate_cache2," in source[taken : taken + 120]
+    made = inspect.getsource(vllm.fallback.FallbackExperts.__init__)
+    assert "self.experts = " in made and "self.fallback_experts = " in made
 
 
 @pytest.mark.parametrize("at", [0, 1], ids=["modular", "monolithic"])

@@ -19,6 +19,7 @@ from torch import nn
 
 from normquant.version import VERSION
 from normquant.vllm.compiled_experts import CompiledExperts
+from normquant.vllm.expert_products import ExpertProducts
 from normquant.vllm.graph_records import NOT_COMPILED, GraphRecord, overwrite
 from normquant.vllm.switches import Switches
 from normquant.vllm.uncompiled import HandOver, watch
@@ -75,11 +76,13 @@ def _look(model: nn.Module, expected: _Expected) -> None:
         why = why_not_compiled(model, config)
         if why is None:
             CompiledExperts(model, switches, config.compilation_config.splitting_ops)
+            ExpertProducts(model, switches)
             return
         by_torch = int(config.compilation_config.mode) in BY_TORCH
         what = "nothing is fused" if by_torch else WHAT
         log.warning("normquant %s: %s", VERSION, SAYS_SELF.format(model=_model_name(config), why=why, what=what))
         if not by_torch:
+            ExpertProducts(model, switches)
             watch(model, switches, lambda hand_over: _report(hand_over, config, why))
     except Exception as error:
         if switches.strict:

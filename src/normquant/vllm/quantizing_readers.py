@@ -111,7 +111,7 @@ class ExpertsReader(Reader):
         at = 6 if self.is_modular else 2  # of quant_config among the arguments
         named = dict(zip(("quant_config", "defer_input_quant"), args[at:], strict=False)) | kwargs
         weighted = args[5] if self.is_modular and len(args) > 5 else kwargs.get("apply_router_weight_on_input", False)
-        if weighted or named.get("defer_input_quant", False) or not _quantizes_in_blocks(named.get("quant_config")):
+        if weighted or named.get("defer_input_quant", False) or not quantizes_in_blocks(named.get("quant_config")):
             return None
         return args[0] if args else kwargs.get("a1")
 
@@ -165,24 +165,24 @@ def experts(model: nn.Module) -> Iterator[ExpertsReader | Unreadable]:
         kernel: Any = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         prepare = getattr(kernel, "prepare_finalize", None)
         config = getattr(getattr(kernel, "fused_experts", None), "quant_config", None)
-        if prepare is None or not _quantizes_in_blocks(config):
+        if prepare is None or not quantizes_in_blocks(config):
             continue
         if type(prepare).__name__ not in PREPARES:
             yield Unreadable(name, f"{type(prepare).__name__} quantizes for experts on other GPUs")
         elif kernel.fused_experts.expects_unquantized_inputs:
             yield Unreadable(name, f"{type(kernel.fused_experts).__name__} takes bf16 and quantizes inside")
         else:
-            yield ExpertsReader(name, _experts_spec(), prepare, "prepare", prepare.prepare)
+            yield ExpertsReader(name, experts_rule(), prepare, "prepare", prepare.prepare)
 
 
-def _quantizes_in_blocks(config: Any) -> bool:
+def quantizes_in_blocks(config: Any) -> bool:
     """Whether a FusedMoEQuantConfig says 1x128 FP8 of the input with scales of its own."""
     if config is None or getattr(config, "quant_dtype", None) != torch.float8_e4m3fn:
         return False
     return list(config.block_shape or ()) == [128, 128] and config.a1_scale is None and not config.per_act_token_quant
 
 
-def _experts_spec() -> QuantSpec:
+def experts_rule() -> QuantSpec:
     """How `moe_kernel_quantize_input` quantizes: with powers of two where DeepGEMM is used with them."""
     from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from normquant.spec import QuantizedActivation
 from normquant.vllm.handover import differing, drop, take
-from normquant.vllm.producers import Producer
 from normquant.vllm.quantizing_readers import Reader
 from normquant.vllm.switches import Switches
 
 log = logging.getLogger("vllm.normquant")
+
+
+class Replaced(Protocol):
+    """What has the place of one of vLLM's methods. name: of the module."""
+
+    name: str
+
+    def restore(self) -> None:
+        """Put vLLM's method back."""
 
 
 class Taking:
@@ -35,7 +43,7 @@ class Taking:
             self.give_up(reader, error)
             return reader.stock(*args, **kwargs)
 
-    def give_up(self, each: Producer | Reader, error: Exception) -> None:
+    def give_up(self, each: Replaced, error: Exception) -> None:
         """Give a module its own method back, for good."""
         if self.switches.strict:
             raise error
