@@ -52,3 +52,9 @@ def test_every_bar_is_as_long_as_its_step() -> None:
             ends[key] = max(ends.get(key, 0.0), bar.get_x() + bar.get_width())
     assert len(bars) > len(ends) == len(records)
     assert sorted(ends.values()) == pytest.approx(sorted(sum(r["classes"].values()) for r in records))
+
+
+def test_a_setting_that_has_no_bar_is_left_out() -> None:
+    records = [record("off", 1, gemm=4.0), record("installed-normquant", 1, gemm=3.0) | {"products": "always"}]
+    (held,) = vllm_plot.models(records).values()
+    assert [r["setting"] for r in held] == ["off"]

@@ -46,7 +46,7 @@ def models(records: Sequence[Mapping[str, Any]]) -> dict[Model, list[Mapping[str
     found: dict[Model, dict[tuple[int, int], Mapping[str, Any]]] = {}
     order = list(SETTINGS)
     for r in records:
-        if r["suite"] == "vllm" and r.get("tensor_parallel", 1) == 1:
+        if r["suite"] == "vllm" and setting_name(r) in SETTINGS and r.get("tensor_parallel", 1) == 1:
             bars = found.setdefault((r["linear"], r["layers"], r["moe"], r.get("compiled", True)), {})
             bars[r["batch"], order.index(setting_name(r))] = r  # of the same case the later one
     if not found:
