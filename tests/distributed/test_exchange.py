@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 
 import pytest
@@ -137,6 +138,12 @@ def test_ranks_may_have_their_parts_as_partial_sums(monkeypatch: pytest.MonkeyPa
     assert epochs == [2 * len(ROWS)] * world
 
 
+def in_place(settings: tuple, m: int, x: torch.Tensor, residual: torch.Tensor | None):
+    from normquant.kernels.all_reduce_add_rms_norm_quant import plan_two_shot
+
+    return plan_two_shot(x, residual, *settings, of_rows=m)
+
+
 def call_in_pieces(rank: int, world: int, buffers: list[torch.Tensor]) -> int:
     from dataclasses import replace
 
@@ -155,8 +162,9 @@ def call_in_pieces(rank: int, world: int, buffers: list[torch.Tensor]) -> int:
             parts, residual = inputs(number, m, world, torch.bfloat16)
             given = residual if number % 2 else None
             expected = reference.all_reduce_add_rms_norm_quant(parts, given, weights(K), 1e-6, spec)
-            settings = 1e-6, 0.0, spec, Outputs(True, True), group, Config(4)
-            call = in_pieces(parts[rank], given, weights(K), *settings)
+            settings = weights(K), 1e-6, 0.0, spec, Outputs(True, True), group, Config(4), False
+            plan = partial(in_place, settings, m)
+            call = in_pieces(plan, parts[rank], given, group)
             got = call(*(t for t in (parts[rank], given, weights(K)) if t is not None))
             assert_bitwise(got, list(expected))
             if spec.layout == "col_tma":

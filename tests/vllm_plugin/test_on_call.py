@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import normquant.vllm
+from normquant.vllm.compiled_experts import ITSELF
+from normquant.vllm.expert_products import KEPT
 from normquant.vllm.loading import SAYS_SELF
 
 PAGE = (Path(__file__).parents[2] / "docs" / "on-call.md").read_text(encoding="utf-8")
@@ -17,11 +19,11 @@ PASSED_ON = {"normquant: %s", "normquant %s: %s"}  # of a text made elsewhere
 
 
 def texts(source: str) -> list[str]:
-    """Formats of what is warned of: literals of `log.warning`, `log.log` and `say`, with %s for what is filled in."""
+    """Formats of what is warned of: literals of `log.warning`, `log.log`, `say`, `stale`; %s for what is filled in."""
     found = []
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
-        if name in ("warning", "log", "say") and call.args:
+        if name in ("warning", "log", "say", "stale") and call.args:
             found += [_format(arg) for arg in call.args[:2] if isinstance(arg, ast.Constant | ast.JoinedStr)]
     return found
 
@@ -44,7 +46,7 @@ def test_the_warnings_are_found() -> None:
 OTHERS = (SAYS_SELF.partition(" {")[0], "left a graph as it was", "failed in a part of a graph", "is stale: ")
 
 
-@pytest.mark.parametrize("text", [*sorted(ALL), *OTHERS])
+@pytest.mark.parametrize("text", [*sorted(ALL), *OTHERS, ITSELF, KEPT])
 def test_a_warning_is_explained(text: str) -> None:
     words = max(re.split(r"%s|\{\w+\}|: $", text), key=len).strip(" :(")
     rows = [line for line in PAGE.splitlines() if line.startswith("| `normquant")]

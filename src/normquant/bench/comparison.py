@@ -42,9 +42,8 @@ def compare(before: Iterable[dict], after: Iterable[dict]) -> tuple[list[CaseCha
 def key(record: dict) -> tuple:
     """What makes two records the same case."""
     columns = record.get("n") if record.get("suite") == "linear" else None  # elsewhere n counts samples
-    later = (record.get(name, "") for name in LATER)
-    said = (default if value == "" else value for value, default in zip(later, LATER.values(), strict=True))
-    return (*(str(record.get(name)) for name in CASE), str(columns), *map(str, said))
+    later = LATER | {name: record[name] for name in LATER if record.get(name, "") != ""}
+    return (*(str(record.get(name)) for name in CASE), str(columns), *map(str, later.values()))
 
 
 def _change(before: dict, after: dict) -> CaseChange:

@@ -117,11 +117,13 @@ class GroupRunner:
         exchange, group = self.workspace.exchange, self.workspace.group
         choice = self.choose(x.shape[0], x.shape[1], group.size(), self.workspace.half, sharded)
         settings = eps, weight_offset, spec, wanted
-        if exchange is not None and choice.algorithm == PIECES and isinstance(x, torch.Tensor):
-            return in_pieces(x, residual, weight, *settings, exchange, choice.config)
-        if exchange is None or choice.algorithm in (PIECES, COLLECTIVE):
+        pieces = choice.algorithm == PIECES
+        if exchange is None or choice.algorithm == COLLECTIVE or (pieces and isinstance(x, PartialRows)):
             call = through_collectives(group, *settings, sharded, choice.config, residual is not None)
             return summed_first(x, call) if isinstance(x, PartialRows) else call
+        if pieces and isinstance(x, torch.Tensor):
+            others, m = (weight, *settings, exchange, choice.config, False), x.shape[0]
+            return in_pieces(lambda x, r: kernels.plan_two_shot(x, r, *others, of_rows=m), x, residual, exchange)
         args = (x, residual, weight, *settings, exchange, choice.config)
         one_shot = choice.algorithm == ONE_SHOT
         launch = Launch(kernels.plan_one_shot(*args) if one_shot else kernels.plan_two_shot(*args, sharded))

@@ -5,22 +5,21 @@ A row's owner is another one then than without pieces, so that there are none wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from normquant.kernels.all_reduce_add_rms_norm_quant import plan_two_shot
-from normquant.kernels.configs import Config
 from normquant.kernels.exchange_layout import Exchange, two_shot_bytes
-from normquant.kernels.launch import Launch
-from normquant.kernels.parts_plan import Outputs
+from normquant.kernels.launch import Launch, Plan
 from normquant.ops._op import Launcher
-from normquant.spec import QuantSpec
+from normquant.spec import TMA_ALIGN
 
-SCALES = 4  # a piece starts at a multiple of so many rows: 16 bytes into a column of scales
+RowsPlan = Callable[[torch.Tensor, torch.Tensor | None], Plan]
 
 
 def piece_rows(m: int, k: int, world: int, half: int) -> int:
     """Rows of each piece but the last, for m rows and half a buffer of so many bytes; 0 if it has no room for any."""
-    unit = SCALES * world
+    unit = TMA_ALIGN * world  # a piece starts 16 bytes into a column of scales, or a multiple of that
     room = half // two_shot_bytes(unit, k, world)
     if not room:
         return 0
@@ -28,26 +27,17 @@ def piece_rows(m: int, k: int, world: int, half: int) -> int:
     return -(-m // (pieces * unit)) * unit
 
 
-def in_pieces(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    weight_offset: float,
-    spec: QuantSpec,
-    wanted: Outputs,
-    exchange: Exchange,
-    config: Config,
-) -> Launcher:
-    """What runs an op on its tensors, x, the residual if there is one, and the weight."""
+def in_pieces(plan: RowsPlan, x: torch.Tensor, residual: torch.Tensor | None, exchange: Exchange) -> Launcher:
+    """What runs an op on its tensors, x, the residual if there is one, and the weight.
+
+    plan: two shots of rows like these, written into outputs of as many rows as x has.
+    """
     m, k = x.shape
     rows = piece_rows(m, k, exchange.world, exchange.half)
     pieces = [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
     def launch(piece: slice) -> Launch:
-        part = None if residual is None else residual[piece]
-        settings = eps, weight_offset, spec, wanted, exchange, config, False
-        return Launch(plan_two_shot(x[piece], part, weight, *settings, of_rows=m))
+        return Launch(plan(x[piece], None if residual is None else residual[piece]))
 
     whole, first, last = launch(slice(m)), launch(pieces[0]), launch(pieces[-1])
 

@@ -8,7 +8,7 @@ find the binary of the previous call. Where a prompt is short, the GPU waits for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from normquant.spec import QuantSpec
 _empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 Outputs = tuple[torch.Tensor | None, ...]
+Given = Sequence[torch.Tensor | None]
 
 
 class KernelSpec(NamedTuple):
@@ -139,15 +140,15 @@ class Launch:
         self._stream: Callable[[int], int] = int
         self._binary: tuple[Any, Any] = None, None
 
-    def __call__(self, *inputs: torch.Tensor, into: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    def __call__(self, *inputs: torch.Tensor, into: Given | None = None) -> list[torch.Tensor]:
         """Launch on inputs like those of the plan: -> the outputs; inputs and outputs that are None are left out.
 
-        into: outputs to write, in place of new ones.
+        into: outputs to write, None for those that are made.
         """
         if self._index is not None and self._index != _current_device():
             with torch.cuda.device(self.plan.device):
                 return self(*inputs, into=into)
-        outputs = into or [make() for make in self._makers]
+        outputs = [make() for make in self._makers] if into is None else self._completed(into)
         if 0 in self.plan.grid:
             return outputs
         tensors = *inputs, *outputs
@@ -167,7 +168,10 @@ class Launch:
         if self._index is not None and self._index != _current_device():
             with torch.cuda.device(self.plan.device):
                 return self.outputs()
-        return [make() for make in self._makers]
+        return self._completed([None] * len(self._makers))
+
+    def _completed(self, given: Given) -> list[torch.Tensor]:
+        return [make() if tensor is None else tensor for make, tensor in zip(self._makers, given, strict=True)]
 
     def _ask_triton(self, tensors: tuple[torch.Tensor, ...]) -> None:
         plan, names = self.plan, list(self.plan.constants)

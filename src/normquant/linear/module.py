@@ -22,6 +22,7 @@ from normquant.linear.weights import (
     quantize_weight,
 )
 from normquant.ops import group_quant
+from normquant.ops._tensors import shaped
 from normquant.spec import QuantizedActivation, QuantSpec
 
 LINEAR_SPEC = QuantSpec(layout="col_tma")  # the scale layout that scaled_mm takes without a copy
@@ -105,7 +106,7 @@ class BlockFP8Linear(torch.nn.Linear):
         trains = torch.is_grad_enabled() and x.requires_grad
         q = self._quantize(x.detach() if trains else x)
         out = block_fp8_linear(q, self.weight_fp8, self.weight_scale, self.bias, x.dtype)
-        out = out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
+        out = shaped(out, x)
         return StraightThrough.apply(x, out, self.weight_fp8, self.weight_scale) if trains else out
 
     def reset_parameters(self) -> None:

@@ -136,6 +136,11 @@ def launch_of(overload: torch._ops.OpOverload) -> Impl:
     return getattr(overload, "launch", overload)
 
 
+def call_beside(x: torch.Tensor, overload: torch._ops.OpOverload) -> Impl:
+    """What to call on tensors that are where x is: on CUDA the implementation, without torch's dispatcher."""
+    return launch_of(overload) if x.is_cuda else overload
+
+
 def without_gradient(name: str) -> None:
     """Have autograd leave an op alone: a kernel for it would be one more Python frame in every launch.
 

@@ -32,6 +32,12 @@ def rows(name: str, x: torch.Tensor) -> torch.Tensor:
         ) from None
 
 
+def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y [M, N] with the leading dimensions of x [..., K]: itself where x is a matrix, as a view takes the host longer
+    than many a kernel."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
 def check_quant(x: torch.Tensor, spec: QuantSpec) -> None:
     """x must be [M, K] bf16 or fp16 with last stride 1 and K a positive multiple of spec.group."""
     check_rows(x, "x")

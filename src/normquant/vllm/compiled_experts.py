@@ -22,6 +22,7 @@ from normquant.vllm.taking import Taking, is_capturing
 
 log = logging.getLogger("vllm.normquant")
 
+ITSELF = "quantizes its input itself"
 _specs: set[QuantSpec] = set()  # of the experts of all models in this process
 _reasons: set[str] = set()  # why experts of a model take no form
 
@@ -65,13 +66,7 @@ class CompiledExperts(Taking):
         x = reader.input(*args, **kwargs)
         if x is not None and x.numel() and not is_capturing(x):
             self._seen.add(reader.name)
-            try:
-                reason = reader.unlike(*args, **kwargs)
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-            if reason:
-                reader.restore()
-                self.say(f"{reader.name} quantizes its input itself: {reason}")
+            self.see(reader, lambda: reader.unlike(*args, **kwargs), ITSELF)
         return reader.stock(*args, **kwargs)
 
 

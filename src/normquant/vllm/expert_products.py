@@ -27,11 +27,12 @@ from normquant.vllm.handover import differing
 from normquant.vllm.methods import give_back
 from normquant.vllm.quantizing_readers import experts_rule, quantizes_in_blocks
 from normquant.vllm.switches import Switches
-from normquant.vllm.taking import Taking, is_capturing
+from normquant.vllm.taking import Taking, is_capturing, unlike_parts
 
 EXPERTS, QUANTIZE = "TritonExperts", "moe_kernel_quantize_input"
 PRODUCT = "silu_mul_quant_with_product"
 RULE = {"quant_dtype": torch.float8_e4m3fn, "per_act_token_quant": False, "block_shape": [128, 128]}
+KEPT = "keeps vLLM's gated product"
 _left = threading.local()  # form: the tensor that was written last, its data and its scales
 
 
@@ -117,28 +118,20 @@ class ExpertProducts(Taking):
         return activation
 
     def _first(self, each: ExpertProduct, kind: Any, output: torch.Tensor, x: torch.Tensor) -> None:
+        def look() -> str:
+            facts = Facts(x.device, "silu_mul_quant", None, x.shape[1] // 2, opaque_norm=False)
+            decision = self.switches.rules.decide(each.name, facts)
+            return each.see(kind, x) if decision.strategy == "fused" else decision.reason
+
         if not is_capturing(x):
-            try:
-                facts = Facts(x.device, "silu_mul_quant", None, x.shape[1] // 2, opaque_norm=False)
-                decision = self.switches.rules.decide(each.name, facts)
-                reason = each.see(kind, x) if decision.strategy == "fused" else decision.reason
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-            if reason:
-                each.restore()
-                self.say(f"{each.name} keeps vLLM's gated product: {reason}")
+            self.see(each, look, KEPT)
         each.stock(kind, output, x)
 
     def _compare(self, each: ExpertProduct, output: torch.Tensor) -> None:
-        _, data, scale = _left.form
-        fresh = each.quantize(output, None, **RULE)
-        unlike = differing(data, fresh[0]), differing(scale, fresh[1])
-        if any(unlike):
+        _, *form = _left.form
+        if unlike := unlike_parts(form, each.quantize(output, None, **RULE)):
             del _left.form
-            text = f"the form of {each.name} is another: {unlike[0]} values and {unlike[1]} scales differ"
-            if self.switches.strict:
-                raise RuntimeError(f"normquant: {text}")
-            self.say(text)
+            self.stale(f"the form of {each.name} is another: {unlike}")
 
 
 def expert_products(model: nn.Module) -> Iterator[ExpertProduct]:
@@ -179,17 +172,8 @@ def _is_the_rule(args: tuple[Any, ...], named: dict[str, Any]) -> bool:
 
 
 def _writer(x: torch.Tensor, output: torch.Tensor, spec: str) -> Launcher:
-    from normquant.kernels.launch import maker  # Triton is imported where something is launched
-
     launch = OPS[PRODUCT].launch(x, None, spec)
-    makers = [maker(each, x.device) for each in launch.plan.outputs[:2] if each is not None]
-
-    def call(x: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
-        made = [make() for make in makers]
-        launch(x, into=[*made, output])
-        return made
-
-    return call
+    return lambda x, output: launch(x, into=(None, None, output))[:2]
 
 
 _write = cached("expert_products", _writer)

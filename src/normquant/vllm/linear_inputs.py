@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from normquant.compile.fusions.vllm_linear import EVERY_ROW, FLASHINFER_BELOW, input_spec
+from normquant.ops._op import call_beside
 from normquant.spec import QuantizedActivation, QuantSpec
 from normquant.specs import VLLM, VLLM_UE8M0
 from normquant.vllm import fp8_linear
@@ -74,7 +75,7 @@ def product(layer: Any, kernel: Any, given: LinearInput, form: QuantizedActivati
         out = kernel.apply_block_scaled_mm(A=form.data, B=weight, As=form.scale, Bs=weight_scale)
     else:
         operands = form.data, form.scale, weight, weight_scale
-        multiply = fp8_linear.block_fp8_linear if weight.is_cuda else torch.ops.normquant_vllm.block_fp8_linear
+        multiply = call_beside(weight, torch.ops.normquant_vllm.block_fp8_linear.default)
         out = multiply(*operands, given.rows_below, given.e8m0)
     return (out if bias is None else out + bias).to(kernel.config.out_dtype)
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from normquant.ops import OPS, warmup
-from normquant.ops._op import launch_of
+from normquant.ops._op import call_beside
+from normquant.ops._tensors import shaped
 from normquant.spec import QuantizedActivation, QuantSpec
 from normquant.vllm.handover import carrying
 from normquant.vllm.methods import give_back
@@ -39,12 +40,6 @@ class Made:
         """What the module returns for its first input x [..., *]."""
         y = shaped(self.y, x)
         return y if self.total is None else (y, self.total)
-
-
-def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """y [M, N] with the leading dimensions of x [..., K]: itself where x is a matrix, as a view takes the host longer
-    than many a kernel."""
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 @dataclass
@@ -74,9 +69,9 @@ class Producer(ABC):
     def run(self, spec: QuantSpec, *inputs: torch.Tensor) -> Made:
         """What our op gives for these inputs. Nothing is changed in place."""
         op, args = self.call(spec, *inputs)
-        overload = OPS[op].overload
+        call = call_beside(inputs[0], OPS[op].overload)
         with carrying():
-            data, scale, *total, y = (launch_of(overload) if inputs[0].is_cuda else overload)(*args)
+            data, scale, *total, y = call(*args)
             residual_sum = shaped(total[0], inputs[0]) if total else None
         return Made(y, QuantizedActivation(data, scale, spec), residual_sum)
 

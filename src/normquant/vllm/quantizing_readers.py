@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from normquant import ops
+from normquant.ops._tensors import shaped
 from normquant.spec import QuantizedActivation, QuantSpec
 from normquant.specs import VLLM, VLLM_UE8M0
 from normquant.vllm.handover import differing
 from normquant.vllm.linear_inputs import LinearInput, input_of, kernel_of, product
 from normquant.vllm.methods import give_back
-from normquant.vllm.producers import shaped
 
 PREPARES = ("MoEPrepareAndFinalizeNoDPEPModular", "MoEPrepareAndFinalizeNoDPEPMonolithic")
 FEW, MANY = 8, 40  # rows on both sides of the number from which on another kernel computes a linear

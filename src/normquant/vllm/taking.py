@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +51,22 @@ class Taking:
         each.restore()
         self.say(f"{each.name} goes on as vLLM has it: {type(error).__name__}: {error}")
 
+    def see(self, each: Replaced, look: Callable[[], str], otherwise: str) -> None:
+        """Give a module its own method back where `look` says why, or fails; otherwise: what the module does then."""
+        try:
+            reason = look()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            each.restore()
+            self.say(f"{each.name} {otherwise}: {reason}")
+
+    def stale(self, text: str) -> None:
+        """Warn of a form that is another than a fresh one, or raise with `strict`."""
+        if self.switches.strict:
+            raise RuntimeError(f"normquant: {text}")
+        self.say(text)
+
     def say(self, text: str) -> None:
         """Warn, once."""
         if text not in self._said:
@@ -61,15 +78,19 @@ class Taking:
         if is_capturing(x):
             return True
         fresh = reader.fresh(x)
-        unlike = differing(form.data, fresh.data), differing(form.scale, fresh.scale)
-        if not any(unlike):
+        unlike = unlike_parts((form.data, form.scale), (fresh.data, fresh.scale))
+        if not unlike:
             return True
         drop(x if x._base is None else x._base)
-        text = f"the form handed to {reader.name} is stale: {unlike[0]} values and {unlike[1]} scales differ"
-        if self.switches.strict:
-            raise RuntimeError(f"normquant: {text}")
-        self.say(text)
+        self.stale(f"the form handed to {reader.name} is stale: {unlike}")
         return False
+
+
+def unlike_parts(form: Sequence[torch.Tensor], fresh: Sequence[torch.Tensor]) -> str:
+    """In how many values and scales a form, data and scale, differs from a fresh one, "" where it does in none; waits
+    for the GPU."""
+    values, scales = (differing(one, other) for one, other in zip(form, fresh, strict=True))
+    return f"{values} values and {scales} scales differ" if values or scales else ""
 
 
 def is_capturing(x: torch.Tensor) -> bool:
