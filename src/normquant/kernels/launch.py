@@ -131,10 +131,7 @@ class Launch:
         self.plan = plan
         self._index = plan.device.index if plan.device.type == "cuda" else None
         self._makers = [maker(output, plan.device) for output in plan.outputs if output is not None]
-        self._pointers: list[int | None] = [None] * len(plan.given + plan.outputs)
-        self._places = [
-            at for at, tensor in enumerate(plan.given + plan.outputs) if tensor
-        ]  # of the tensors among them
+        self._absent = [at for at, tensor in enumerate(plan.given + plan.outputs) if not tensor]
         self._values = (*plan.numbers, *plan.constants.values())
         self._run: Callable[..., None] | None = None  # these three are Triton's, from the first launch on
         self._stream: Callable[[int], int] = int
@@ -155,9 +152,9 @@ class Launch:
         if self._run is None or _hooked():
             self._ask_triton(tensors)
             return outputs
-        pointers = self._pointers.copy()
-        for at, tensor in zip(self._places, tensors):  # noqa: B905
-            pointers[at] = tensor.data_ptr()  # Triton takes addresses as they are, unchecked
+        pointers: list[int | None] = [tensor.data_ptr() for tensor in tensors]  # Triton takes addresses unchecked
+        for at in self._absent:
+            pointers.insert(at, None)
         # As `kernel[grid](...)` ends; no metadata for hooks and no hooks.
         stream = self._stream(self._index)  # type: ignore[arg-type]
         self._run(*self.plan.grid, stream, *self._binary, None, None, None, *pointers, *self._values)
@@ -175,8 +172,10 @@ class Launch:
 
     def _ask_triton(self, tensors: tuple[torch.Tensor, ...]) -> None:
         plan, names = self.plan, list(self.plan.constants)
-        placed = dict(zip(self._places, tensors, strict=True))
-        args = *(placed.get(at) for at in range(len(self._pointers))), *plan.numbers
+        placed: list[Any] = list(tensors)
+        for at in self._absent:
+            placed.insert(at, None)
+        args = *placed, *plan.numbers
         changed = plan.cluster > 1 or plan.shared > 0
         ask = partial(plan.kernel.warmup, grid=plan.grid) if changed else plan.kernel[plan.grid]
         binary = ask(*args, **plan.constants, **plan.options)

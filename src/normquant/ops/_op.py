@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,7 +67,7 @@ class Op:
     widths: tuple[int, ...] = WIDTHS
     eps_overload: bool = False
 
-    @property
+    @cached_property
     def overload(self) -> torch._ops.OpOverload:
         """What torch calls."""
         return getattr(torch.ops.normquant, self.name).default

@@ -18,9 +18,8 @@ all of this is decided once, while it is captured, for kernels that run in that 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,8 +30,7 @@ MARK = "_normquant_form"
 SAME, LAID_OUT_OTHERWISE, UNLIKE = "same", "laid out otherwise", "unlike"
 
 
-@dataclass(frozen=True, slots=True)
-class _Left:
+class _Left(NamedTuple):
     """A form, and the tensor as it was when the form was left there."""
 
     form: QuantizedActivation
@@ -42,19 +40,21 @@ class _Left:
 
 
 class carrying:
-    """Tensors made within can carry a form, also where inference mode is on outside. Entered for every norm, and so
-    no generator."""
+    """Tensors made within can carry a form, also where inference mode is on outside, and none has a gradient.
 
-    __slots__ = ("_grad", "_inference")
+    Entered for every norm, so it is no generator, and calls what `inference_mode(False)` and `no_grad()` call: those
+    take the host as long as making the tensors. The guard, once left, puts both modes back.
+    """
+
+    __slots__ = ("_guard",)
 
     def __enter__(self) -> None:
-        self._inference, self._grad = torch.inference_mode(False), torch.no_grad()
-        self._inference.__enter__()
-        self._grad.__enter__()
+        self._guard = torch._C._InferenceMode(False)
+        self._guard.__enter__()
+        torch._C._set_grad_enabled(False)
 
     def __exit__(self, *exception: Any) -> None:
-        self._grad.__exit__(*exception)
-        self._inference.__exit__(*exception)
+        self._guard.__exit__(None, None, None)
 
 
 def leave(y: torch.Tensor, form: QuantizedActivation) -> bool:
@@ -85,22 +85,27 @@ def take(x: torch.Tensor, spec: QuantSpec) -> QuantizedActivation | None:
 def in_spec(form: QuantizedActivation, spec: QuantSpec) -> QuantizedActivation | None:
     """A form [M, K] as another spec has it: itself, or with its scales laid out anew; None where the values differ."""
     m, k = form.data.shape
-    wanted = spec.at(m)
-    likeness = _likeness(form.spec.at(m), wanted)
+    likeness = _likeness_at(form.spec, spec, m)
     if likeness != LAID_OUT_OTHERWISE:
         return form if likeness == SAME else None
-    return QuantizedActivation(form.data, lay_out_scale(form.scale, k, wanted), spec)
+    return QuantizedActivation(form.data, lay_out_scale(form.scale, k, spec.at(m)), spec)
 
 
 def fits(made: QuantSpec, wanted: QuantSpec, m: int) -> bool:
     """Whether m rows quantized by one spec have the values and scales of another; the scales may lie otherwise."""
-    return _likeness(made.at(m), wanted.at(m)) != UNLIKE
+    return _likeness_at(made, wanted, m) != UNLIKE
+
+
+def _likeness_at(made: QuantSpec, wanted: QuantSpec, m: int) -> str:
+    return _likeness(made, m < made.few_rows, wanted, m < wanted.few_rows)
 
 
 @cache
-def _likeness(made: QuantSpec, wanted: QuantSpec) -> str:
-    """How a rounded norm quantized by one spec compares to one by another: what they say of the norm plays no part."""
-    one, other = (spec.replace(rounding="twice", sum="fp32") for spec in (made, wanted))
+def _likeness(made: QuantSpec, by_few: bool, wanted: QuantSpec, wanted_by_few: bool) -> str:
+    """How a rounded norm quantized by one spec compares to one by another, each by its rule for few rows or for many:
+    what they say of the norm plays no part."""
+    rules = made.at(0 if by_few else made.few_rows), wanted.at(0 if wanted_by_few else wanted.few_rows)
+    one, other = (rule.replace(rounding="twice", sum="fp32") for rule in rules)
     if one == other:
         return SAME
     if one.scale != "ue8m0_packed" and one.replace(layout=other.layout) == other:

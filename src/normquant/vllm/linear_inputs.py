@@ -77,7 +77,10 @@ def product(layer: Any, kernel: Any, given: LinearInput, form: QuantizedActivati
         operands = form.data, form.scale, weight, weight_scale
         multiply = call_beside(weight, torch.ops.normquant_vllm.block_fp8_linear.default)
         out = multiply(*operands, given.rows_below, given.e8m0)
-    return (out if bias is None else out + bias).to(kernel.config.out_dtype)
+    if bias is not None:
+        out = out + bias
+    wanted = kernel.config.out_dtype
+    return out if out.dtype == wanted else out.to(wanted)
 
 
 def _own_apply(kernel: Any) -> bool:

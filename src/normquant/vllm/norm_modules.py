@@ -35,9 +35,11 @@ class NormModule(Producer):
         return (x,) if residual is None else (x, residual)
 
     def call(self, spec: QuantSpec, *inputs: torch.Tensor) -> tuple[str, tuple[Any, ...]]:
-        op = "rms_norm_quant_with_norm" if len(inputs) == 1 else "add_rms_norm_quant_with_norm"
-        flat = (rows(name, t) for name, t in zip(("x", "residual"), inputs, strict=False))
-        return op, (*flat, self.module.weight, self.module.variance_epsilon, self.weight_offset, spec.encode())
+        norm = self.module.weight, self.module.variance_epsilon, self.weight_offset, spec.encode()
+        x = rows("x", inputs[0])
+        if len(inputs) == 1:
+            return "rms_norm_quant_with_norm", (x, *norm)
+        return "add_rms_norm_quant_with_norm", (x, rows("residual", inputs[1]), *norm)
 
     def see(self, *inputs: torch.Tensor) -> str:
         few = [rows("x", t)[:ROWS].clone() for t in inputs]

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +24,7 @@ from normquant.vllm.methods import give_back
 Inputs = tuple[torch.Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(NamedTuple):
     """What our op gives for a module.
 
     y: the module's result [M, K], which can carry a form. form: y quantized [M, K].
