@@ -37,6 +37,16 @@ def test_a_drawing_is_that_of_the_records(name: str, tmp_path: Path, monkeypatch
     assert "prefers-color-scheme: dark" in drawn and "NVIDIA H" in drawn and "measured 2026-" in drawn
 
 
+def test_several_ranks_are_drawn_for_the_width_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command = ["plot", "baselines/h200.jsonl", "--suite", "ranks", "--output", str(tmp_path / "x.svg"), "--k"]
+    assert main([*command, "4096"]) == 0
+    assert "K = 4096" in (tmp_path / "x.svg").read_text(encoding="utf-8")
+    assert main([*command, "6144"]) == 2 and "on several ranks with K=6144" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("suite", "message"),
     [

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from shared.rank_records import MEASURED_ONE_SHOT, measured
+from shared.rank_records import MEASURED_ONE_SHOT, WIDTHS, K, measured
 
 from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, PIECES, TWO_SHOT, choose, one_shot_rows
 from normquant.distributed.pieces import piece_rows
 from normquant.kernels.exchange_layout import two_shot_bytes
 
-K, ROOM = 7168, 1 << 40
+ROOM = 1 << 40
 
 
 def line(points: list[tuple[int, float]]) -> tuple[float, float]:
@@ -19,9 +19,9 @@ def line(points: list[tuple[int, float]]) -> tuple[float, float]:
     return us - slope * m, slope
 
 
-def crossing(ranks: int, sharded: bool) -> float:
+def crossing(ranks: int, sharded: bool, k: int = K) -> float:
     """Where the line through the two largest sizes with one shot meets that through the two smallest with two."""
-    us = {call.m: us for call, us in measured((ranks,)).items() if call.sharded == sharded}
+    us = {call.m: us for call, us in measured((ranks,), [k]).items() if call.sharded == sharded}
     one = line([(m, us[m]) for m in us if m <= MEASURED_ONE_SHOT[ranks]][-2:])
     two = line([(m, us[m]) for m in us if m > MEASURED_ONE_SHOT[ranks]][:2])
     return (two[0] - one[0]) / (one[1] - two[1])
@@ -35,6 +35,15 @@ def test_one_shot_ends_where_the_measurements_cross(ranks: int, sharded: bool) -
 def test_on_2_ranks_with_the_whole_residual_one_shot_ends_between_what_was_measured() -> None:
     assert crossing(2, False) < 0  # they do not cross
     assert MEASURED_ONE_SHOT[2] < one_shot_rows(2, False) < 256
+
+
+def test_the_measurements_do_not_show_that_one_shot_ends_at_other_rows_in_other_widths() -> None:
+    """At 7168 / K times the rows only where 4 ranks shard the residual; the figures are those of docs/scale.md."""
+    sharded, whole = ([crossing(4, own, k) for k in WIDTHS] for own in (True, False))
+    assert [round(rows) for rows in sharded] == [43, 28, 24, 18, 15]
+    assert [round(rows) for rows in whole] == [71, 51, 47, 48, 40]
+    assert all(crossing(2, False, k) < 0 for k in WIDTHS)
+    assert [round(crossing(2, True, k)) for k in WIDTHS] == [87, 330, 46, 65, 164]
 
 
 def test_other_numbers_of_ranks_have_the_rows_of_the_next_higher_one() -> None:

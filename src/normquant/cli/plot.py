@@ -45,9 +45,9 @@ def _ranks(records: Records, args: argparse.Namespace) -> Figure:
     from normquant.distributed.cost import H200, GroupCall
 
     def us(ranks: int, m: int, sharded: bool) -> float:
-        return min(H200.us(GroupCall(ranks, m, algorithm, sharded)) for algorithm in (ONE_SHOT, TWO_SHOT))
+        return min(H200.us(GroupCall(ranks, m, algorithm, sharded, args.k)) for algorithm in (ONE_SHOT, TWO_SHOT))
 
-    return ranks_plot.figure(records, us, args.date)
+    return ranks_plot.figure(records, us, args.k, args.date)
 
 
 # suite -> the fields that its records need, and what draws them

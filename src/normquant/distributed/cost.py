@@ -55,7 +55,7 @@ class Cost:
         return self.launch_us + (call.ranks - 1) * self.peer_us + (call.hops - 1) * self.hop_us + sent
 
 
-H200 = Cost(2.70, 0.133, 1.51, 349)  # fitted to the records of 2 and 4 ranks in baselines/h200.jsonl
+H200 = Cost(2.70, 0.133, 1.51, 349)  # fitted to baselines/h200.jsonl, 2 and 4 ranks, K = 7168
 
 
 def fit(calls: Sequence[GroupCall], us: Sequence[float]) -> Cost:

@@ -42,8 +42,8 @@ class GroupFacts:
             return "the GPUs of the ranks are not those that were measured"
         if faster is None:
             return f"not measured on {self.ranks} ranks"
-        if k != measured["k"]:
-            return f"measured for K = {measured['k']} only, and this is {k}"
+        if k not in (widths := measured["widths"][str(self.ranks)]):
+            return f"measured on {self.ranks} ranks for K = {', '.join(map(str, widths))} only, and this is {k}"
         if m is None and faster < measured["rows"]:
             return f"the number of rows is not known, and above {faster} it is not faster on {self.ranks} ranks"
         if m is not None and m > faster:

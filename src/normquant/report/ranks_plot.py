@@ -22,28 +22,28 @@ Model = Callable[[int, int, bool], float]
 Points = dict[int, list[tuple[int, float]]]
 
 
-def measured(records: Sequence[Mapping[str, Any]], provider: str) -> Points:
+def measured(records: Sequence[Mapping[str, Any]], provider: str, k: int) -> Points:
     """Rows -> (ranks, us), ascending in ranks. Raises ValueError where there are none."""
     found: Points = {}
     for r in records:
-        if "ranks" in r and r["provider"] == provider and r["m"] in ROWS:
+        if "ranks" in r and (r["provider"], r["k"]) == (provider, k) and r["m"] in ROWS:
             found.setdefault(r["m"], []).append((r["ranks"], r["us"]))
     if not found:
-        raise ValueError(f"no records of {provider} on several ranks")
+        raise ValueError(f"no records of {provider} on several ranks with K={k}")
     return {m: sorted(found[m]) for m in sorted(found)}
 
 
-def figure(records: Sequence[Mapping[str, Any]], model: Model, date: str = "") -> Figure:
-    """A panel with the whole residual and one with a sharded one.
+def figure(records: Sequence[Mapping[str, Any]], model: Model, k: int, date: str = "") -> Figure:
+    """A panel with the whole residual and one with a sharded one, for rows of k values.
 
     model: (ranks, rows, sharded) -> predicted microseconds.
     """
-    used = [r for r in records if "ranks" in r and r["provider"] in PANELS and r["m"] in ROWS]
+    used = [r for r in records if "ranks" in r and r["provider"] in PANELS and r["k"] == k and r["m"] in ROWS]
     with plot_style.figure(8.8, 4.2, used, date) as drawing:
         axes = drawing.subplots(1, len(PANELS), sharey=True)
         for panel, (provider, title) in zip(axes, PANELS.items(), strict=True):
             predicted = {m: [model(n, m, "sharded" in provider) for n in RANKS] for m in ROWS}
-            _draw(panel, title, measured(records, provider), predicted)
+            _draw(panel, f"{title}, K = {k}", measured(used, provider, k), predicted)
         axes[0].set_ylabel("all-reduce, add, norm, quantization: us a call")
         axes[0].legend(*_explained(), loc="upper left", frameon=False, fontsize=8)
     return drawing

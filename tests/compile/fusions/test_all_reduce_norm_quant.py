@@ -305,7 +305,10 @@ H100 = (9, 0)
         (3, H100, 7168, 4, "not measured on 3 ranks"),
         (4, (10, 0), 7168, 4, "not those that were measured"),
         (4, None, 7168, 4, "not those that were measured"),
-        (4, H100, 4096, 4, "measured for K = 7168 only"),
+        (2, H100, 2048, None, "measured: faster"),
+        (4, H100, 5120, 2048, "measured: faster"),
+        (4, H100, 6144, 4, "measured on 4 ranks for K = 2048, 4096, 5120, 7168, 8192 only, and this is 6144"),
+        (8, H100, 4096, 4, "measured on 8 ranks for K = 7168 only, and this is 4096"),
     ],
 )
 def test_auto_goes_by_what_was_measured(ranks: int, capability: Any, k: int, m: Any, reason: str) -> None:
