@@ -218,10 +218,5 @@ def test_what_the_page_says_of_bits_holds() -> None:
         if min(us.values()) < min(us["normquant"], us["normquant sharded"])
     ]
     assert slower == []
-    whole = [
-        (r, m)
-        for r in (2, 4, 8)
-        for m, us in by_rows(r).items()
-        if us[best_peer(us)] < us["normquant"]
-    ]
+    whole = [(r, m) for r in (2, 4, 8) for m, us in by_rows(r).items() if us[best_peer(us)] < us["normquant"]]
     assert whole == [(8, 256), (8, 2048)]

@@ -11,7 +11,6 @@ from shared.rank_records import WIDTHS, K, measured
 from normquant.distributed.algorithms import ONE_SHOT, TWO_SHOT
 from normquant.distributed.cost import H200, GroupCall, fit
 
-
 OTHERS = [k for k in WIDTHS if k != K]
 
 
