@@ -31,13 +31,14 @@ def local_part(case: Case) -> Callable[[torch.Tensor, RankInputs], torch.Tensor]
     return lambda x, i: ops.add_rms_norm_quant(x, i.residual, i.weight, EPS, spec=case.spec)[0].data
 
 
-def normquant(sharded: bool = False, choice: Choice | None = None) -> Make:
-    """This package's op; choice: an algorithm and a config in place of the table's."""
+def normquant(sharded: bool = False, algorithm: str = "", config: Config | None = None) -> Make:
+    """This package's op; algorithm: in place of the table's, launched with `config` or as the table's are."""
 
     def make(case: Case, group: dist.ProcessGroup) -> Run | None:
         workspace = distributed.workspaces[group.group_name]
-        if choice is not None and choice.algorithm == ONE_SHOT and case.m > ONE_SHOT_LIMIT:
+        if algorithm == ONE_SHOT and case.m > ONE_SHOT_LIMIT:
             return None
+        choice = Choice(algorithm, config or launch_config(case.k)) if algorithm else None
         run = GroupRunner(workspace) if choice is None else GroupRunner(workspace, lambda *_: choice)
         name, args = op_name(True, True, False), (EPS, 0.0, sharded, group.group_name, case.spec.encode())
         key = f"{name}@{choice}" if choice is not None else name  # launches are remembered by name
@@ -171,14 +172,17 @@ def candidates() -> dict[str, Make]:
         config = Config(warps, split=split, cluster=split > 1, prefetch=True)
         for algorithm, sharded in ((ONE_SHOT, False), (TWO_SHOT, False), (TWO_SHOT, True)):
             name = f"{algorithm}{' sharded' if sharded else ''} split{split} warps{warps}"
-            found[name] = normquant(sharded, Choice(algorithm, config))
+            found[name] = normquant(sharded, algorithm, config)
     return found
 
 
 PROVIDERS: dict[str, Make] = {
     "normquant": normquant(),
     "normquant sharded": normquant(sharded=True),
-    "normquant collectives": normquant(choice=Choice(COLLECTIVE, launch_config(7168))),
+    "normquant one-shot": normquant(algorithm=ONE_SHOT),
+    "normquant two-shot": normquant(algorithm=TWO_SHOT),
+    "normquant two-shot sharded": normquant(True, TWO_SHOT),
+    "normquant collectives": normquant(algorithm=COLLECTIVE),
     "NCCL + normquant": nccl,
     "symm_mem one-shot + normquant": symmetric_one_shot,
     "symm_mem two-shot + normquant": symmetric_two_shot,
