@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from normquant.bench.records import Provenance, current_run
+from normquant.bench.records import Provenance, current_command, current_run
 from normquant.bench.timing import Timing, summary
 
 
@@ -15,6 +15,11 @@ def test_the_command_leaves_out_where_the_records_went(monkeypatch):
     assert isinstance(current_run("1"), Provenance)
     assert current_run("1").command == "normquant bench layer --m 1"
     assert datetime.date.fromisoformat(current_run("1").date) <= datetime.date.today()
+
+
+def test_the_command_can_be_given_to_a_shell(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "bench", "kernels", "--providers", "NCCL + normquant,normquant"])
+    assert current_command() == "normquant bench kernels --providers 'NCCL + normquant,normquant'"
 
 
 def test_summary():

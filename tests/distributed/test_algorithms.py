@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
-from shared.rank_records import MEASURED_ONE_SHOT, WIDTHS, K, measured
+from shared.rank_records import MEASURED_ONE_SHOT, WIDTHS, K, measured, side_by_side
 
 from normquant.distributed.algorithms import COLLECTIVE, ONE_SHOT, PIECES, TWO_SHOT, choose, one_shot_rows
 from normquant.distributed.pieces import piece_rows
 from normquant.kernels.exchange_layout import two_shot_bytes
 
 ROOM = 1 << 40
+
+
+CHOICES = list(product((2, 4), WIDTHS, (False, True)))  # ranks, width, sharded or not, where both were measured
+
+
+@pytest.mark.parametrize(("ranks", "k", "sharded"), CHOICES)
+def test_the_algorithm_that_is_chosen_loses_little_at_every_size_that_was_measured_with_both(
+    ranks: int, k: int, sharded: bool
+) -> None:
+    last = one_shot_rows(ranks, k, sharded)
+    both = side_by_side(ranks, k, sharded)
+    lost = {rows: sum(max(0.0, loss(us, m <= rows)) for m, us in both.items()) for rows in (0, *both)}
+    known = max(m for m in both if m <= last)
+    assert lost[known] == min(lost.values())
+    assert all(loss(us, m <= last) < 0.05 for m, us in both.items())
+
+
+def loss(us: tuple[float, float], one_shot: bool) -> float:
+    """By how much of the other's time an algorithm is slower."""
+    chosen, other = us if one_shot else us[::-1]
+    return chosen / other - 1
+
+
+@pytest.mark.parametrize(("ranks", "k", "sharded"), CHOICES)
+def test_one_shot_ends_where_straight_lines_between_the_sizes_cross(ranks: int, k: int, sharded: bool) -> None:
+    last = one_shot_rows(ranks, k, sharded)
+    both = side_by_side(ranks, k, sharded)
+    before, after = max(m for m in both if m <= last), min((m for m in both if m > last), default=None)
+    if after is None:
+        assert last == before  # the largest that was measured
+        return
+    gain, more = (both[m][1] - both[m][0] for m in (before, after))
+    assert last == round(before + (after - before) * gain / (gain - more))
 
 
 def line(points: list[tuple[int, float]]) -> tuple[float, float]:
@@ -19,43 +54,30 @@ def line(points: list[tuple[int, float]]) -> tuple[float, float]:
     return us - slope * m, slope
 
 
-def crossing(ranks: int, sharded: bool, k: int = K) -> float:
-    """Where the line through the two largest sizes with one shot meets that through the two smallest with two."""
-    us = {call.m: us for call, us in measured((ranks,), [k]).items() if call.sharded == sharded}
-    one = line([(m, us[m]) for m in us if m <= MEASURED_ONE_SHOT[ranks]][-2:])
-    two = line([(m, us[m]) for m in us if m > MEASURED_ONE_SHOT[ranks]][:2])
-    return (two[0] - one[0]) / (one[1] - two[1])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_on_8_ranks_one_shot_ends_where_the_measurements_of_each_algorithm_cross(sharded: bool) -> None:
+    us = {call.m: us for call, us in measured((8,)).items() if call.sharded == sharded}
+    one = line([(m, us[m]) for m in us if m <= MEASURED_ONE_SHOT[8]][-2:])
+    two = line([(m, us[m]) for m in us if m > MEASURED_ONE_SHOT[8]][:2])
+    assert one_shot_rows(8, K, sharded) == pytest.approx((two[0] - one[0]) / (one[1] - two[1]), rel=0.15)
 
 
-@pytest.mark.parametrize(("ranks", "sharded"), [(2, True), (4, False), (4, True), (8, False), (8, True)])
-def test_one_shot_ends_where_the_measurements_cross(ranks: int, sharded: bool) -> None:
-    assert one_shot_rows(ranks, sharded) == pytest.approx(crossing(ranks, sharded), rel=0.15)
-
-
-def test_on_2_ranks_with_the_whole_residual_one_shot_ends_between_what_was_measured() -> None:
-    assert crossing(2, False) < 0  # they do not cross
-    assert MEASURED_ONE_SHOT[2] < one_shot_rows(2, False) < 256
-
-
-def test_the_measurements_do_not_show_that_one_shot_ends_at_other_rows_in_other_widths() -> None:
-    """At 7168 / K times the rows only where 4 ranks shard the residual; the figures are those of docs/scale.md."""
-    sharded, whole = ([crossing(4, own, k) for k in WIDTHS] for own in (True, False))
-    assert [round(rows) for rows in sharded] == [43, 28, 24, 18, 15]
-    assert [round(rows) for rows in whole] == [71, 51, 47, 48, 40]
-    assert all(crossing(2, False, k) < 0 for k in WIDTHS)
-    assert [round(crossing(2, True, k)) for k in WIDTHS] == [87, 330, 46, 65, 164]
+def test_other_widths_have_as_many_values_as_the_nearest() -> None:
+    assert one_shot_rows(4, 1536, True) == one_shot_rows(4, 2048, True) * 2048 // 1536
+    assert one_shot_rows(2, 16384, False) == one_shot_rows(2, 8192, False) // 2
+    assert one_shot_rows(8, 3584, False) == 2 * one_shot_rows(8, 7168, False)
 
 
 def test_other_numbers_of_ranks_have_the_rows_of_the_next_higher_one() -> None:
     for sharded in (False, True):
-        rows = {n: one_shot_rows(n, sharded) for n in range(2, 17)}
+        rows = {n: one_shot_rows(n, K, sharded) for n in range(2, 17)}
         assert rows[3] == rows[4] and {rows[n] for n in (5, 6, 7, 9, 16)} == {rows[8]}
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_a_call_gets_what_the_table_and_the_room_allow(world: int, sharded: bool) -> None:
-    last = one_shot_rows(world, sharded)
+    last = one_shot_rows(world, K, sharded)
     chosen = [choose(m, K, world, ROOM, sharded).algorithm for m in (1, last, last + 1, 1 << 14)]
     assert chosen == [ONE_SHOT, ONE_SHOT, TWO_SHOT, TWO_SHOT]
     assert choose(2048, K, world, 1 << 22, sharded).algorithm == (COLLECTIVE if sharded else PIECES)

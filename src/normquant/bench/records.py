@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -209,9 +210,10 @@ def today() -> str:
 
 
 def current_command() -> str:
-    """The command line of this process, without where its results go."""
+    """The command line of this process as a shell takes it, without where its results go."""
     words = iter(sys.argv[1:])
-    return " ".join(["normquant", *(w for w in words if not (w in ("--output", "--keep") and next(words, "")))])
+    kept = (w for w in words if not (w in ("--output", "--keep") and next(words, "")))
+    return shlex.join(["normquant", *kept])
 
 
 def time_fields(timing: Timing, digits: int) -> dict[str, Any]:

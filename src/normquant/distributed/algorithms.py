@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -43,7 +44,7 @@ def choose(m: int, k: int, world: int, half: int, sharded: bool) -> Choice:
     It depends on nothing that differs between ranks.
     """
     config = launch_config(k)
-    if m <= one_shot_rows(world, sharded) and one_shot_bytes(m, k, world) <= half:
+    if m <= one_shot_rows(world, k, sharded) and one_shot_bytes(m, k, world) <= half:
         return Choice(ONE_SHOT, config)
     if two_shot_bytes(m, k, world) <= half:
         return Choice(TWO_SHOT, config)
@@ -53,12 +54,17 @@ def choose(m: int, k: int, world: int, half: int, sharded: bool) -> Choice:
 
 
 @cache
-def one_shot_rows(world: int, sharded: bool) -> int:
-    """Up to how many rows one shot is chosen: what `one_shot_rows.json` says, and for ranks that it lacks what it says
-    for the next higher number, or else for the highest."""
-    table: dict[str, int] = json.loads(TABLE.read_text(encoding="utf-8"))["sharded" if sharded else "whole"]
+def one_shot_rows(world: int, k: int, sharded: bool) -> int:
+    """Up to how many rows of k values one shot is chosen: what `one_shot_rows.json` says.
+
+    Ranks that it lacks have the rows of the next higher number, or else of the highest; widths that it lacks have the
+    rows that hold as many values as those of the nearest one.
+    """
+    table: dict[str, dict[str, int]] = json.loads(TABLE.read_text(encoding="utf-8"))["sharded" if sharded else "whole"]
     ranks = [int(n) for n in table]
-    return table[str(min((n for n in ranks if n >= world), default=max(ranks)))]
+    rows = table[str(min((n for n in ranks if n >= world), default=max(ranks)))]
+    nearest = min(map(int, rows), key=lambda width: abs(math.log(width / k)))
+    return rows[str(nearest)] * nearest // k
 
 
 def launch_config(k: int) -> Config:
