@@ -22,6 +22,7 @@ FILES = sorted((ROOT / "baselines").glob("*.jsonl"))
 RECORDS = list(read(ROOT / "baselines" / "h100.jsonl"))
 H100_VLLM = list(read(ROOT / "baselines" / "h100-vllm-0.26.jsonl"))
 H200_26 = list(read(ROOT / "baselines" / "h200-vllm-0.26.jsonl"))
+H100_33 = list(read(ROOT / "baselines" / "h100-vllm-0.33.jsonl"))
 H200_33 = list(read(ROOT / "baselines" / "h200-vllm-0.33.jsonl"))
 
 
@@ -46,8 +47,8 @@ INSTALLED = {  # title -> records, whether there are experts, whether vLLM compi
     "As installed, dense layers": (H200_26, False, True),
     "As installed, experts": (H200_26, True, True),
     "vLLM 0.33, dense layers": (H200_33, False, True),
-    "Not compiled, vLLM 0.26": (H200_26, False, False),
-    "Not compiled, vLLM 0.33": (H200_33, False, False),
+    "Not compiled, vLLM 0.26": (H100_VLLM, False, False),
+    "Not compiled, vLLM 0.33": (H100_33, False, False),
     "The same on an H100, a version earlier": (H100_VLLM, False, True),
 }
 SETTINGS = ("default", "off", "normquant")
@@ -198,9 +199,21 @@ def test_vllm_as_installed_is_quoted(title):
     above = words(section("vLLM as pip installs it"))
     assert "one GPU runs, and no all-reduce" in above
     (gpu,) = {r["gpu"] for r in records}
-    assert f"one {gpu}" in (text if "H100" in title else above)
-    assert all(f"easured {r['date']}" in (text if "H100" in title else above) for r in records)
+    assert f"one {gpu}" in (text if "H100" in gpu else above)
+    assert all(f"easured {r['date']}" in (text if "H100" in gpu else above) for r in records)
     assert {r["scales_not_power_of_two"] for r in records} == {0}
+
+
+def test_wall_times_of_vllm_as_installed_are_quoted():
+    text = words(section("vLLM as pip installs it"))
+    for version, quoted in (("0.26", "{} of {} steps below took longer on 0.26"), ("0.33", "{} of {} on 0.33")):
+        records = [r for title in INSTALLED for r in installed(title) if r["vllm"].startswith(version)]
+        case = {(r["gpu"], r["moe"], r.get("compiled", True), r["batch"], r["setting"]): r["tpot_ms"] for r in records}
+        slower = [case[*key[:-1], "installed-normquant"] > ms for key, ms in case.items() if key[-1] == "installed"]
+        assert quoted.format(sum(slower), len(slower)) in text
+    for title in ("Not compiled, vLLM 0.26", "Not compiled, vLLM 0.33"):
+        prompts = {r["setting"]: r["prefill_ms"] for r in installed(title)}
+        assert all(f"{ms:.2f}" in text for of in prompts.values() for ms in of.values())
 
 
 def test_products_of_few_rows_in_vllm_are_quoted():
