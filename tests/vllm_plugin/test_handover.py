@@ -13,7 +13,7 @@ from shared.vllm_modules import values
 from normquant import ops
 from normquant.spec import QuantizedActivation, QuantSpec
 from normquant.specs import FLASHINFER_LINEAR, VLLM, VLLM_UE8M0
-from normquant.vllm.handover import MARK, carrying, differing, drop, fits, in_spec, leave, take
+from normquant.vllm.handover import MARK, carrying, differing, differing_but_nan, drop, fits, in_spec, leave, take
 from normquant.vllm.linear_inputs import block_scale
 
 M, K = 4, 256
@@ -135,6 +135,14 @@ def test_differences_are_counted() -> None:
     a = torch.tensor([1.0, float("nan"), 2.0])
     assert differing(a, a.clone()) == 0 and differing(a, torch.tensor([1.0, 3.0, 4.0])) == 2
     assert differing(a, a[:2]) == 3
+
+
+def test_a_nan_that_vllm_clamps_is_no_difference() -> None:
+    ours, clamped, other = (torch.tensor([1.0, x, 3.0]).to(torch.float8_e4m3fn) for x in (torch.nan, -448.0, 2.0))
+    assert differing_but_nan(ours, clamped) == differing_but_nan(ours, ours) == 0
+    assert differing_but_nan(ours, other) == differing_but_nan(clamped, ours) == 1
+    assert differing_but_nan(ours.float(), clamped.float()) == 1  # nothing was quantized there
+    assert differing_but_nan(ours, clamped[:2]) == 3
 
 
 def test_the_scale_of_a_weight_has_either_name() -> None:

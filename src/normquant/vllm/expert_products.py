@@ -23,7 +23,7 @@ from normquant.ops import OPS, warmup
 from normquant.ops._op import Launcher, cached
 from normquant.spec import QuantSpec
 from normquant.vllm.activation_modules import ARITHMETICS, every_gate
-from normquant.vllm.handover import differing
+from normquant.vllm.handover import differing_but_nan
 from normquant.vllm.methods import give_back
 from normquant.vllm.quantizing_readers import experts_rule, quantizes_in_blocks
 from normquant.vllm.switches import Switches
@@ -68,7 +68,7 @@ class ExpertProduct:
             spec = experts_rule().replace(rounding=arithmetic.rounding)
             made = OPS[PRODUCT].overload(every, None, spec.encode())
             pairs = list(zip(made, (data, scale, expected), strict=True))
-            if all(a.stride() == b.stride() and not differing(a, b) for a, b in pairs):
+            if all(a.stride() == b.stride() and not differing_but_nan(a, b) for a, b in pairs):
                 self.spec = spec
                 if x.is_cuda:
                     warmup(**OPS[PRODUCT].warmup_settings(x, None, spec.encode()))
@@ -129,7 +129,7 @@ class ExpertProducts(Taking):
 
     def _compare(self, each: ExpertProduct, output: torch.Tensor) -> None:
         _, *form = _left.form
-        if unlike := unlike_parts(form, each.quantize(output, None, **RULE)):
+        if unlike := unlike_parts(form, each.quantize(output, None, **RULE), differing_but_nan):
             del _left.form
             self.stale(f"the form of {each.name} is another: {unlike}")
 

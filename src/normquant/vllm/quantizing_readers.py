@@ -18,7 +18,7 @@ from normquant import ops
 from normquant.ops._tensors import shaped
 from normquant.spec import QuantizedActivation, QuantSpec
 from normquant.specs import VLLM, VLLM_UE8M0
-from normquant.vllm.handover import differing
+from normquant.vllm.handover import differing, differing_but_nan
 from normquant.vllm.linear_inputs import LinearInput, input_of, kernel_of, product
 from normquant.vllm.methods import give_back
 
@@ -128,7 +128,7 @@ class ExpertsReader(Reader):
             ours, theirs = ((tuple(t.shape), t.stride()) for t in (given, other))
             if ours != theirs:
                 return f"its {part} have shape and stride {theirs}, not {ours}"
-            if n := differing(given, other):
+            if n := differing_but_nan(given, other):
                 return f"{n:,} of {other.numel():,} {part} differ"
         return ""
 

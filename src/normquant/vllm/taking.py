@@ -86,10 +86,14 @@ class Taking:
         return False
 
 
-def unlike_parts(form: Sequence[torch.Tensor], fresh: Sequence[torch.Tensor]) -> str:
+def unlike_parts(
+    form: Sequence[torch.Tensor],
+    fresh: Sequence[torch.Tensor],
+    count: Callable[[torch.Tensor, torch.Tensor], int] = differing,
+) -> str:
     """In how many values and scales a form, data and scale, differs from a fresh one, "" where it does in none; waits
-    for the GPU."""
-    values, scales = (differing(one, other) for one, other in zip(form, fresh, strict=True))
+    for the GPU. count: `differing_but_nan` where vLLM made the fresh one."""
+    values, scales = (count(one, other) for one, other in zip(form, fresh, strict=True))
     return f"{values} values and {scales} scales differ" if values or scales else ""
 
 
