@@ -180,7 +180,7 @@ def compare(cases: Sequence[ProductCase], names: Sequence[str], samples: int) ->
 def entries_of(measured: Iterable[tuple[ProductCase, Times]]) -> Iterator[dict[str, Any]]:
     """Entries of the table that chooses, from times.
 
-    The cases of a product come one after the other, by rows: an entry speaks for all rows above those of the one before.
+    A product's cases come one after the other, by rows: an entry speaks for all rows above those of the one before.
     """
     before = None
     for case, times in measured:
