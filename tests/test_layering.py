@@ -62,6 +62,7 @@ TOGETHER = (
     *("linear/test_checkpoints", "linear/test_export", "linear/test_models", "linear/test_sharding"),
     *(
         "bench/test_baselines",
+        "bench/test_products_page",
         "bench/test_scale_page",
         "distributed/test_compiled",
         "distributed/test_exchange",

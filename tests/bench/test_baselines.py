@@ -13,7 +13,6 @@ from normquant.bench.cases import BENCHMARKED, kernel_cases
 from normquant.bench.comparison import key
 from normquant.bench.record_files import problems, read
 from normquant.compile.policy import UNMEASURED
-from normquant.linear.choice import AUTO_ROWS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -246,69 +245,9 @@ def test_the_accuracy_of_vllm_is_quoted():
     assert f"{scales['off'][0]:,} with norm fusion off" in text and scales["normquant"][0] == 0
 
 
-def products(provider: str, part: str) -> dict[tuple[int, int, str, int], float]:
-    """(K, N, reader, M) -> microseconds."""
-    return {
-        (r["k"], r["n"], r["reader"], r["m"]): r["us"]
-        for r in RECORDS
-        if r["suite"] == "linear" and (r["provider"], r["part"]) == (provider, part)
-    }
-
-
-PRODUCTS = {"Products alone": "product", "Products and their readers": "pair"}
-FEW, OTHERS = (1, 8, 16, 31, 64), ("flashinfer", "deepgemm", "scaled_mm")
-
-
-def test_the_products_are_quoted():
-    rows = [("normquant, partial sums", "normquant", "parts"), ("normquant, summed", "normquant", "product")]
-    rows += [(provider, provider, "product") for provider in OTHERS]
-    expected = []
-    for label, provider, part in rows:
-        us = products(provider, part)
-        assert len(us) == 25
-        expected.append(row(label, *(f"{sum(v for key, v in us.items() if key[-1] == m):.1f}" for m in FEW)))
-    assert table(section("Products alone")) == [row("us", *FEW), *expected]
-
-
-def test_products_and_their_readers_are_quoted():
-    ours, others = products("normquant", "pair"), [products(p, "pair") for p in OTHERS]
-    best = {key: min(found[key] for found in others) for key in ours}
-    names = [f"{k} x {n}, {reader}" for k, n, reader, m in ours if m == 1]
-    lines = [[f"{ours[key]:.2f} / {best[key]:.2f}" for key in ours if key[:3] == of[:3]] for of in ours if of[3] == 1]
-    total = {m: [sum(us for key, us in found.items() if key[3] == m) for found in (ours, best)] for m in FEW}
-    sums = [f"{total[m][0]:.1f} / {total[m][1]:.1f}" for m in FEW]
-    expected = [row(name, *line) for name, line in zip(names, lines, strict=True)]
-    header = row("us, normquant / best other", *FEW)
-    assert table(section("Products and their readers")) == [header, *expected, row("all", *sums)]
-
-
-def test_what_a_reader_of_partial_sums_costs_is_quoted():
-    ours, parts, reader, summed = (products("normquant", part) for part in ("pair", "parts", "reader", "product"))
-    few = [key for key in ours if key[3] < AUTO_ROWS]
-    more, adding = (
-        max(of) for of in ([ours[k] - parts[k] - reader[k] for k in few], [summed[k] - parts[k] for k in few])
-    )
-    text = words(section("Products and their readers"))
-    assert f"at most {more:.2f} us more" in text and f"to {adding:.1f}, is saved" in text
-
-
-def test_what_a_norm_costs_beside_a_sum_is_quoted():
-    pair, summed = products("normquant", "pair"), products("normquant", "product")
-    more = max(pair[key] / summed[key] - 1 for key in pair if key[2] == "add_rms_norm_quant")
-    assert f"at most {100 * more:.1f} % longer" in words(section("Products and their readers"))
-
-
-def test_the_decode_step_is_quoted():
-    us = {(r["provider"], r["m"]): r["us"] for r in RECORDS if r["suite"] == "decode"}
-    sizes, providers = (1, 16, 64), ("scaled_mm", "deepgemm", "flashinfer", "best", "normquant")
-    assert us.keys() == {(provider, m) for provider in providers for m in sizes}
-    expected = [row(provider, *(f"{us[provider, m]:.1f}" for m in sizes)) for provider in providers]
-    assert table(section("A decode layer")) == [row("us a layer", *sizes), *expected]
-
-
-def test_every_table_of_the_page_is_one_of_these():
-    titles = ("Kernels", "Layers", *PRODUCTS, "A decode layer", *INSTALLED, "The same with vLLM's products", *MODELS)
-    titles += ("Accuracy",)
+def test_every_table_of_the_page_is_compared_with_records():
+    titles = ("Kernels", "Layers", *INSTALLED, "The same with vLLM's products", *MODELS, "Accuracy")
+    titles += ("Products alone", "Products and their readers", "Products of other models", "A decode layer")
     assert sorted(table(PERFORMANCE)) == sorted(line for title in titles for line in table(section(title)))
 
 
@@ -317,7 +256,7 @@ def test_the_page_says_where_the_records_come_from():
     assert {(r["torch"], r["triton"]) for r in RECORDS} == {("2.11.0+cu130", "3.6.0")}
     assert "torch 2.11.0 and Triton 3.6.0" in PERFORMANCE
     commands = re.findall(r"^normquant bench .*", PERFORMANCE, re.M)
-    assert len(commands) == 13
+    assert len(commands) == 14
     ran = {r["command"] for path in FILES for r in read(path)}
     assert all(any(command.startswith(quoted) for command in ran) for quoted in commands)
 

@@ -1,13 +1,17 @@
 """Which kernels a product of few rows gets: what was measured, and nothing else."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from normquant.bench.products import SHAPES
+from normquant.bench.record_files import read
 from normquant.linear import choice
-from normquant.linear.choice import PRODUCT, choose, parse, pays
+from normquant.linear.choice import AUTO_ROWS, PRODUCT, choose, parse, pays
 
+RECORDS = Path(__file__).parents[2] / "baselines" / "h100.jsonl"
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 TABLE = {
     "capability": "9.0",
@@ -50,11 +54,21 @@ def test_the_tuner_is_no_remedy_for_an_op_of_a_group(on_hopper):
         assert "no measurements" in reason and ("normquant tune" in reason) == remedy
 
 
-def test_what_is_committed_for_hopper(on_hopper):
-    readers = {"latent_norm_quant": (7168, 2112), "silu_mul_quant": (7168, 4608), "add_rms_norm_quant": (2304, 7168)}
-    for reader, (k, n) in readers.items():
-        assert [choose(reader, k, n, m, GPU).split for m in (1, 16, 31, 32, 64, 65)] == [True] * 3 + [False] * 3
-        assert not choose(reader, k, n, 1, CPU).split
+@pytest.mark.parametrize(("k", "n", "reader"), [shape for model in SHAPES.values() for shape in model if shape[2]])
+def test_every_pair_that_is_committed_for_hopper_is_chosen_for_few_rows(on_hopper, k, n, reader):
+    assert [choose(reader, k, n, m, GPU).split for m in (1, 16, 31, 32, 64, 65)] == [True] * 3 + [False] * 3
+    assert not choose(reader, k, n, 1, CPU).split
+
+
+def test_what_was_slower_is_not_chosen(on_hopper):
+    found = {}
+    for r in read(RECORDS):
+        if r["suite"] == "linear" and r["m"] < AUTO_ROWS and r["part"] in ("product", "pair"):
+            part = r["reader"] if r["part"] == "pair" else PRODUCT
+            found.setdefault((part, r["k"], r["n"], r["m"]), {})[r["provider"]] = r["us"]
+    faster = {case: us.pop("normquant") < min(us.values()) for case, us in found.items()}
+    assert {case: choose(*case, GPU).split for case in found} == faster
+    assert any(faster.values()) and not all(faster.values())
 
 
 @pytest.mark.parametrize(("m", "split"), [(1, True), (16, True), (17, False), (31, False), (64, False), (65, False)])

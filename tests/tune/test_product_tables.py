@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from normquant.bench.products import ProductCase, product_cases
+from normquant.bench.record_files import read
 from normquant.bench.timing import Timing
 from normquant.kernels import product_configs
 from normquant.kernels.product_configs import ProductConfig
 from normquant.linear import choice
 from normquant.linear.choice import parse
 from normquant.tune import product_tables
-from normquant.tune.product_tables import Way, choose, compare, merged, splits, ways, write
+from normquant.tune.product_tables import Way, choose, compare, entries_of, merged, splits, ways, write
 
+RECORDS = Path(__file__).parents[2] / "baselines" / "h100.jsonl"
 A, B = ProductConfig(), ProductConfig(8, 128, 3, "waited")
 
 
@@ -104,6 +106,26 @@ def test_the_table_that_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     table = parse(path.read_text(), path.name)
     assert table.capability == (9, 0) and len(table.of("product", 640, 768)) == 1
     assert [e.fastest for e in table.of("product", 512, 768)] == ["normquant", "normquant"]
+
+
+def test_an_entry_speaks_for_the_rows_above_those_of_the_one_before() -> None:
+    us = {("normquant", "product"): 1.004, ("deepgemm", "product"): 2.0, ("normquant", "parts"): 0.5}
+    products = ((768, ""), (768, "group_quant"), (896, ""))
+    cases = [ProductCase(512, n, m, reader) for n, reader in products for m in (1, 8)]
+    entries = list(entries_of((case, us) for case in cases))
+    assert [(e["n"], e["m"]) for e in entries] == [(768, [1, 1]), (768, [2, 8])] * 2 + [(896, [1, 1]), (896, [2, 8])]
+    assert all(e["us"] == {"normquant": 1.0, "deepgemm": 2.0} for e in entries)
+
+
+def test_the_committed_table_is_what_the_committed_records_say() -> None:
+    records = [r for r in read(RECORDS) if r["suite"] == "linear"]
+    cases: dict[ProductCase, dict[tuple[str, str], float]] = {}
+    for r in records:
+        cases.setdefault(ProductCase(r["k"], r["n"], r["m"], r["reader"]), {})[r["provider"], r["part"]] = r["us"]
+    ascending = sorted(cases.items(), key=lambda item: (item[0].k, item[0].n, item[0].reader, item[0].m))
+    source = "; ".join(dict.fromkeys(r["command"] for r in records))
+    _, _, path = product_tables.paths((9, 0))
+    assert json.loads(path.read_text()) == merged({}, list(entries_of(ascending)), (9, 0), source)
 
 
 def test_without_a_peer_nothing_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, pairwise, product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from normquant.tune.launch_configs import NOISE
 FEWEST, MOST = 60, 800  # programs of a split that is worth measuring; where none has so many, the largest splits
 SAMPLE_US = 300.0
 Way = tuple[int, ProductConfig]  # a split, and how its kernel is launched
+Times = Mapping[tuple[str, str], float]  # (provider, part) -> microseconds, as in records of the bench
 
 
 @dataclass(frozen=True)
@@ -168,23 +169,31 @@ def choose(k: int, n: int, measured: Mapping[int, Mapping[Way, Timing]]) -> Tune
 
 def compare(cases: Sequence[ProductCase], names: Sequence[str], samples: int) -> Iterator[dict[str, Any]]:
     """Entries of the table that chooses: each product alone, and with its reader; ours and all named beside it."""
-    for _, same in groupby(sorted(cases, key=_shape_and_reader), key=_shape_and_reader):
-        ascending = sorted(same, key=lambda c: c.m)
-        firsts = [1, *(before.m + 1 for before, _ in pairwise(ascending))]
-        for first, case in zip(firsts, ascending, strict=True):
-            found = [(p, part, t) for p, part, t, _ in measure_products(case, names, samples)]
-            for part, what in (("product", PRODUCT), ("pair", case.reader)):
-                us = {provider: round(t.us, 2) for provider, of, t in found if of == part}
-                if OURS in us and len(us) > 1:
-                    yield {"part": what, "k": case.k, "n": case.n, "m": [first, case.m], "us": us}
+
+    def times(case: ProductCase) -> Times:
+        return {(provider, part): t.us for provider, part, t, _ in measure_products(case, names, samples)}
+
+    ascending = sorted(cases, key=lambda c: (*_shape(c), c.reader, c.m))
+    return entries_of((case, times(case)) for case in ascending)
+
+
+def entries_of(measured: Iterable[tuple[ProductCase, Times]]) -> Iterator[dict[str, Any]]:
+    """Entries of the table that chooses, from times.
+
+    A product's cases come one after the other, by rows: an entry speaks for all rows above those of the one before.
+    """
+    before = None
+    for case, times in measured:
+        first = before.m + 1 if before is not None and replace(before, m=case.m) == case else 1
+        for part, what in (("product", PRODUCT), ("pair", case.reader)):
+            us = {provider: round(t, 2) for (provider, of), t in times.items() if of == part}
+            if OURS in us and len(us) > 1:
+                yield {"part": what, "k": case.k, "n": case.n, "m": [first, case.m], "us": us}
+        before = case
 
 
 def _shape(case: ProductCase) -> tuple[int, int]:
     return case.k, case.n
-
-
-def _shape_and_reader(case: ProductCase) -> tuple[int, int, str]:
-    return case.k, case.n, case.reader
 
 
 def merged(
