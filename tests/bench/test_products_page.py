@@ -12,7 +12,7 @@ from shared.pages import row, table, words
 
 from normquant.bench.products import FEW_MS, NONE, NORM, OURS, PRODUCT_PROVIDERS, SHAPES, ProductCase
 from normquant.bench.record_files import read
-from normquant.linear.choice import AUTO_ROWS, PRODUCT, measured
+from normquant.linear.choice import AUTO_ROWS, SCALED_MM
 
 ROOT = Path(__file__).parents[2]
 RECORDS = [r for r in read(ROOT / "baselines" / "h100.jsonl") if r["suite"] in ("linear", "decode")]
@@ -135,36 +135,37 @@ def test_what_is_chosen_of_other_models_is_said() -> None:
     page = words(section("Products of other models"))
     pairs, best = times("pair", *OTHER_MODELS), best_other("pair", *OTHER_MODELS)
     gains = [1 - pairs[case] / best[case] for case in few(pairs)]
-    assert f"All seven pairs are chosen up to 31 rows, where they take {percents(gains)} less time" in page
+    assert f"all seven pairs are chosen up to 31 rows, where they take {percents(gains)} less time" in page
     faster = [(case.k, case.n, case.m) for case in pairs if case.m >= AUTO_ROWS and pairs[case] < best[case]]
     assert faster == [(4096, 2048, 64)] and "At 64 rows one is faster, 4096 x 2048, and not chosen" in page
 
 
-def test_what_is_chosen_alone_is_said() -> None:
+def test_what_is_the_fastest_alone_is_said() -> None:
     page = words(section("Products of other models"))
     alone, best = times("product", *OTHER_MODELS), best_other("product", *OTHER_MODELS)
-    to_31 = [*range(1, 32)]
-    assert {(k, n): found for model in OTHER_MODELS for k, n, _ in SHAPES[model] if (found := chosen(k, n))} == {
-        **{(5120, 1280): to_31, (8192, 1280): to_31, (4096, 2048): to_31, (3200, 5120): [*range(2, 17)]},
-    }
-    assert "5120 x 1280 and 8192 x 1280 are chosen up to 31 rows, and 2048 x 5120 never" in page
-    assert "4096 x 2048 is chosen alone up to 31 rows and 3200 x 5120 from 2 to 16" in page
+    wins = {case: alone[case] < best[case] for case in few(alone) if not case.reader}
+    assert {(case.k, case.n) for case, faster in wins.items() if faster} == {(5120, 1280), (8192, 1280)}
+    assert {(case.k, case.n) for case, faster in wins.items() if not faster} == {(2048, 5120)}
+    assert "5120 x 1280 and 8192 x 1280 are the fastest up to 31 rows, and 2048 x 5120 never" in page
     never = [1 - best[case] / alone[case] for case in few(alone) if (case.k, case.n) == (2048, 5120)]
     assert f"FlashInfer's takes {percents(never)} less" in page
     slower = max(alone[case] / best[case] - 1 for case in few(alone) if case.reader)
     assert f"up to {100 * slower:.1f} % slower" in page
 
 
+@pytest.mark.parametrize("part", ["product", "pair"])
+def test_what_torch_alone_gets_is_said(part: str) -> None:
+    ours, other = times(part, *SHAPES), times(part, *SHAPES, provider=SCALED_MM)
+    page = words(section("Products of other models"))
+    gains = percents([1 - ours[case] / other[case] for case in few(ours)])
+    assert (f"{gains} alone" if part == "product" else f"and {gains} with their readers") in page
+    at_64 = [case for case in ours if case.m == 64]
+    faster = sum(ours[case] < other[case] for case in at_64)
+    assert f"{faster} of the {len(at_64)} {'are alone' if part == 'product' else 'that have a reader with it'}" in page
+
+
 def percents(of: list[float]) -> str:
     return f"{100 * min(of):.0f} to {100 * max(of):.0f} %"
-
-
-def chosen(k: int, n: int) -> list[int]:
-    """The numbers of rows for which a product alone is split on Hopper."""
-    known = measured((9, 0))
-    assert known is not None
-    found = (entry for entry in known.of(PRODUCT, k, n) if entry.fastest == OURS)
-    return sorted(m for entry in found for m in range(entry.first, entry.last + 1) if m < AUTO_ROWS)
 
 
 def test_the_decode_step_is_quoted() -> None:

@@ -1,12 +1,13 @@
 """Which kernels a block-FP8 product of few rows gets: today's, or those that split K.
 
-Split products are chosen where a measured table of the GPU says that they are the fastest, and nowhere else:
+Split products are chosen where a measured table of the GPU says that they are faster than the products that would run
+in their place, and nowhere else:
 
     {"capability": "9.0", "source": "command that measured it",
      "entries": [{"part": "product", "k": 7168, "n": 2112, "m": [1, 16], "us": {"normquant": 7.9, "deepgemm": 14.2}}]}
 
-From AUTO_ROWS rows on nothing is split, whatever the table says: between the other kernels of a layer, DeepGEMM's
-products of 64 rows were no slower than the pairs that are faster alone (`normquant bench decode`).
+From AUTO_ROWS rows on nothing is split in place of DeepGEMM, whatever the table says: between the other kernels of a
+layer, its products of 64 rows were no slower than the pairs that are faster alone (`normquant bench decode`).
 
 `part` is "product" for the product alone, its sum included, or the name of the op that reads it, for both together.
 `m` is the first and the last number of rows that an entry speaks for. `us` has "normquant" and at least one other.
@@ -15,7 +16,7 @@ products of 64 rows were no slower than the pairs that are faster alone (`normqu
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, get_args
@@ -27,8 +28,9 @@ from normquant.ops import OPS
 from normquant.spec import one_of
 
 Wanted = Literal["auto", "always"]
+Rivals = tuple[str, ...]
 PRODUCT = "product"
-OURS = "normquant"
+OURS, SCALED_MM, DEEPGEMM = "normquant", "scaled_mm", "deepgemm"
 AUTO_ROWS = 32
 REMEDY = "`normquant tune --linear` makes them"
 
@@ -51,6 +53,11 @@ class Measured:
     first: int
     last: int
     us: tuple[tuple[str, float], ...]
+
+    def beside(self, rivals: Rivals) -> Measured:
+        """The same with no others than these; as it is where none of them was measured."""
+        us = tuple((name, us) for name, us in self.us if name == OURS or name in rivals)
+        return replace(self, us=us) if len(us) > 1 else self
 
     @property
     def fastest(self) -> str:
@@ -75,42 +82,48 @@ class ProductTable:
         return [entry for entry in self.entries if (entry.part, entry.k, entry.n) == (part, k, n)]
 
 
-def choose(part: str, k: int, n: int, m: int, device: torch.device, wanted: Wanted = "auto") -> ProductChoice:
+def choose(
+    part: str, k: int, n: int, m: int, device: torch.device, wanted: Wanted = "auto", rivals: Rivals = ()
+) -> ProductChoice:
     """The kernels of [m, k] by [n, k] on a device.
 
-    wanted: "auto" as measured; "always": split for up to 64 rows whatever was measured, in tests and to measure it.
+    rivals: the products of which one runs where none is split, by their names in the table; () for all that were
+    measured. wanted: "auto" as measured; "always": split for up to 64 rows whatever was measured, in tests and to
+    measure it.
     Raises ValueError for anything else.
     """
     one_of("wanted", wanted, get_args(Wanted))
-    return _choose(part, k, n, m, _capability(device), wanted)
+    return _choose(part, k, n, m, _capability(device), wanted, rivals)
 
 
 def measurement(part: str, k: int, n: int, m: int, device: torch.device) -> Measured | None:
     """What was measured for m rows on a device; None where nothing was."""
-    return _speaking_for(m, _entries(part, k, n, _capability(device)))
+    return _speaking_for(m, _entries(part, k, n, _capability(device), ()))
 
 
-def pays(part: str, k: int, n: int, device: torch.device, m: int | None = None) -> ProductChoice:
-    """Whether split kernels were the fastest for m rows; m None: for some number of rows."""
+def pays(part: str, k: int, n: int, device: torch.device, m: int | None = None, rivals: Rivals = ()) -> ProductChoice:
+    """Whether split kernels were faster than `rivals` for m rows; m None: for some number of rows."""
     if m is not None:
-        return choose(part, k, n, m, device)
+        return choose(part, k, n, m, device, rivals=rivals)
     capability = _capability(device)
-    entries = _entries(part, k, n, capability)
+    entries = _entries(part, k, n, capability, rivals)
     if not entries:
         return ProductChoice(False, _lacking(part, k, n, capability))
     times = "; ".join(entry.text for entry in entries)
-    few = [entry for entry in entries if entry.first < AUTO_ROWS]
+    few = [entry for entry in entries if not _stays(entry.first, entries)]
     return ProductChoice(any(entry.fastest == OURS for entry in few), f"measured: {times}")
 
 
 @cache
-def _choose(part: str, k: int, n: int, m: int, capability: tuple[int, int] | None, wanted: Wanted) -> ProductChoice:
+def _choose(
+    part: str, k: int, n: int, m: int, capability: tuple[int, int] | None, wanted: Wanted, rivals: Rivals
+) -> ProductChoice:
     if wanted == "always":
         if m <= FEW_ROWS:
             return ProductChoice(True, f"asked for; K in {split_of(k, n)} parts")
         return ProductChoice(False, f"{m} rows; split products are for {FEW_ROWS} rows at the most")
-    entries = _entries(part, k, n, capability)
-    if entries and m >= AUTO_ROWS:
+    entries = _entries(part, k, n, capability, rivals)
+    if _stays(m, entries):
         return ProductChoice(False, f"{m} rows; products of {AUTO_ROWS} rows and more stay what they are")
     if entry := _speaking_for(m, entries):
         return ProductChoice(entry.fastest == OURS, f"measured: {entry.text}")
@@ -118,13 +131,18 @@ def _choose(part: str, k: int, n: int, m: int, capability: tuple[int, int] | Non
     return ProductChoice(False, known or _lacking(part, k, n, capability))
 
 
+def _stays(m: int, entries: list[Measured]) -> bool:
+    """Whether m rows are too many to split a product in place of DeepGEMM's."""
+    return m >= AUTO_ROWS and any(name == DEEPGEMM for entry in entries for name, _ in entry.us)
+
+
 def _speaking_for(m: int, entries: list[Measured]) -> Measured | None:
     return next((entry for entry in entries if entry.first <= m <= entry.last), None)
 
 
-def _entries(part: str, k: int, n: int, capability: tuple[int, int] | None) -> list[Measured]:
+def _entries(part: str, k: int, n: int, capability: tuple[int, int] | None, rivals: Rivals) -> list[Measured]:
     table = measured(capability) if capability is not None else None
-    return table.of(part, k, n) if table is not None else []
+    return [entry.beside(rivals) for entry in table.of(part, k, n)] if table is not None else []
 
 
 def _lacking(part: str, k: int, n: int, capability: tuple[int, int] | None) -> str:

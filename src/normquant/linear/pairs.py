@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from normquant.linear.choice import choose
+from normquant.linear.choice import SCALED_MM, Rivals, choose
 from normquant.linear.product import check_product, dequantized_linear
 from normquant.linear.split_product import launch_pair, split_product
 from normquant.ops import OPS, Op
@@ -74,14 +74,14 @@ class Pair(Generic[OpT]):
     def reference(self, *args: Any) -> Any:
         """The outputs, in torch on any device."""
         args = self._checked(args)
-        product, wanted, rest = _parts(args)
-        multiply = split_product if self._is_split(product, wanted) else dequantized_linear
+        product, _, rest = _parts(args)
+        multiply = split_product if self._is_split(args) else dequantized_linear
         return self.op.reference(multiply(*product), *rest)
 
     def launcher(self, *args: Any) -> Launcher:
         """What launches on CUDA tensors like these."""
-        product, wanted, rest = _parts(self._checked(args))
-        return launch_pair(self.op, product, rest) if self._is_split(product, wanted) else self._unfolded(args)
+        product, _, rest = _parts(self._checked(args))
+        return launch_pair(self.op, product, rest) if self._is_split(args) else self._unfolded(args)
 
     def warmup_settings(self: Pair[Op], *args: Any) -> tuple[dict[str, Any], tuple[int, int]]:
         """The op's own for arguments of the pair, the spec encoded, and K and N of the product."""
@@ -117,10 +117,10 @@ class Pair(Generic[OpT]):
         self.check(*args)
         return args
 
-    def _is_split(self, product: tuple[Any, ...], wanted: Any) -> bool:
-        data, _, weight, *_ = product
+    def _is_split(self, args: tuple[Any, ...]) -> bool:
+        (data, _, weight, *_), wanted, _ = _parts(args)
         (m, k), n = data.shape, weight.shape[0]
-        return choose(self.op.name, k, n, m, data.device, wanted).split
+        return choose(self.op.name, k, n, m, data.device, wanted, rivals(args[OF_PRODUCT + 1])).split
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,11 @@ class GroupPair(Pair[GroupOp]):
 def _parts(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]]:
     """The arguments of the product, `wanted`, and the op's own; `otherwise` is left out."""
     return args[:OF_PRODUCT], args[OF_PRODUCT], args[OF_PRODUCT + 2 :]
+
+
+def rivals(otherwise: str) -> Rivals:
+    """The products of which one runs where none is split, by their names in the table of choices; () for any."""
+    return () if otherwise else (SCALED_MM,)
 
 
 def _unsplit_product(otherwise: str) -> Callable[..., torch.Tensor]:

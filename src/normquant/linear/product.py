@@ -1,6 +1,6 @@
 """The product of block-quantized activations and weights: [M, K] fp8, 1x128 scales, times [N, K] fp8, 128x128 scales.
 
-Where a measured table says that it is the fastest, K is split (`split_product`). Else, on Hopper and with N a multiple
+Where a measured table says that it is the faster, K is split (`split_product`). Else, on Hopper and with N a multiple
 of 16, it is `torch.nn.functional.scaled_mm` (cuBLASLt); elsewhere both operands are dequantized to fp32 and multiplied,
 which is right and slow.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from normquant.linear import _sharding
-from normquant.linear.choice import PRODUCT, choose
+from normquant.linear.choice import PRODUCT, SCALED_MM, choose
 from normquant.linear.split_product import Launcher, launch_product
 from normquant.linear.weights import BLOCK, check_bias, check_weight, dequantize_weight, pad_weight_scale
 from normquant.ops import LIBRARY
@@ -109,7 +109,7 @@ _split = cached("block_fp8_linear", _launch_split)
 
 def _on_cuda(data, scale, weight, weight_scale, out_dtype):
     (m, k), n = data.shape, weight.shape[0]
-    run = _split if choose(PRODUCT, k, n, m, data.device).split else scaled_product
+    run = _split if choose(PRODUCT, k, n, m, data.device, rivals=(SCALED_MM,)).split else scaled_product
     return run(data, scale, weight, weight_scale, out_dtype)
 
 

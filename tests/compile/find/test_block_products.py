@@ -100,6 +100,21 @@ def test_a_pair_that_splits_the_product(linear: Linear, layout: str, otherwise: 
     assert any(not torch.equal(bits(a), bits(b)) for a, b in zip(result, stock, strict=True))  # another order of sums
 
 
+@every_linear
+def test_all_that_was_measured_is_a_rival_of_vllms_products(
+    linear: Linear, layout: str, otherwise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rivals = []
+
+    def pays(*args: Any) -> ProductChoice:
+        rivals.append(args[-1])
+        return ProductChoice(False, "slower")
+
+    monkeypatch.setattr(product_pair, "pays", pays)
+    run(gated(linear, layout), *inputs_of(gated), products="auto")
+    assert rivals == [()] and otherwise
+
+
 def assert_paired_with_its_own_bits(otherwise: str, fn: Layer, *args: torch.Tensor) -> None:
     """Where a pair is not split, what it runs is `otherwise` and gives the bits of the graph without pairs."""
     expected, _, left = run(fn, *args, products="never")

@@ -145,6 +145,18 @@ def test_a_reason_where_a_measured_pair_stays(monkeypatch: pytest.MonkeyPatch) -
         assert not site.fused and reason in site.reason
 
 
+def test_a_product_of_torch_is_measured_against_what_torch_can_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    rivals = []
+
+    def pays(*args: Any) -> ProductChoice:
+        rivals.append(args[-1])
+        return ProductChoice(False, "slower")
+
+    monkeypatch.setattr(product_pair, "pays", pays)
+    run(gated, activations(5, K), products="auto")
+    assert rivals == [("scaled_mm",)]
+
+
 def reduced(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
     h = funcol.all_reduce(product(x), "sum", dist.group.WORLD) + residual
     q = nq.group_quant(torch.nn.functional.rms_norm(h, (N,), NORM_WEIGHT, 1e-6), spec=SPEC)

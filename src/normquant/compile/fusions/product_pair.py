@@ -32,6 +32,7 @@ from normquant.compile.fusions.candidate import Candidate, Findings, Rejection, 
 from normquant.compile.policy import Decision
 from normquant.linear import GROUP_PAIRS, PAIRS, GroupPair, Pair
 from normquant.linear.choice import pays
+from normquant.linear.pairs import rivals
 from normquant.ops import Op
 from normquant.spec import QuantSpec
 
@@ -62,7 +63,7 @@ def _found(reader: Node, pair: AnyPair, regions: dict[Node, int]) -> Candidate |
     name, where = f"{site_name(product.node)} -> {pair.op.name}", source_line(reader)
     x = value(args[0])
     k, n, m = product.k, product.columns, x.shape[0]
-    decision = pays(pair.op.name, k, n, x.device, m if isinstance(m, int) else None)
+    decision = pays(pair.op.name, k, n, x.device, m if isinstance(m, int) else None, rivals(product.otherwise))
     spec = QuantSpec.decode(args[-1])
     try:
         if regions[product.node] != regions[reader]:
