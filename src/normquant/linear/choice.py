@@ -6,8 +6,8 @@ in their place, and nowhere else:
     {"capability": "9.0", "source": "command that measured it",
      "entries": [{"part": "product", "k": 7168, "n": 2112, "m": [1, 16], "us": {"normquant": 7.9, "deepgemm": 14.2}}]}
 
-From AUTO_ROWS rows on nothing is split in place of DeepGEMM, whatever the table says: between the other kernels of a
-layer, its products of 64 rows were no slower than the pairs that are faster alone (`normquant bench decode`).
+From AUTO_ROWS rows on nothing is split, whatever the table says: between the other kernels of a layer, DeepGEMM's
+products of 64 rows were no slower than the pairs that are faster alone (`normquant bench decode`).
 
 `part` is "product" for the product alone, its sum included, or the name of the op that reads it, for both together.
 `m` is the first and the last number of rows that an entry speaks for. `us` has "normquant" and at least one other.
@@ -30,7 +30,7 @@ from normquant.spec import one_of
 Wanted = Literal["auto", "always"]
 Rivals = tuple[str, ...]
 PRODUCT = "product"
-OURS, SCALED_MM, DEEPGEMM = "normquant", "scaled_mm", "deepgemm"
+OURS, SCALED_MM = "normquant", "scaled_mm"
 AUTO_ROWS = 32
 REMEDY = "`normquant tune --linear` makes them"
 
@@ -110,7 +110,7 @@ def pays(part: str, k: int, n: int, device: torch.device, m: int | None = None, 
     if not entries:
         return ProductChoice(False, _lacking(part, k, n, capability))
     times = "; ".join(entry.text for entry in entries)
-    few = [entry for entry in entries if not _stays(entry.first, entries)]
+    few = [entry for entry in entries if entry.first < AUTO_ROWS]
     return ProductChoice(any(entry.fastest == OURS for entry in few), f"measured: {times}")
 
 
@@ -123,17 +123,12 @@ def _choose(
             return ProductChoice(True, f"asked for; K in {split_of(k, n)} parts")
         return ProductChoice(False, f"{m} rows; split products are for {FEW_ROWS} rows at the most")
     entries = _entries(part, k, n, capability, rivals)
-    if _stays(m, entries):
+    if entries and m >= AUTO_ROWS:
         return ProductChoice(False, f"{m} rows; products of {AUTO_ROWS} rows and more stay what they are")
     if entry := _speaking_for(m, entries):
         return ProductChoice(entry.fastest == OURS, f"measured: {entry.text}")
     known = f"{m} rows; measured were {entries[0].first} to {entries[-1].last}" if entries else ""
     return ProductChoice(False, known or _lacking(part, k, n, capability))
-
-
-def _stays(m: int, entries: list[Measured]) -> bool:
-    """Whether m rows are too many to split a product in place of DeepGEMM's."""
-    return m >= AUTO_ROWS and any(name == DEEPGEMM for entry in entries for name, _ in entry.us)
 
 
 def _speaking_for(m: int, entries: list[Measured]) -> Measured | None:
