@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from normquant.distributed.collective import summed_first, through_collectives
+from normquant.distributed.group_facts import measured_table
 from normquant.distributed.pieces import in_pieces, piece_rows
 from normquant.distributed.workspace import Workspace
 from normquant.kernels import all_reduce_add_rms_norm_quant as kernels
@@ -26,7 +25,6 @@ from normquant.ops._op import Launcher, cached
 from normquant.ops.all_reduce_add_rms_norm_quant import check
 from normquant.spec import QuantSpec
 
-TABLE = Path(__file__).with_name("one_shot_rows.json")
 ONE_SHOT, TWO_SHOT, PIECES, COLLECTIVE = "one_shot", "two_shot", "two_shot_in_pieces", "collective"
 
 
@@ -60,7 +58,7 @@ def one_shot_rows(world: int, k: int, sharded: bool) -> int:
     Ranks that it lacks have the rows of the next higher number, or else of the highest; widths that it lacks have the
     rows that hold as many values as those of the nearest one.
     """
-    table: dict[str, dict[str, int]] = json.loads(TABLE.read_text(encoding="utf-8"))["sharded" if sharded else "whole"]
+    table: dict[str, dict[str, int]] = measured_table()["sharded" if sharded else "whole"]
     ranks = [int(n) for n in table]
     rows = table[str(min((n for n in ranks if n >= world), default=max(ranks)))]
     nearest = min(map(int, rows), key=lambda width: abs(math.log(width / k)))

@@ -36,7 +36,7 @@ class GroupFacts:
         where that was measured. m None: any number of rows may come."""
         if self.no_memory:
             return f"the ranks share no memory ({self.no_memory})"
-        table = _table()
+        table = measured_table()
         measured, faster = table["measured"], table["faster_than_nccl"].get(str(self.ranks))
         if self.capability is None or f"{self.capability[0]}.{self.capability[1]}" != measured["capability"]:
             return "the GPUs of the ranks are not those that were measured"
@@ -52,7 +52,8 @@ class GroupFacts:
 
 
 @cache
-def _table() -> dict[str, Any]:
+def measured_table() -> dict[str, Any]:
+    """What was measured of the ops of a group: where they are the faster, and with which algorithm."""
     table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
     return table
 

@@ -172,10 +172,8 @@ class Launch:
 
     def _ask_triton(self, tensors: tuple[torch.Tensor, ...]) -> None:
         plan, names = self.plan, list(self.plan.constants)
-        placed: list[Any] = list(tensors)
-        for at in self._absent:
-            placed.insert(at, None)
-        args = *placed, *plan.numbers
+        given = iter(tensors)
+        args = *(next(given) if there else None for there in plan.given + plan.outputs), *plan.numbers
         changed = plan.cluster > 1 or plan.shared > 0
         ask = partial(plan.kernel.warmup, grid=plan.grid) if changed else plan.kernel[plan.grid]
         binary = ask(*args, **plan.constants, **plan.options)

@@ -23,8 +23,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from normquant.linear.choice import SCALED_MM, Rivals, choose
-from normquant.linear.product import check_product, dequantized_linear
+from normquant.linear.choice import Rivals, choose
+from normquant.linear.product import RIVALS, check_product, dequantized_linear
 from normquant.linear.split_product import launch_pair, split_product
 from normquant.ops import OPS, Op
 from normquant.ops._gradients import refuse_gradients
@@ -150,7 +150,7 @@ def _parts(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]
 
 def rivals(otherwise: str) -> Rivals:
     """The products of which one runs where none is split, by their names in the table of choices; () for any."""
-    return () if otherwise else (SCALED_MM,)
+    return () if otherwise else RIVALS
 
 
 def _unsplit_product(otherwise: str) -> Callable[..., torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from normquant.linear import _sharding
-from normquant.linear.choice import PRODUCT, SCALED_MM, choose
+from normquant.linear.choice import PRODUCT, SCALED_MM, Rivals, choose
 from normquant.linear.split_product import Launcher, launch_product
 from normquant.linear.weights import BLOCK, check_bias, check_weight, dequantize_weight, pad_weight_scale
 from normquant.ops import LIBRARY
@@ -25,6 +25,7 @@ from normquant.spec import TMA_ALIGN, QuantizedActivation, QuantSpec
 HOPPER = (9, 0)
 CUBLASLT_COLUMNS = 16  # N must be a multiple of it
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+RIVALS: Rivals = (SCALED_MM,)  # what runs where K is not split
 
 LIBRARY.define(
     "block_fp8_linear(Tensor data, Tensor scale, Tensor weight, Tensor weight_scale, ScalarType out_dtype) -> Tensor",
@@ -109,7 +110,7 @@ _split = cached("block_fp8_linear", _launch_split)
 
 def _on_cuda(data, scale, weight, weight_scale, out_dtype):
     (m, k), n = data.shape, weight.shape[0]
-    run = _split if choose(PRODUCT, k, n, m, data.device, rivals=(SCALED_MM,)).split else scaled_product
+    run = _split if choose(PRODUCT, k, n, m, data.device, rivals=RIVALS).split else scaled_product
     return run(data, scale, weight, weight_scale, out_dtype)
 
 

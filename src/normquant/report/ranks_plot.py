@@ -25,12 +25,16 @@ Points = dict[int, list[tuple[int, float]]]
 def measured(records: Sequence[Mapping[str, Any]], provider: str, k: int) -> Points:
     """Rows -> (ranks, us), ascending in ranks. Raises ValueError where there are none."""
     found: Points = {}
-    for r in records:
-        if "ranks" in r and (r["provider"], r["k"]) == (provider, k) and r["m"] in ROWS:
+    for r in _of_width(records, k):
+        if r["provider"] == provider:
             found.setdefault(r["m"], []).append((r["ranks"], r["us"]))
     if not found:
         raise ValueError(f"no records of {provider} on several ranks with K={k}")
     return {m: sorted(found[m]) for m in sorted(found)}
+
+
+def _of_width(records: Sequence[Mapping[str, Any]], k: int) -> list[Mapping[str, Any]]:
+    return [r for r in records if "ranks" in r and r["k"] == k and r["m"] in ROWS]
 
 
 def figure(records: Sequence[Mapping[str, Any]], model: Model, k: int, date: str = "") -> Figure:
@@ -38,7 +42,7 @@ def figure(records: Sequence[Mapping[str, Any]], model: Model, k: int, date: str
 
     model: (ranks, rows, sharded) -> predicted microseconds.
     """
-    used = [r for r in records if "ranks" in r and r["provider"] in PANELS and r["k"] == k and r["m"] in ROWS]
+    used = [r for r in _of_width(records, k) if r["provider"] in PANELS]
     with plot_style.figure(8.8, 4.2, used, date) as drawing:
         axes = drawing.subplots(1, len(PANELS), sharey=True)
         for panel, (provider, title) in zip(axes, PANELS.items(), strict=True):
